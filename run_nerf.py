@@ -1,0 +1,453 @@
+"""NeRF: train a radiance field on the images of a scene, and fly through it.
+
+    python run_nerf.py --config configs/demo.txt                   # train; logs/demo gets checkpoints, views, video
+    python run_nerf.py --config configs/demo.txt --render_only     # render the camera path from the newest checkpoint
+    tensorboard --logdir logs                                      # watch
+
+Mildenhall et al., "NeRF: Representing Scenes as Neural Radiance Fields for View Synthesis", ECCV 2020. The method
+stands in the order in which a ray meets it, from the end of this file to its start: `train` → `render` →
+`batchify_rays` → `render_rays` → `run_network` → `raw2outputs`.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from checkpoints import find_checkpoint, read_checkpoint, restore, save_checkpoint
+from errors import UserError
+from evaluation import psnr
+from image_io import write_image
+from options import config_parser
+from outputs import make_folder, panel, write_frames, write_videos
+from run_log import RunLog, describe_run, prepare_folder
+from run_nerf_helpers import NeRF, get_embedder, get_rays, img2mse, mse2psnr, ndc_rays, sample_pdf, to8b, uniform_like_numpy
+from scene import RayBatcher, load_scene, uses_ndc
+
+FAR_AWAY = 1e10  # length of the interval behind the last sample of a ray
+EMPTY = 1e-10    # a ray of less opacity has met nothing: its disparity is 0
+
+
+# --- the networks on many points --------------------------------------------------------------------------------
+
+def batchify(fn, chunk):
+    """`fn` applied to `chunk` rows at a time; `fn` itself if chunk is None."""
+    if chunk is None:
+        return fn
+
+    def fn_in_chunks(inputs):
+        return torch.cat([fn(part) for part in inputs.split(chunk)])
+    return fn_in_chunks
+
+
+def run_network(inputs, viewdirs, fn, embed_fn, embeddirs_fn, netchunk=1024 * 64):
+    """Encode points (and directions) and apply the network `fn`, `netchunk` points at a time, encoding included.
+
+    Args:
+      inputs: points [N_rays, N_samples, 3].
+      viewdirs: unit directions [N_rays, 3], or None.
+      fn: network, [N, encoded] -> [N, C].
+      embed_fn, embeddirs_fn: encodings of points and of directions.
+      netchunk: points in one go.
+    Returns:
+      raw [N_rays, N_samples, C].
+    """
+    points = inputs.reshape(-1, inputs.shape[-1])                                           # [N, 3]
+    if viewdirs is not None:
+        points = torch.cat([points, viewdirs[:, None].expand(inputs.shape).reshape(-1, 3)], -1)  # [N, 6]
+
+    def encode_and_apply(points):
+        encoded = embed_fn(points[:, :3])
+        if viewdirs is not None:
+            encoded = torch.cat([encoded, embeddirs_fn(points[:, 3:])], -1)
+        return fn(encoded)
+
+    raw = batchify(encode_and_apply, netchunk)(points)
+    return raw.reshape(*inputs.shape[:-1], raw.shape[-1])
+
+
+# --- volume rendering (Sec. 4) ----------------------------------------------------------------------------------
+
+def raw2outputs(raw, z_vals, rays_d, raw_noise_std=0, white_bkgd=False, pytest=False):
+    """Composite the samples of each ray, Eq. 3: C = sum_i T_i (1 - exp(-sigma_i delta_i)) c_i.
+
+    Args:
+      raw: network output [N_rays, N_samples, 4 or more]: colour logits, then density before its ReLU.
+      z_vals: positions of the samples along the ray, [N_rays, N_samples], ascending.
+      rays_d: ray directions [N_rays, 3]; their length scales the intervals.
+      raw_noise_std: standard deviation of noise added to the density.
+      white_bkgd: put white behind the scene.
+      pytest: NumPy's fixed random numbers in place of torch's.
+    Returns:
+      rgb_map [N_rays, 3]; disp_map [N_rays], inverse of the mean depth, 0 for an empty ray; acc_map [N_rays], opacity;
+      weights [N_rays, N_samples]; depth_map [N_rays], sum of weights times z_vals.
+    """
+    dists = z_vals[..., 1:] - z_vals[..., :-1]
+    dists = torch.cat([dists, torch.full_like(z_vals[..., :1], FAR_AWAY)], -1)               # [N_rays, N_samples]
+    dists = dists * torch.norm(rays_d[..., None, :], dim=-1)
+
+    rgb = torch.sigmoid(raw[..., :3])
+    sigma = raw[..., 3]
+    if raw_noise_std > 0:
+        noise = uniform_like_numpy(sigma.shape, sigma) if pytest else torch.randn_like(sigma)
+        sigma = sigma + noise * raw_noise_std
+
+    # T_i = exp(-sum_{j<i} sigma_j delta_j): a sum in the exponent, where a product of (1 - alpha) would lose gradients
+    optical_depth = F.relu(sigma) * dists
+    alpha = 1.0 - torch.exp(-optical_depth)
+    before = torch.cumsum(optical_depth[..., :-1], -1)
+    transmittance = torch.exp(-torch.cat([torch.zeros_like(optical_depth[..., :1]), before], -1))
+    weights = alpha * transmittance                                                          # [N_rays, N_samples]
+
+    rgb_map = torch.sum(weights[..., None] * rgb, -2)
+    depth_map = torch.sum(weights * z_vals, -1)
+    acc_map = torch.sum(weights, -1)
+    empty = acc_map < EMPTY
+    mean_depth = depth_map / torch.where(empty, torch.ones_like(acc_map), acc_map)
+    disp_map = 1.0 / torch.clamp(torch.where(empty, torch.ones_like(mean_depth), mean_depth), min=1e-10)
+    disp_map = torch.where(empty, torch.zeros_like(disp_map), disp_map)
+    if white_bkgd:
+        rgb_map = rgb_map + (1.0 - acc_map[..., None])
+    return rgb_map, disp_map, acc_map, weights, depth_map
+
+
+def stratified_samples(near, far, N_samples, lindisp, perturb, pytest):
+    """One sample in each of N_samples equal intervals between near and far [N_rays, 1], Eq. 2: at its lower end, or
+    anywhere in it with `perturb`; equal in depth, or in disparity with `lindisp`. Returns z_vals [N_rays, N_samples]."""
+    t_vals = torch.linspace(0.0, 1.0, N_samples, dtype=near.dtype, device=near.device)
+    if lindisp:
+        z_vals = 1.0 / (1.0 / near * (1.0 - t_vals) + 1.0 / far * t_vals)
+    else:
+        z_vals = near * (1.0 - t_vals) + far * t_vals
+    if perturb > 0:
+        mids = 0.5 * (z_vals[..., 1:] + z_vals[..., :-1])
+        upper = torch.cat([mids, z_vals[..., -1:]], -1)
+        lower = torch.cat([z_vals[..., :1], mids], -1)
+        t_rand = uniform_like_numpy(z_vals.shape, z_vals) if pytest else torch.rand_like(z_vals)
+        z_vals = lower + (upper - lower) * t_rand
+    return z_vals
+
+
+def render_rays(ray_batch, network_fn, network_query_fn, N_samples, retraw=False, lindisp=False, perturb=0.,
+                N_importance=0, network_fine=None, white_bkgd=False, raw_noise_std=0., verbose=False, pytest=False):
+    """Render rays: coarse samples, then fine ones where the coarse network found weight (Sec. 5.2).
+
+    Args:
+      ray_batch: [N_rays, 8 or 11]: rays_o, rays_d, near, far, and viewdirs where they are used.
+      network_fn, network_fine: coarse and fine network; the coarse one does both if network_fine is None.
+      network_query_fn: (pts, viewdirs, network) -> raw.
+      N_samples, N_importance: coarse samples a ray, and fine ones beside them.
+      retraw: return the last network's raw output too.
+      lindisp, perturb: see `stratified_samples`.
+      white_bkgd, raw_noise_std, pytest: see `raw2outputs`.
+      verbose: say so if an output is not finite.
+    Returns:
+      dict: rgb_map, disp_map, acc_map; raw if retraw; with N_importance also rgb0, disp0, acc0 of the coarse network
+      and z_std [N_rays], the spread of the fine samples.
+    """
+    rays_o, rays_d = ray_batch[:, 0:3], ray_batch[:, 3:6]
+    near, far = ray_batch[:, 6:7], ray_batch[:, 7:8]
+    viewdirs = ray_batch[:, -3:] if ray_batch.shape[-1] > 8 else None
+
+    def query(z_vals, network):
+        pts = rays_o[:, None] + rays_d[:, None] * z_vals[..., None]  # [N_rays, N_samples, 3]
+        raw = network_query_fn(pts, viewdirs, network)
+        return raw, raw2outputs(raw, z_vals, rays_d, raw_noise_std, white_bkgd, pytest=pytest)
+
+    z_vals = stratified_samples(near, far, N_samples, lindisp, perturb, pytest)
+    z_vals = z_vals.expand(len(ray_batch), N_samples)
+    raw, (rgb_map, disp_map, acc_map, weights, _) = query(z_vals, network_fn)
+    ret = {}
+    if N_importance > 0:
+        ret = {'rgb0': rgb_map, 'disp0': disp_map, 'acc0': acc_map}
+        mids = 0.5 * (z_vals[..., 1:] + z_vals[..., :-1])
+        z_samples = sample_pdf(mids, weights[..., 1:-1].detach(), N_importance, det=(perturb == 0.), pytest=pytest)
+        ret['z_std'] = torch.std(z_samples, dim=-1, unbiased=False)
+        z_vals, _ = torch.sort(torch.cat([z_vals, z_samples], -1), -1)
+        raw, (rgb_map, disp_map, acc_map, _, _) = query(z_vals, network_fn if network_fine is None else network_fine)
+
+    ret.update(rgb_map=rgb_map, disp_map=disp_map, acc_map=acc_map)
+    if retraw:
+        ret['raw'] = raw
+    if verbose:
+        for key, value in ret.items():
+            if not torch.isfinite(value).all():
+                print(f'render_rays: {key} has NaN or infinity')
+    return ret
+
+
+def batchify_rays(rays_flat, chunk=1024 * 32, **kwargs):
+    """`render_rays` on `chunk` rays at a time; the results are joined, key by key."""
+    parts = [render_rays(rays, **kwargs) for rays in rays_flat.split(chunk)]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def render(H, W, K, chunk=1024 * 32, rays=None, c2w=None, ndc=True, near=0., far=1., use_viewdirs=False,
+           c2w_staticcam=None, pixel_centers=False, **kwargs):
+    """Render rays, or the whole image of a camera.
+
+    Args:
+      H, W, K: image size and intrinsics [3, 3], in pixels.
+      chunk: rays in one go.
+      rays: origins and directions, [2, ..., 3]; or
+      c2w: a camera to world matrix [3, 4], for all pixels of its image.
+      ndc: take the rays to normalised device coordinates (forward-facing scenes).
+      near, far: bounds along the rays.
+      use_viewdirs: give the networks the direction too.
+      c2w_staticcam: cast the rays of this camera, seen with the view directions of `c2w`.
+      pixel_centers: rays of a camera go through the centres of the pixels.
+      kwargs: for `render_rays`.
+    Returns:
+      [rgb_map, disp_map, acc_map, extras]: [..., 3], [...], [...] and a dict of what else `render_rays` returns.
+    """
+    rays_o, rays_d = rays if c2w is None else get_rays(H, W, K, c2w, pixel_centers)
+    viewdirs = F.normalize(rays_d, dim=-1)
+    if use_viewdirs and c2w_staticcam is not None:
+        rays_o, rays_d = get_rays(H, W, K, c2w_staticcam, pixel_centers)
+    shape = rays_d.shape[:-1]
+    if ndc:
+        rays_o, rays_d = ndc_rays(H, W, K[0][0], 1.0, rays_o, rays_d)
+
+    bounds = torch.ones_like(rays_d[..., :1])
+    columns = [rays_o, rays_d, near * bounds, far * bounds] + ([viewdirs] if use_viewdirs else [])
+    flat = torch.cat([column.reshape(-1, column.shape[-1]) for column in columns], -1).float()  # [N_rays, 8 or 11]
+    results = batchify_rays(flat, chunk, **kwargs)
+    results = {key: value.reshape(*shape, *value.shape[1:]) for key, value in results.items()}
+    return [results.pop('rgb_map'), results.pop('disp_map'), results.pop('acc_map'), results]
+
+
+# --- frames -----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def render_frames(render_poses, hwf, K, chunk, render_kwargs, render_factor=0):
+    """Render camera after camera; yields (rgb [H, W, 3], disp [H, W], acc [H, W]) as NumPy arrays, a frame at a time.
+
+    Args:
+      render_poses: c2w matrices [N, 3 or 4, 4 or more].
+      hwf: [H, W, focal]; K: intrinsics [3, 3]. `render_factor` divides all of them (0 as 1).
+      chunk: rays in one go.
+      render_kwargs: for `render`.
+    """
+    H, W, _ = hwf
+    K = np.array(K, np.float64)
+    if render_factor > 1:
+        H, W, K[:2] = int(H) // render_factor, int(W) // render_factor, K[:2] / render_factor
+    device = next(render_kwargs['network_fn'].parameters()).device
+    progress = tqdm(render_poses, desc='frames', unit='frame', disable=None, leave=False, dynamic_ncols=True)
+    for pose in progress:
+        c2w = torch.as_tensor(pose, dtype=torch.float32, device=device)[:3, :4]
+        rgb, disp, acc, _ = render(int(H), int(W), K, chunk=chunk, c2w=c2w, **render_kwargs)
+        yield rgb.cpu().numpy(), disp.cpu().numpy(), acc.cpu().numpy()
+
+
+def render_path(render_poses, hwf, K, chunk, render_kwargs, gt_imgs=None, savedir=None, render_factor=0):
+    """Render a camera path into arrays; for long paths `render_frames` needs the memory of one frame only.
+
+    Args:
+      gt_imgs: images [N, H, W, 3] in [0, 1] to compare with: prints the PSNR of each frame.
+      savedir: folder for `000.png`, `001.png`, …
+      others: as in `render_frames`.
+    Returns:
+      rgbs [N, H, W, 3], disps [N, H, W].
+    """
+    rgbs, disps = [], []
+    for index, (rgb, disp, _) in enumerate(render_frames(render_poses, hwf, K, chunk, render_kwargs, render_factor)):
+        rgbs.append(rgb)
+        disps.append(disp)
+        if gt_imgs is not None and render_factor <= 1:
+            tqdm.write(f'frame {index}: PSNR {-10 * np.log10(np.mean((rgb - np.asarray(gt_imgs[index])) ** 2)):.2f}')
+        if savedir is not None:
+            write_image(Path(savedir, f'{index:03d}.png'), to8b(rgb))
+    return np.stack(rgbs), np.stack(disps)
+
+
+# --- set-up -----------------------------------------------------------------------------------------------------
+
+def pick_device(name):
+    """The torch device of `--device`.
+
+    Raises:
+      UserError: no such device here.
+    """
+    if str(name) == 'auto':
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device {name}: not to be had here ({str(error).splitlines()[0]})') from None
+    return device
+
+
+def create_nerf(args):
+    """Build networks and optimizer, and load the checkpoint that the options name or the experiment has.
+
+    Returns:
+      render_kwargs_train, render_kwargs_test: for `render`, but for near and far.
+      start: steps done so far.
+      grad_vars: parameters to optimise.
+      optimizer: Adam.
+    Raises:
+      UserError: a checkpoint that is damaged or fits other networks.
+    """
+    device = pick_device(args.device)
+    embed_fn, input_ch = get_embedder(args.multires, args.i_embed)
+    embeddirs_fn, input_ch_views = get_embedder(args.multires_views, args.i_embed) if args.use_viewdirs else (None, 0)
+
+    def build(depth, width):
+        return NeRF(D=depth, W=width, input_ch=input_ch, input_ch_views=input_ch_views,
+                    output_ch=5 if args.N_importance > 0 else 4, skips=[4], use_viewdirs=args.use_viewdirs).to(device)
+
+    def network_query_fn(inputs, viewdirs, network_fn):
+        return run_network(inputs, viewdirs, network_fn, embed_fn, embeddirs_fn, netchunk=args.netchunk)
+
+    network_fn = build(args.netdepth, args.netwidth)
+    network_fine = build(args.netdepth_fine, args.netwidth_fine) if args.N_importance > 0 else None
+    grad_vars = [*network_fn.parameters(), *(network_fine.parameters() if network_fine is not None else ())]
+    optimizer = torch.optim.Adam(grad_vars, lr=args.lrate, betas=(0.9, 0.999))
+
+    start, pixel_centers = 0, args.pixel_centers
+    checkpoint = find_checkpoint(args)
+    if checkpoint is not None:
+        state = read_checkpoint(checkpoint, device)
+        restore(checkpoint, state, network_fn, network_fine, optimizer)
+        start = state['steps_done']
+        pixel_centers = state.get('args', {}).get('pixel_centers', False)  # what the networks were trained with
+
+    ndc = uses_ndc(args)
+    render_kwargs_train = {
+        'network_query_fn': network_query_fn, 'network_fn': network_fn, 'network_fine': network_fine,
+        'N_samples': args.N_samples, 'N_importance': args.N_importance, 'perturb': args.perturb,
+        'raw_noise_std': args.raw_noise_std, 'white_bkgd': args.white_bkgd, 'use_viewdirs': args.use_viewdirs,
+        'ndc': ndc, 'lindisp': args.lindisp and not ndc, 'pixel_centers': pixel_centers,
+    }
+    render_kwargs_test = {**render_kwargs_train, 'perturb': 0., 'raw_noise_std': 0.}
+    return render_kwargs_train, render_kwargs_test, start, grad_vars, optimizer
+
+
+# --- what is rendered in between and afterwards -----------------------------------------------------------------
+
+def camera(scene, render_kwargs):
+    """What a renderer needs to know of the scene beside the networks, as plain numbers and tensors for a checkpoint."""
+    known = {key: render_kwargs[key] for key in ('near', 'far', 'ndc', 'lindisp', 'pixel_centers', 'white_bkgd')}
+    return {**known, 'hwf': scene.hwf, 'K': scene.K.tolist(), 'render_poses': torch.as_tensor(scene.render_poses)}
+
+
+def log_view(log, step, scene, chunk, render_kwargs):
+    """The first held-out view to TensorBoard: PSNR, fine and coarse, and a panel that `outputs.panel` describes."""
+    view = [*scene.i_val, *scene.i_test, *scene.i_train][0]
+    target = scene.images[view]
+    rgb, disp, acc = next(render_frames(scene.poses[[view]], scene.hwf, scene.K, chunk, render_kwargs))
+    log.scalars(step, {'held-out/psnr': psnr(to8b(rgb), target)})
+    log.image(step, 'held-out/render, target, error, nearness, opacity', panel(rgb, target / 255, disp, acc))
+
+
+def log_testset(log, step, scene, chunk, render_kwargs, folder):
+    """All test views as PNGs into `folder`, their mean PSNR to console and TensorBoard."""
+    frames = render_frames(scene.poses[scene.i_test], scene.hwf, scene.K, chunk, render_kwargs)
+    psnrs = write_frames(frames, folder, scene.images[scene.i_test])
+    log.say(f'step {step}: held-out PSNR {np.mean(psnrs):.2f} dB, mean of {len(psnrs)} test views')
+    log.scalars(step, {'test/psnr': np.mean(psnrs)})
+    log.wrote('test views', folder)
+
+
+def render_only(args, scene, render_kwargs, start):
+    """`--render_only`: the camera path, or the test views, as numbered PNGs and a video."""
+    kind, poses, targets = 'path', scene.render_poses, None
+    if args.render_test:
+        kind, poses = 'test', scene.poses[scene.i_test]
+        targets = scene.images[scene.i_test] if args.render_factor <= 1 else None
+    folder = make_folder(Path(args.basedir, args.expname, f'renderonly_{kind}_{start:06d}'))
+    print(f'rendering {len(poses)} frames of the {kind} after {start} steps', flush=True)
+    frames = render_frames(poses, scene.hwf, scene.K, args.chunk, render_kwargs, args.render_factor)
+    psnrs = write_frames(frames, folder, targets, video=folder / 'video.mp4')
+    if psnrs:
+        print(f'held-out PSNR {np.mean(psnrs):.2f} dB, mean of {len(psnrs)} test views')
+    print(f'{len(poses)} images and video.mp4 are in {folder}')
+
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+def image_losses(rgb, extras, target):
+    """The loss of Eq. 6, fine and coarse together, and a function that returns its numbers for the log."""
+    fine = img2mse(rgb, target)
+    coarse = img2mse(extras['rgb0'], target) if 'rgb0' in extras else None
+    loss = fine if coarse is None else fine + coarse
+
+    def numbers():
+        found = {'loss': loss.item(), 'psnr': mse2psnr(fine.detach()).item()}
+        return found if coarse is None else {**found, 'psnr coarse': mse2psnr(coarse.detach()).item()}
+    return loss, numbers
+
+
+def set_learning_rate(optimizer, args, step):
+    """Exponential decay to a tenth in each 1000 · lrate_decay steps."""
+    lrate = args.lrate * 0.1 ** (step / (1000 * args.lrate_decay))
+    for group in optimizer.param_groups:
+        group['lr'] = lrate
+    return lrate
+
+
+def train(args):
+    """Train as the options say and write what they ask for on the way, or render only.
+
+    Raises:
+      UserError: options, data or checkpoint that cannot be used.
+    """
+    if args.render_only and find_checkpoint(args) is None:
+        raise UserError(f'--render_only: found no checkpoint in {Path(args.basedir, args.expname)}; '
+                        'train first, or give --ft_path FILE')
+    torch.manual_seed(args.seed)
+    scene = load_scene(args)
+    render_kwargs_train, render_kwargs_test, start, _, optimizer = create_nerf(args)
+    render_kwargs_train.update(near=scene.near, far=scene.far)
+    render_kwargs_test.update(near=scene.near, far=scene.far)
+    network_fn, network_fine = render_kwargs_train['network_fn'], render_kwargs_train['network_fine']
+    device = next(network_fn.parameters()).device
+    if args.render_only:
+        return render_only(args, scene, render_kwargs_test, start)
+
+    folder = prepare_folder(args)
+    print(describe_run(args, scene, device, network_fn, network_fine, folder, start), flush=True)
+    batches = RayBatcher(scene, args.N_rand, args.no_batching, args.precrop_iters, args.precrop_frac,
+                         render_kwargs_train['pixel_centers'], device)
+    log = RunLog(folder, start, args.N_iters, args.N_rand, args.expname)
+    for step in log.steps():
+        batch_rays, target = batches.draw(step)
+        rgb, _, _, extras = render(scene.H, scene.W, scene.K, args.chunk, batch_rays, **render_kwargs_train)
+        loss, numbers = image_losses(rgb, extras, target)
+
+        lrate = set_learning_rate(optimizer, args, step - 1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        log.step_done(step, numbers, lrate, args.i_print)
+
+        if step % args.i_weights == 0 or step == args.N_iters:
+            path = folder / f'{step:06d}.tar'
+            save_checkpoint(path, step, network_fn, network_fine, optimizer, args, camera(scene, render_kwargs_test))
+            log.wrote('checkpoint', path)
+        if step % args.i_img == 0:
+            log_view(log, step, scene, args.chunk, render_kwargs_test)
+        if step % args.i_testset == 0:
+            log_testset(log, step, scene, args.chunk, render_kwargs_test, folder / f'testset_{step:06d}')
+        if step % args.i_video == 0:
+            frames = render_frames(scene.render_poses, scene.hwf, scene.K, args.chunk, render_kwargs_test)
+            log.wrote('video', write_videos(frames, folder / f'{args.expname}_spiral_{step:06d}_'))
+    log.close()
+
+
+def main(argv=None):
+    args = config_parser().parse_args(argv)
+    try:
+        train(args)
+    except UserError as error:
+        print(f'run_nerf.py: error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""The parts of NeRF: losses, positional encoding, the MLP, rays, NDC and inverse-transform sampling.
+
+Vocabulary, as in the paper and in `run_nerf.py`:
+  rays_o, rays_d  origin and direction of a ray r(t) = rays_o + t * rays_d; rays_d is not normalised
+  viewdirs        unit vectors along rays_d, what the colour may depend on
+  z_vals          the t of the samples along a ray
+  pts             the sample positions r(t)
+  weights         how much each sample contributes to its pixel, T_i * (1 - exp(-sigma_i * delta_i)), Eq. 3
+  c2w, K          camera-to-world [3, 4] in OpenGL axes (x right, y up, -z forward); intrinsics [3, 3] in pixels
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PDF_FLOOR = 1e-5  # added to every weight before sampling, so that a ray with no weight is sampled evenly
+
+
+# --- losses and 8-bit images ------------------------------------------------------------------------------------
+
+def img2mse(x, y):
+    """Mean squared error over all elements, a scalar tensor (Sec. 5.3, Eq. 6, as a mean)."""
+    return torch.mean((x - y) ** 2)
+
+
+def mse2psnr(x):
+    """Peak signal-to-noise ratio in dB of a mean squared error, for a signal in [0, 1]."""
+    return -10 * torch.log10(x)
+
+
+def to8b(x):
+    """Array in [0, 1] to uint8; values outside are clipped."""
+    return (255 * np.clip(x, 0, 1)).astype(np.uint8)
+
+
+# --- positional encoding (Sec. 5.1) -----------------------------------------------------------------------------
+
+class Embedder:
+    """gamma(x) of Eq. 4: x itself, then sin and cos of x times each frequency, for all frequencies in turn.
+
+    As in the released code of the paper the frequencies are 2^k, without the factor pi of Eq. 4.
+
+    Args:
+      include_input: whether x itself comes first.
+      input_dims: size of the last axis of x.
+      max_freq_log2: log2 of the highest frequency.
+      num_freqs: how many frequencies.
+      log_sampling: powers of two if true, else evenly spaced up to 2^max_freq_log2.
+      periodic_fns: functions applied to every frequency.
+    """
+
+    def __init__(self, include_input=True, input_dims=3, max_freq_log2=9, num_freqs=10, log_sampling=True,
+                 periodic_fns=(torch.sin, torch.cos)):
+        self.include_input, self.periodic_fns = include_input, periodic_fns
+        self.max_freq_log2, self.num_freqs, self.log_sampling = max_freq_log2, num_freqs, log_sampling
+        self.out_dim = input_dims * (include_input + num_freqs * len(periodic_fns))
+
+    def frequencies(self, like):
+        """The frequency bands [num_freqs] on the device and in the dtype of the tensor `like`."""
+        kind = {'device': like.device, 'dtype': like.dtype}
+        if self.log_sampling:
+            return 2.0 ** torch.linspace(0.0, self.max_freq_log2, self.num_freqs, **kind)
+        return torch.linspace(1.0, 2.0 ** self.max_freq_log2, self.num_freqs, **kind)
+
+    def embed(self, inputs):
+        """`inputs` [..., input_dims] to [..., out_dim]."""
+        scaled = inputs[..., None, :] * self.frequencies(inputs)[:, None]         # [..., L, C]
+        waves = torch.stack([fn(scaled) for fn in self.periodic_fns], -2)         # [..., L, 2, C]
+        waves = waves.flatten(-3)                                                 # [..., L * 2 * C]
+        return torch.cat([inputs, waves], -1) if self.include_input else waves
+
+    __call__ = embed
+
+
+def get_embedder(multires, i=0):
+    """The encoding of a 3-vector and its size: positional with `multires` frequencies for i = 0, none for i = -1."""
+    if i == -1:
+        return nn.Identity(), 3
+    embedder = Embedder(max_freq_log2=multires - 1, num_freqs=multires)
+    return embedder.embed, embedder.out_dim
+
+
+# --- the network (Fig. 7 of the paper's supplement) -------------------------------------------------------------
+
+class NeRF(nn.Module):
+    """The MLP from an encoded position (and direction) to raw colour and density.
+
+    Args:
+      D, W: number and width of the layers that see the position.
+      input_ch, input_ch_views: sizes of the encoded position and direction.
+      output_ch: size of the output without view directions; with them it is always 4.
+      skips: layers after which the encoded position is joined to the activations again.
+      use_viewdirs: whether the colour depends on the direction.
+    """
+
+    def __init__(self, D=8, W=256, input_ch=3, input_ch_views=3, output_ch=4, skips=(4,), use_viewdirs=False):
+        super().__init__()
+        self.D, self.W = D, W
+        self.input_ch, self.input_ch_views = input_ch, input_ch_views
+        self.skips = [i for i in skips if i < D - 1]  # a skip needs a layer after it
+        self.use_viewdirs = use_viewdirs
+
+        # Names and order of the layers are those of existing checkpoints, optimizer states included. `views_linears`
+        # is there without view directions too, unused, for the same reason.
+        widths = [input_ch] + [W + input_ch if i in self.skips else W for i in range(D - 1)]
+        self.pts_linears = nn.ModuleList([nn.Linear(width, W) for width in widths])
+        self.views_linears = nn.ModuleList([nn.Linear(input_ch_views + W, W // 2)])
+        if use_viewdirs:
+            self.feature_linear = nn.Linear(W, W)
+            self.alpha_linear = nn.Linear(W, 1)
+            self.rgb_linear = nn.Linear(W // 2, 3)
+        else:
+            self.output_linear = nn.Linear(W, output_ch)
+
+    def forward(self, x):
+        """`x` [..., input_ch + input_ch_views] to raw [..., 4]: three colour logits and a density before its ReLU.
+        Without view directions [..., output_ch]."""
+        input_pts, input_views = torch.split(x, [self.input_ch, self.input_ch_views], dim=-1)
+        h = input_pts
+        for i, layer in enumerate(self.pts_linears):
+            h = F.relu(layer(h))
+            if i in self.skips:
+                h = torch.cat([input_pts, h], -1)
+        if not self.use_viewdirs:
+            return self.output_linear(h)
+
+        alpha = self.alpha_linear(h)
+        h = torch.cat([self.feature_linear(h), input_views], -1)
+        for layer in self.views_linears:
+            h = F.relu(layer(h))
+        return torch.cat([self.rgb_linear(h), alpha], -1)
+
+    def load_weights_from_keras(self, weights):
+        """Take over the weights of the paper's TensorFlow model: a list of kernel, bias, kernel, bias, … as Keras'
+        `get_weights` returns it (position layers, bottleneck, view layer, colour, density; or position layers, output).
+
+        Raises:
+          ValueError: the list does not fit this network.
+        """
+        if self.use_viewdirs:
+            tail = [self.feature_linear, self.views_linears[0], self.rgb_linear, self.alpha_linear]
+        else:
+            tail = [self.output_linear]
+        layers = [*self.pts_linears, *tail]
+        if len(weights) != 2 * len(layers):
+            raise ValueError(f'found {len(weights)} arrays of weights, expected {2 * len(layers)}')
+        for layer, kernel, bias in zip(layers, weights[0::2], weights[1::2]):
+            kernel, bias = torch.as_tensor(np.asarray(kernel)).T, torch.as_tensor(np.asarray(bias)).reshape(-1)
+            if kernel.shape != layer.weight.shape or bias.shape != layer.bias.shape:
+                raise ValueError(f'found a Keras layer of {tuple(kernel.T.shape)}, expected {tuple(layer.weight.T.shape)}')
+            with torch.no_grad():
+                layer.weight.copy_(kernel)
+                layer.bias.copy_(bias)
+
+
+# --- rays -------------------------------------------------------------------------------------------------------
+
+def pixel_rays(x, y, K, c2w):
+    """Rays through given points of the image plane.
+
+    Args:
+      x, y: image coordinates in pixels, [...]; (0, 0) is the upper left corner of the upper left pixel.
+      K: intrinsics [3, 3].
+      c2w: camera to world, [3, 4] or one for each point, [..., 3, 4].
+    Returns:
+      rays_o, rays_d: [..., 3] each, in world space.
+    """
+    dirs = torch.stack([(x - K[0][2]) / K[0][0], -(y - K[1][2]) / K[1][1], -torch.ones_like(x)], -1)  # [..., 3]
+    rays_d = torch.sum(dirs[..., None, :] * c2w[..., :3, :3], -1)  # the camera's axes are the columns of c2w
+    return c2w[..., :3, 3].expand(rays_d.shape), rays_d
+
+
+def get_rays(H, W, K, c2w, pixel_centers=False):
+    """Rays through all pixels of an image, rays_o and rays_d [H, W, 3]; through the pixels' upper left corners (i, j),
+    as the established code has them, or through their centres (i + .5, j + .5)."""
+    shift = 0.5 if pixel_centers else 0.0
+    kind = {'device': c2w.device, 'dtype': c2w.dtype}
+    y, x = torch.meshgrid(torch.arange(H, **kind) + shift, torch.arange(W, **kind) + shift, indexing='ij')
+    return pixel_rays(x, y, K, c2w)
+
+
+def get_rays_np(H, W, K, c2w):
+    """`get_rays` for NumPy arrays."""
+    rays_o, rays_d = get_rays(H, W, K, torch.as_tensor(np.asarray(c2w, np.float32)))
+    return rays_o.numpy(), rays_d.numpy()
+
+
+def ndc_rays(H, W, focal, near, rays_o, rays_d):
+    """Rays of a forward-facing scene in normalised device coordinates (Appendix C, Eq. 25 and 26).
+
+    The frustum behind the plane z = -near becomes a cube: t = 0 lies on that plane, t = 1 at infinity.
+
+    Args:
+      H, W, focal: image size and focal length in pixels.
+      near: distance of the near plane.
+      rays_o, rays_d: [..., 3] in camera space of the reference camera.
+    Returns:
+      rays_o, rays_d: [..., 3] in NDC.
+    """
+    d_z = rays_d[..., 2]
+    d_z = torch.where(d_z.abs() < 1e-9, torch.full_like(d_z, -1e-9), d_z)  # a ray along the plane never meets it
+    t = -(near + rays_o[..., 2]) / d_z
+    rays_o = rays_o + t[..., None] * rays_d  # start on the near plane
+
+    scale_x, scale_y = -2.0 * focal / W, -2.0 * focal / H
+    x_z, y_z = rays_o[..., 0] / rays_o[..., 2], rays_o[..., 1] / rays_o[..., 2]
+    origin = torch.stack([scale_x * x_z, scale_y * y_z, 1.0 + 2.0 * near / rays_o[..., 2]], -1)
+    direction = torch.stack([scale_x * (rays_d[..., 0] / d_z - x_z),
+                             scale_y * (rays_d[..., 1] / d_z - y_z),
+                             -2.0 * near / rays_o[..., 2]], -1)
+    return origin, direction
+
+
+# --- hierarchical sampling (Sec. 5.2) ---------------------------------------------------------------------------
+
+def uniform_like_numpy(shape, like):
+    """NumPy's fixed uniform numbers in [0, 1) in place of torch's: what `pytest=True` stands for."""
+    return torch.as_tensor(np.random.RandomState(0).rand(*shape), dtype=like.dtype, device=like.device)
+
+
+def sample_pdf(bins, weights, N_samples, det=False, pytest=False):
+    """Draw from the piecewise constant density that `weights` give over `bins`, by inverting its distribution.
+
+    Args:
+      bins: edges of the intervals, [..., M + 1], ascending.
+      weights: of the intervals, [..., M]; not negative, need not sum to 1.
+      N_samples: samples a ray.
+      det: evenly spaced quantiles in place of random ones.
+      pytest: NumPy's fixed random numbers in place of torch's.
+    Returns:
+      samples [..., N_samples], ascending where det is true.
+    """
+    weights = weights + PDF_FLOOR
+    pdf = weights / weights.sum(-1, keepdim=True)
+    cdf = torch.cumsum(pdf, -1)
+    cdf = torch.cat([torch.zeros_like(cdf[..., :1]), cdf], -1)  # [..., M + 1]
+
+    shape = [*cdf.shape[:-1], N_samples]
+    if det:
+        u = torch.linspace(0.0, 1.0, N_samples, dtype=cdf.dtype, device=cdf.device).expand(shape)
+    elif pytest:
+        u = uniform_like_numpy(shape, cdf)
+    else:
+        u = torch.rand(shape, dtype=cdf.dtype, device=cdf.device)
+
+    above = torch.searchsorted(cdf, u.contiguous(), right=True)  # the first edge whose cdf is greater than u
+    below = (above - 1).clamp(min=0)
+    above = above.clamp(max=cdf.shape[-1] - 1)
+    cdf_below, cdf_above = cdf.gather(-1, below), cdf.gather(-1, above)
+    bin_below, bin_above = bins.gather(-1, below), bins.gather(-1, above)
+
+    height = cdf_above - cdf_below
+    height = torch.where(height < PDF_FLOOR, torch.ones_like(height), height)  # an interval next to no weight is in
+    return bin_below + (u - cdf_below) / height * (bin_above - bin_below)

@@ -1,0 +1,157 @@
+"""A scene in memory: 8-bit images, cameras and bounds, and the random rays that training draws from it."""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from errors import UserError
+from load_blender import load_blender_images, path_around, read_frames
+from load_llff import load_llff_files, place_poses
+from run_nerf_helpers import pixel_rays
+
+
+@dataclass
+class Scene:
+    """What training and rendering need to know of a scene.
+
+    images: uint8 [N, H, W, 3], composited.  poses: float32 [N, 3, 4] c2w.  K: float64 [3, 3] in pixels.
+    near, far: bounds along a ray, in units of rays_d.  render_poses: float32 [M, 3, 4].  i_train, i_val, i_test: indices.
+    """
+    images: np.ndarray
+    poses: np.ndarray
+    K: np.ndarray
+    near: float
+    far: float
+    render_poses: np.ndarray
+    i_train: np.ndarray
+    i_val: np.ndarray
+    i_test: np.ndarray
+
+    @property
+    def H(self):
+        return self.images.shape[1]
+
+    @property
+    def W(self):
+        return self.images.shape[2]
+
+    @property
+    def hwf(self):
+        return [self.H, self.W, float(self.K[0, 0])]
+
+
+def load_scene(args):
+    """Load the scene that the options name.
+
+    Raises:
+      UserError: files missing, damaged or not matching each other; near ≥ far; no image left to train on.
+    """
+    scene = {'blender': _blender_scene, 'llff': _llff_scene}[args.dataset_type](args)
+    if args.near is not None:
+        scene.near = args.near
+    if args.far is not None:
+        scene.far = args.far
+    if scene.near >= scene.far:
+        raise UserError(f'{args.datadir}: found near {scene.near:g} and far {scene.far:g}, expected near < far')
+    if args.lindisp and scene.near <= 0 and uses_ndc(args) is False:
+        raise UserError(f'--lindisp: found near {scene.near:g}, expected more than 0')
+    if len(scene.i_train) == 0:
+        raise UserError(f'{args.datadir}: found no training view')
+    if args.render_poses:
+        scene.render_poses = read_render_poses(args.render_poses)
+    return scene
+
+
+def uses_ndc(args):
+    """Whether rays go through normalised device coordinates: only forward-facing (llff) scenes do."""
+    return args.dataset_type == 'llff' and not args.no_ndc
+
+
+def _blender_scene(args):
+    frames = read_frames(args.datadir, args.testskip, args.llffhold)
+    images, K = load_blender_images(frames, args.half_res, args.white_bkgd)
+    i_train, i_val, i_test = frames.i_split
+    return Scene(images, frames.poses[:, :3], K, 2.0, 6.0, path_around(frames)[:, :3], i_train, i_val, i_test)
+
+
+def _llff_scene(args):
+    images, poses, bds = load_llff_files(args.datadir, args.factor)
+    poses, bds, render_poses, i_central = place_poses(poses, bds, spherify=args.spherify)
+    H, W, focal = poses[0, :, 4].astype(np.float64)
+    K = np.array([[focal, 0, 0.5 * W], [0, focal, 0.5 * H], [0, 0, 1]])
+    views = np.arange(len(images))
+    i_test = views[::args.llffhold] if args.llffhold > 0 else np.array([i_central])
+    near, far = (0.0, 1.0) if uses_ndc(args) else (float(bds.min()) * 0.9, float(bds.max()))
+    return Scene(images, poses[:, :, :4], K, near, far, render_poses[:, :, :4], np.setdiff1d(views, i_test), i_test, i_test)
+
+
+def read_render_poses(path):
+    """A camera path from a .npy or .json file: c2w matrices [N, 3 or 4, 4], or the frames of a transforms file.
+
+    Returns float32 [N, 3, 4].
+
+    Raises:
+      UserError: not such a file, or not finite.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == '.json':
+            content = json.loads(path.read_text())
+            if isinstance(content, dict):
+                content = [frame['transform_matrix'] for frame in content['frames']]
+            poses = np.array(content, np.float32)
+        else:
+            poses = np.load(path, allow_pickle=False).astype(np.float32)
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such file') from None
+    except (ValueError, TypeError, KeyError, OSError, EOFError) as error:
+        raise UserError(f'{path}: not a camera path ({str(error).splitlines()[0]})') from None
+    if poses.ndim != 3 or poses.shape[1:] not in ((3, 4), (4, 4)) or not len(poses):
+        raise UserError(f'{path}: found an array of shape {list(poses.shape)}, expected c2w matrices [N, 3 or 4, 4]')
+    if not np.isfinite(poses).all():
+        raise UserError(f'{path}: found NaN or infinity')
+    return poses[:, :3]
+
+
+class RayBatcher:
+    """Draws pixels of the training views at random and makes the rays through them, and no others.
+
+    The images stay 8 bit on the device. Pixels are drawn with replacement from torch's own random state there, so this
+    object has no state of its own.
+
+    Args:
+      scene: a `Scene`.
+      N_rand: rays of a batch.
+      no_batching: draw all rays of a batch from one image.
+      precrop_iters, precrop_frac: up to this step only the middle of the images is seen, this much of each side.
+      pixel_centers: rays through pixel centres.
+      device: where batches are made.
+    """
+
+    def __init__(self, scene, N_rand, no_batching, precrop_iters, precrop_frac, pixel_centers, device):
+        self.images = torch.from_numpy(scene.images[scene.i_train]).to(device)  # [N, H, W, 3] uint8
+        self.poses = torch.from_numpy(scene.poses[scene.i_train]).to(device)    # [N, 3, 4]
+        self.K, self.device = scene.K, device
+        self.N_rand, self.no_batching = N_rand, no_batching
+        self.precrop_iters, self.precrop_frac = precrop_iters, precrop_frac
+        self.shift = 0.5 if pixel_centers else 0.0
+
+    def window(self, side, step):
+        """The range of pixels along an image side that `step` draws from."""
+        if step >= self.precrop_iters:
+            return 0, side
+        half = max(1, int(side // 2 * self.precrop_frac))
+        return max(0, side // 2 - half), min(side, side // 2 + half)
+
+    def draw(self, step):
+        """Rays [2, N_rand, 3] (origins, directions) and their colours [N_rand, 3] for training step `step` ≥ 1."""
+        def random(low, high, count=self.N_rand):
+            return torch.randint(low, high, (count,), device=self.device)
+
+        N, H, W, _ = self.images.shape
+        view = random(0, N, 1).expand(self.N_rand) if self.no_batching else random(0, N)
+        y, x = random(*self.window(H, step)), random(*self.window(W, step))
+        rays = pixel_rays(x + self.shift, y + self.shift, self.K, self.poses[view])
+        return torch.stack(rays), self.images[view, y, x] / 255
