@@ -17,7 +17,8 @@ def read_image(path):
       UserError: the file is missing, damaged or of another depth than 8 bit.
     """
     try:
-        image = np.asarray(iio.imread(path))
+        jpeg = Path(path).suffix.lower() != '.png'  # where a fourth channel is ink, not alpha
+        image = np.asarray(iio.imread(path, plugin='pillow', mode='RGB' if jpeg else None))
     except FileNotFoundError:
         raise UserError(f'{path}: no such image') from None
     except Exception as error:  # each codec raises its own kind for a damaged file

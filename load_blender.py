@@ -6,6 +6,7 @@
     scene/train/r_0.png …         PNG or JPEG, RGBA or RGB; "file_path" may leave the ending out
 """
 import json
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from image_io import IMAGE_ENDINGS, read_image, resize_area
 
 LAYOUT = 'expected transforms_train.json, transforms_val.json and transforms_test.json, or transforms.json'
 INTRINSICS = ('fl_x', 'fl_y', 'cx', 'cy')
+DISTORTION = ('k1', 'k2', 'k3', 'k4', 'p1', 'p2')
 
 
 class BlenderFrames(NamedTuple):
@@ -143,6 +145,8 @@ def read_frames(basedir, testskip=1, hold=8):
         i_split = [np.setdiff1d(np.arange(len(frames)), i_test), i_test, i_test]
     else:
         raise UserError(f'{basedir}: found no transforms file; {LAYOUT}')
+    if any(intrinsics.get(key) for key in DISTORTION):
+        warnings.warn(f'{source}: lens distortion ({", ".join(DISTORTION)}) is not modelled; undistort the images', stacklevel=2)
     paths = [_image_path(basedir, frame['file_path']) for frame in frames]
     poses = np.stack([frame['transform_matrix'] for frame in frames])
     return BlenderFrames(paths, poses, i_split, intrinsics, source, own_path=source == single)

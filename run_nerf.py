@@ -9,6 +9,7 @@ stands in the order in which a ray meets it, from the end of this file to its st
 `batchify_rays` → `render_rays` → `run_network` → `raw2outputs`.
 """
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -439,10 +440,17 @@ def train(args):
     log.close()
 
 
+def show_warning(message, *_):
+    """A warning as one line, in place of the source line that gave it."""
+    print(f'run_nerf.py: warning: {message}', file=sys.stderr)
+
+
 def main(argv=None):
     args = config_parser().parse_args(argv)
     try:
-        train(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            train(args)
     except UserError as error:
         print(f'run_nerf.py: error: {error}', file=sys.stderr)
         return 2

@@ -1,11 +1,13 @@
 """A scene in memory: 8-bit images, cameras and bounds, and the random rays that training draws from it."""
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from cameras import focus_point
 from errors import UserError
 from load_blender import load_blender_images, path_around, read_frames
 from load_llff import load_llff_files, place_poses
@@ -55,10 +57,11 @@ def load_scene(args):
         scene.far = args.far
     if scene.near >= scene.far:
         raise UserError(f'{args.datadir}: found near {scene.near:g} and far {scene.far:g}, expected near < far')
-    if args.lindisp and scene.near <= 0 and uses_ndc(args) is False:
+    if args.lindisp and scene.near <= 0 and not uses_ndc(args):
         raise UserError(f'--lindisp: found near {scene.near:g}, expected more than 0')
     if len(scene.i_train) == 0:
         raise UserError(f'{args.datadir}: found no training view')
+    warn_of_misfits(args, scene)
     if args.render_poses:
         scene.render_poses = read_render_poses(args.render_poses)
     return scene
@@ -67,6 +70,21 @@ def load_scene(args):
 def uses_ndc(args):
     """Whether rays go through normalised device coordinates: only forward-facing (llff) scenes do."""
     return args.dataset_type == 'llff' and not args.no_ndc
+
+
+def warn_of_misfits(args, scene):
+    """Name what makes fog of a scene: bounds that miss what the cameras look at, NDC for cameras that look all around."""
+    if args.dataset_type == 'blender':
+        distances = np.linalg.norm(scene.poses[:, :, 3] - focus_point(scene.poses), axis=-1)
+        middle = float(np.median(distances))
+        if not scene.near < middle < scene.far:
+            warnings.warn(f'the cameras look at a point {middle:.3g} away, but samples lie between {scene.near:g} and '
+                          f'{scene.far:g}: give --near and --far', stacklevel=2)
+    if uses_ndc(args):
+        agreement = np.linalg.norm(scene.poses[:, :, 2].mean(0))  # 1 if all cameras look the same way
+        if args.spherify or agreement < 0.5:
+            warnings.warn('the cameras look inwards from all around, which normalised device coordinates cannot hold: '
+                          'give --no_ndc --spherify --lindisp', stacklevel=2)
 
 
 def _blender_scene(args):

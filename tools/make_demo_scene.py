@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cameras import homogeneous, look  # noqa: E402
-from image_io import write_image  # noqa: E402
+from cameras import homogeneous, look
+from image_io import write_image
 
 CAMERA_ANGLE_X = 0.6911112070083618  # radians; the field of view of the NeRF synthetic scenes
 RADIUS = 4.0                         # camera distance from the origin, as in the NeRF synthetic scenes

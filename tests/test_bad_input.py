@@ -1,0 +1,311 @@
+"""Bad input gets one line that names what is wrong, exit code 2, and leaves nothing behind."""
+import json
+import shutil
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from conftest import ROOT, run_script
+
+from run_nerf import main
+
+FRAMES = 3
+
+
+def noise(*shape, seed):
+    return np.random.RandomState(seed).randint(0, 256, shape).astype(np.uint8)
+
+
+def blender_scene(folder):
+    """A tiny scene in the Blender layout; returns its folder."""
+    for split in ('train', 'val', 'test'):
+        (folder / split).mkdir(parents=True)
+        frames = []
+        for index in range(FRAMES):
+            iio.imwrite(folder / split / f'r_{index}.png', noise(8, 10, 4, seed=index))
+            pose = np.eye(4)
+            pose[2, 3] = 4 + 0.1 * index
+            frames.append({'file_path': f'./{split}/r_{index}', 'transform_matrix': pose.tolist()})
+        (folder / f'transforms_{split}.json').write_text(json.dumps({'camera_angle_x': 0.7, 'frames': frames}))
+    return folder
+
+
+def llff_scene(folder):
+    """A tiny scene in the LLFF layout, full size only; returns its folder."""
+    (folder / 'images').mkdir(parents=True)
+    rows = []
+    for index in range(FRAMES):
+        iio.imwrite(folder / f'images/{index}.png', noise(16, 24, 3, seed=index))
+        pose = np.array([[0, 1, 0, 0.1 * index, 16], [-1, 0, 0, 0.05, 24], [0, 0, 1, 0, 20.0]])
+        rows.append([*pose.reshape(-1), 1.0, 9.0])
+    np.save(folder / 'poses_bounds.npy', np.array(rows))
+    return folder
+
+
+def edit_json(path, change):
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+
+
+def run(capsys, *args):
+    """Run `main`; returns exit code and what went to stderr."""
+    try:
+        code = main([str(arg) for arg in args])
+    except SystemExit as stop:  # argparse leaves this way
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+def assert_refused(capsys, args, *words):
+    code, err = run(capsys, *args)
+    assert code == 2
+    assert err.count('\n') == 1 and err.startswith('run_nerf.py: error: '), err
+    for word in words:
+        assert str(word) in err, f'{word!r} not in {err!r}'
+
+
+@pytest.fixture
+def options(tmp_path):
+    """Options of a run that would be over at once, on a scene that a test then damages."""
+    def build(kind, scene=None):
+        scene = scene or {'blender': blender_scene, 'llff': llff_scene}[kind](tmp_path / 'scene')
+        return ['--dataset_type', kind, '--datadir', scene, '--expname', 'run', '--basedir', tmp_path / 'logs',
+                '--N_iters', 1, '--N_rand', 4, '--N_samples', 4, '--netdepth', 1, '--netwidth', 4, '--factor', 0,
+                '--device', 'cpu', '--testskip', 1]
+    return build
+
+
+@pytest.mark.parametrize('kind', ['blender', 'llff'])
+def test_the_undamaged_scene_trains(capsys, options, tmp_path, kind):
+    code, err = run(capsys, *options(kind))
+    assert code == 0, err
+    assert (tmp_path / 'logs/run/000001.tar').is_file()
+
+
+def test_no_such_config(capsys):
+    assert_refused(capsys, ['--config', 'nowhere.txt'], 'nowhere.txt')
+
+
+def test_no_experiment(capsys):
+    assert_refused(capsys, [], '--config', '--expname')
+
+
+def test_unknown_option(capsys, options):
+    assert_refused(capsys, [*options('blender'), '--N_sample', 8], '--N_sample')
+
+
+def test_unknown_config_key(capsys, tmp_path):
+    (tmp_path / 'typo.txt').write_text('expname = run\nN_importanze = 64\n')
+    assert_refused(capsys, ['--config', tmp_path / 'typo.txt'], 'typo.txt', 'N_importanze')
+
+
+def test_unknown_dataset_type(capsys):
+    assert_refused(capsys, ['--expname', 'run', '--dataset_type', 'colmap'], 'colmap', 'blender', 'llff')
+
+
+@pytest.mark.parametrize('kind', ['blender', 'llff'])
+def test_missing_folder(capsys, options, tmp_path, kind):
+    assert_refused(capsys, options(kind, tmp_path / 'nowhere'), tmp_path / 'nowhere', 'expected')
+
+
+@pytest.mark.parametrize('kind', ['blender', 'llff'])
+def test_empty_folder(capsys, options, tmp_path, kind):
+    (tmp_path / 'scene').mkdir()
+    assert_refused(capsys, options(kind, tmp_path / 'scene'), tmp_path / 'scene', 'expected')
+
+
+def test_missing_split(capsys, options, tmp_path):
+    args = options('blender')
+    (tmp_path / 'scene/transforms_val.json').unlink()
+    assert_refused(capsys, args, 'transforms_val.json')
+
+
+def test_missing_image(capsys, options, tmp_path):
+    args = options('blender')
+    (tmp_path / 'scene/train/r_1.png').unlink()
+    assert_refused(capsys, args, 'r_1.png')
+
+
+@pytest.mark.parametrize('kind, image', [('blender', 'train/r_1.png'), ('llff', 'images/1.png')])
+@pytest.mark.parametrize('kept', [0, 0.1, 0.5])
+def test_truncated_image(capsys, options, tmp_path, kind, image, kept):
+    args = options(kind)
+    path = tmp_path / 'scene' / image
+    content = path.read_bytes()
+    path.write_bytes(content[:int(kept * len(content))])
+    assert_refused(capsys, args, image)
+
+
+@pytest.mark.parametrize('kind, image', [('blender', 'test/r_1.png'), ('llff', 'images/1.png')])
+def test_images_of_different_sizes(capsys, options, tmp_path, kind, image):
+    args = options(kind)
+    iio.imwrite(tmp_path / 'scene' / image, np.zeros((9, 11, 3), np.uint8))
+    assert_refused(capsys, args, image, '11×9', 'expected')
+
+
+def test_image_of_16_bits(capsys, options, tmp_path):
+    args = options('blender')
+    iio.imwrite(tmp_path / 'scene/train/r_1.png', np.zeros((8, 10), np.uint16))
+    assert_refused(capsys, args, 'r_1.png', '8-bit')
+
+
+def test_malformed_json(capsys, options, tmp_path):
+    args = options('blender')
+    (tmp_path / 'scene/transforms_train.json').write_text('{"frames": [')
+    assert_refused(capsys, args, 'transforms_train.json', 'JSON')
+
+
+@pytest.mark.parametrize('content', ['[]', '{}', '{"frames": []}', '{"frames": 3}', '{"frames": [3]}'])
+def test_json_without_frames(capsys, options, tmp_path, content):
+    args = options('blender')
+    (tmp_path / 'scene/transforms_train.json').write_text(content)
+    assert_refused(capsys, args, 'transforms_train.json')
+
+
+@pytest.mark.parametrize('key', ['transform_matrix', 'file_path'])
+def test_frame_without_key(capsys, options, tmp_path, key):
+    args = options('blender')
+    edit_json(tmp_path / 'scene/transforms_train.json', lambda meta: meta['frames'][1].pop(key))
+    assert_refused(capsys, args, 'transforms_train.json', 'frame 1', key)
+
+
+@pytest.mark.parametrize('matrix', [[[1, 0], [0, 1]], 'no matrix', [[1, 2, 3, 4]] * 3 + [[1, 2, 3]], None])
+def test_pose_of_another_shape(capsys, options, tmp_path, matrix):
+    args = options('blender')
+    edit_json(tmp_path / 'scene/transforms_train.json', lambda meta: meta['frames'][1].update(transform_matrix=matrix))
+    assert_refused(capsys, args, 'transforms_train.json', 'frame 1')
+
+
+def test_nan_pose(capsys, options, tmp_path):
+    args = options('blender')
+
+    def spoil(meta):
+        meta['frames'][2]['transform_matrix'][0][3] = float('nan')
+    edit_json(tmp_path / 'scene/transforms_train.json', spoil)
+    assert_refused(capsys, args, 'transforms_train.json', 'frame 2', 'NaN')
+
+
+def test_no_intrinsics(capsys, options, tmp_path):
+    args = options('blender')
+    for split in ('train', 'val', 'test'):
+        edit_json(tmp_path / f'scene/transforms_{split}.json', lambda meta: meta.pop('camera_angle_x'))
+    assert_refused(capsys, args, 'camera_angle_x', 'fl_x')
+
+
+def test_intrinsics_for_another_size(capsys, options, tmp_path):
+    args = options('blender')
+    for split in ('train', 'val', 'test'):
+        edit_json(tmp_path / f'scene/transforms_{split}.json', lambda meta: meta.update(w=20, h=16, fl_x=12.0))
+    assert_refused(capsys, args, '20', '10×8')
+
+
+def test_splits_with_different_cameras(capsys, options, tmp_path):
+    args = options('blender')
+    edit_json(tmp_path / 'scene/transforms_val.json', lambda meta: meta.update(camera_angle_x=0.8))
+    assert_refused(capsys, args, 'transforms_val.json', 'camera_angle_x')
+
+
+def test_pose_and_image_counts_differ(capsys, options, tmp_path):
+    args = options('llff')
+    (tmp_path / 'scene/images/1.png').unlink()
+    assert_refused(capsys, args, '2 images', '3 poses')
+
+
+@pytest.mark.parametrize('table', [np.zeros((3, 16)), np.zeros(17), np.zeros((0, 17)), np.full((3, 17), np.nan),
+                                   np.array(['a'])])
+def test_bad_poses_bounds(capsys, options, tmp_path, table):
+    args = options('llff')
+    np.save(tmp_path / 'scene/poses_bounds.npy', table)
+    assert_refused(capsys, args, 'poses_bounds.npy')
+
+
+def test_poses_bounds_that_is_no_array(capsys, options, tmp_path):
+    args = options('llff')
+    (tmp_path / 'scene/poses_bounds.npy').write_text('not an array')
+    assert_refused(capsys, args, 'poses_bounds.npy')
+
+
+def test_bounds_the_wrong_way_round(capsys, options, tmp_path):
+    args = options('llff')
+    table = np.load(tmp_path / 'scene/poses_bounds.npy')
+    table[1, 15:] = 9.0, 1.0
+    np.save(tmp_path / 'scene/poses_bounds.npy', table)
+    assert_refused(capsys, args, 'row 1', 'near < far')
+
+
+def test_no_photos_to_reduce(capsys, options, tmp_path):
+    args = options('llff')
+    shutil.rmtree(tmp_path / 'scene/images')
+    assert_refused(capsys, [*args, '--factor', 4], 'images_4')
+
+
+@pytest.mark.parametrize('bounds', [['--near', 3, '--far', 3], ['--near', 7], ['--far', 1]])
+def test_near_not_below_far(capsys, options, bounds):
+    assert_refused(capsys, [*options('blender'), *bounds], 'near', 'far')
+
+
+@pytest.mark.parametrize('option, value', [('--N_samples', 0), ('--N_rand', -1), ('--N_iters', 'many'), ('--lrate', 'nan'),
+                                           ('--precrop_frac', 1.5), ('--near', -1), ('--chunk', 0), ('--i_embed', 7)])
+def test_values_out_of_range(capsys, options, option, value):
+    assert_refused(capsys, [*options('blender'), option, value], option, value)
+
+
+def test_too_few_samples_to_refine(capsys, options):
+    assert_refused(capsys, [*options('blender'), '--N_samples', 2, '--N_importance', 8], '--N_samples', 'at least 3')
+
+
+def test_disparity_from_near_zero(capsys, options):
+    assert_refused(capsys, [*options('blender'), '--lindisp', '--near', 0], '--lindisp')
+
+
+def test_render_only_without_checkpoint(capsys, options, tmp_path):
+    assert_refused(capsys, [*options('blender'), '--render_only'], 'checkpoint', tmp_path / 'logs/run')
+    assert not (tmp_path / 'logs').exists()
+
+
+def test_unwritable_basedir(capsys, options, tmp_path):
+    (tmp_path / 'file').write_text('')
+    assert_refused(capsys, [*options('blender'), '--basedir', tmp_path / 'file'], tmp_path / 'file')
+
+
+def test_no_such_device(capsys, options):
+    assert_refused(capsys, [*options('blender'), '--device', 'warp:9'], 'warp:9')
+
+
+@pytest.mark.parametrize('content', [b'', b'not a checkpoint', b'PK\x03\x04 half a zip'])
+def test_damaged_checkpoint(capsys, options, tmp_path, content):
+    (tmp_path / 'logs/run').mkdir(parents=True)
+    (tmp_path / 'logs/run/000005.tar').write_bytes(content)
+    assert_refused(capsys, options('blender'), '000005.tar')
+
+
+def test_checkpoint_of_another_network(capsys, options):
+    args = options('blender')
+    assert run(capsys, *args)[0] == 0
+    assert_refused(capsys, [*args, '--netwidth', 8, '--N_iters', 2], '000001.tar', 'fit')
+
+
+def test_missing_ft_path(capsys, options):
+    assert_refused(capsys, [*options('blender'), '--ft_path', 'gone.tar'], 'gone.tar')
+
+
+@pytest.mark.parametrize('name, content', [('path.json', '{"frames": ['), ('path.json', '[[1, 2], [3]]'),
+                                           ('path.json', '[[[1, 0], [0, 1]]]'), ('path.npy', 'no array')])
+def test_bad_render_poses(capsys, options, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert_refused(capsys, [*options('blender'), '--render_poses', tmp_path / name], name)
+
+
+def test_a_refused_run_leaves_the_experiment_as_it_was(capsys, options, tmp_path):
+    args = options('blender')
+    assert run(capsys, *args)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / 'logs/run').iterdir()}
+    assert_refused(capsys, [*args, '--near', 9], 'near')
+    assert {path: path.read_bytes() for path in (tmp_path / 'logs/run').iterdir()} == before
+
+
+def test_a_real_process_exits_with_2(tmp_path):
+    done = run_script('--config', ROOT / 'configs/lego.txt', '--datadir', tmp_path / 'nowhere', '--basedir', tmp_path)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.count('\n') == 1 and 'nowhere' in done.stderr
