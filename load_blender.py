@@ -146,7 +146,7 @@ def read_frames(basedir, testskip=1, hold=8):
     else:
         raise UserError(f'{basedir}: found no transforms file; {LAYOUT}')
     if any(intrinsics.get(key) for key in DISTORTION):
-        warnings.warn(f'{source}: lens distortion ({", ".join(DISTORTION)}) is not modelled; undistort the images', stacklevel=2)
+        warnings.warn(f'{source}: lens distortion (k1 and its like) is not modelled; undistort the images', stacklevel=2)
     paths = [_image_path(basedir, frame['file_path']) for frame in frames]
     poses = np.stack([frame['transform_matrix'] for frame in frames])
     return BlenderFrames(paths, poses, i_split, intrinsics, source, own_path=source == single)

@@ -198,7 +198,8 @@ def ndc_rays(H, W, focal, near, rays_o, rays_d):
       rays_o, rays_d: [..., 3] in NDC.
     """
     d_z = rays_d[..., 2]
-    d_z = torch.where(d_z.abs() < 1e-9, torch.full_like(d_z, -1e-9), d_z)  # a ray along the plane never meets it
+    d_z = torch.where(d_z.abs() < 1e-9, torch.full_like(d_z, -1e-9), d_z)  # a ray along the plane would never meet it
+    rays_d = torch.cat([rays_d[..., :2], d_z[..., None]], -1)
     t = -(near + rays_o[..., 2]) / d_z
     rays_o = rays_o + t[..., None] * rays_d  # start on the near plane
 

@@ -1,0 +1,225 @@
+"""Encoding, network, rays, NDC and sampling: properties, and plain twins of the fast forms."""
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from run_nerf_helpers import (
+    Embedder,
+    NeRF,
+    get_embedder,
+    get_rays,
+    img2mse,
+    mse2psnr,
+    ndc_rays,
+    pixel_rays,
+    sample_pdf,
+    to8b,
+)
+
+K = np.array([[60.0, 0, 17.0], [0, 50.0, 9.0], [0, 0, 1]])
+
+
+def some_pose(seed=0):
+    """A rotation and a position, [3, 4]."""
+    generator = torch.Generator().manual_seed(seed)
+    rotation, _ = torch.linalg.qr(torch.randn(3, 3, generator=generator))
+    return torch.cat([rotation, torch.randn(3, 1, generator=generator)], -1)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------
+
+def test_psnr_of_a_known_error():
+    x = torch.rand(7, 3)
+    assert mse2psnr(img2mse(x, x + 0.1)).item() == pytest.approx(20.0, abs=1e-4)
+
+
+def test_to8b_clips():
+    assert to8b(np.array([-1.0, 0.0, 0.5, 1.0, 7.0])).tolist() == [0, 0, 127, 255, 255]
+
+
+# --- encoding ---------------------------------------------------------------------------------------------------
+
+def encode_one_by_one(x, L):
+    """Eq. 4, a term at a time."""
+    return torch.cat([x] + [fn(x * 2.0 ** k) for k in range(L) for fn in (torch.sin, torch.cos)], -1)
+
+
+@given(st.integers(1, 12), st.lists(st.integers(1, 4), max_size=3))
+def test_encoding_equals_its_plain_twin(L, shape):
+    x = torch.randn(*shape, 3)
+    embed, dim = get_embedder(L)
+    assert dim == 3 + 6 * L
+    assert torch.equal(embed(x), encode_one_by_one(x, L))
+
+
+def test_encoding_options():
+    embedder = Embedder(include_input=False, input_dims=2, max_freq_log2=3, num_freqs=4, log_sampling=False,
+                        periodic_fns=[torch.sin])
+    x = torch.randn(5, 2)
+    expected = torch.cat([torch.sin(x * f) for f in torch.linspace(1, 8, 4)], -1)
+    assert embedder.out_dim == 8 and torch.equal(embedder.embed(x), expected)
+
+
+# --- network ----------------------------------------------------------------------------------------------------
+
+@settings(deadline=None, max_examples=40)
+@given(D=st.integers(1, 9), W=st.integers(2, 20), skips=st.lists(st.integers(0, 10), max_size=4), use_viewdirs=st.booleans())
+def test_any_depth_width_and_skips(D, W, skips, use_viewdirs):
+    network = NeRF(D=D, W=W, input_ch=5, input_ch_views=4 if use_viewdirs else 0, output_ch=5, skips=skips,
+                   use_viewdirs=use_viewdirs)
+    out = network(torch.randn(2, 3, 9 if use_viewdirs else 5))
+    assert out.shape == (2, 3, 4 if use_viewdirs else 5)
+    out.sum().backward()
+    unused = set() if use_viewdirs else {'views_linears.0.weight', 'views_linears.0.bias'}
+    assert {name for name, p in network.named_parameters() if p.grad is None} == unused
+
+
+def test_state_dict_keys_and_shapes():
+    shapes = {key: tuple(value.shape) for key, value in NeRF(D=8, W=256, input_ch=63, input_ch_views=27, skips=[4],
+                                                             use_viewdirs=True).state_dict().items()}
+    layers = [f'pts_linears.{i}' for i in range(8)] + ['views_linears.0', 'feature_linear', 'alpha_linear', 'rgb_linear']
+    assert list(shapes) == [f'{layer}.{part}' for layer in layers for part in ('weight', 'bias')]  # optimizer states too
+    assert shapes['pts_linears.5.weight'] == (256, 319) and shapes['views_linears.0.weight'] == (128, 283)
+
+
+def test_density_does_not_depend_on_the_direction():
+    network = NeRF(D=3, W=16, input_ch=3, input_ch_views=3, use_viewdirs=True)
+    position = torch.randn(10, 3)
+    one, other = (network(torch.cat([position, torch.randn(10, 3)], -1)) for _ in range(2))
+    assert torch.equal(one[:, 3], other[:, 3]) and not torch.equal(one[:, :3], other[:, :3])
+
+
+def keras_forward(weights, D, skips, points, views):
+    """The paper's TensorFlow model in NumPy: kernels stand [in, out]."""
+    relu = lambda x: np.maximum(x, 0)  # noqa: E731
+    pairs = list(zip(weights[0::2], weights[1::2]))
+    h = points
+    for i in range(D):
+        h = relu(h @ pairs[i][0] + pairs[i][1])
+        if i in skips:
+            h = np.concatenate([points, h], -1)
+    if views is None:
+        return h @ pairs[D][0] + pairs[D][1]
+    feature, view, rgb, alpha = pairs[D:]
+    color = relu(np.concatenate([h @ feature[0] + feature[1], views], -1) @ view[0] + view[1])
+    return np.concatenate([color @ rgb[0] + rgb[1], h @ alpha[0] + alpha[1]], -1)
+
+
+@pytest.mark.parametrize('use_viewdirs', [True, False])
+def test_weights_from_keras(use_viewdirs):
+    D, W, random = 6, 8, np.random.RandomState(0)
+    sizes = [(3, W)] + [(W + 3 if i == 4 else W, W) for i in range(D - 1)]
+    sizes += [(W, W), (W + 2, W // 2), (W // 2, 3), (W, 1)] if use_viewdirs else [(W, 4)]
+    weights = [random.randn(*shape).astype(np.float32) for size in sizes for shape in (size, size[1:])]
+    network = NeRF(D=D, W=W, input_ch=3, input_ch_views=2 if use_viewdirs else 0, skips=[4], use_viewdirs=use_viewdirs)
+    network.load_weights_from_keras(weights)
+    points, views = random.randn(5, 3).astype(np.float32), random.randn(5, 2).astype(np.float32) if use_viewdirs else None
+    inputs = points if views is None else np.concatenate([points, views], -1)
+    expected = keras_forward(weights, D, [4], points, views)
+    np.testing.assert_allclose(network(torch.from_numpy(inputs)).detach(), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match='expected'):
+        network.load_weights_from_keras(weights[:-2])
+
+
+# --- rays -------------------------------------------------------------------------------------------------------
+
+def test_rays_meet_the_pixels_they_are_named_after():
+    c2w, H, W = some_pose(), 18, 34
+    rays_o, rays_d = get_rays(H, W, K, c2w)
+    world = rays_o + 2.5 * rays_d
+    camera = (world - c2w[:, 3]) @ c2w[:, :3]  # OpenGL: looks along -z
+    x = K[0, 0] * camera[..., 0] / -camera[..., 2] + K[0, 2]
+    y = -K[1, 1] * camera[..., 1] / -camera[..., 2] + K[1, 2]
+    rows, columns = np.mgrid[:H, :W]
+    np.testing.assert_allclose(x, columns, atol=1e-3)
+    np.testing.assert_allclose(y, rows, atol=1e-3)
+
+
+def test_pixel_centers_are_half_a_pixel_further():
+    c2w, moved = some_pose(), K.copy()
+    moved[:2, 2] -= 0.5
+    for one, other in zip(get_rays(6, 8, K, c2w, pixel_centers=True), get_rays(6, 8, moved, c2w)):
+        torch.testing.assert_close(one, other)
+
+
+def test_rays_of_single_pixels_are_those_of_the_image():
+    poses = torch.stack([some_pose(0), some_pose(1)])
+    images = [get_rays(6, 8, K, c2w) for c2w in poses]
+    view, y, x = torch.tensor([0, 1, 1]), torch.tensor([5, 0, 3]), torch.tensor([7, 2, 0])
+    rays_o, rays_d = pixel_rays(x.float(), y.float(), K, poses[view])
+    for k in range(3):
+        torch.testing.assert_close(rays_o[k], images[view[k]][0][y[k], x[k]])
+        torch.testing.assert_close(rays_d[k], images[view[k]][1][y[k], x[k]])
+
+
+def test_ndc_keeps_points_on_their_rays():
+    """Projecting a point of a ray gives a point of the NDC ray, at t' = 1 - o_z / (o_z + t d_z) (Eq. 20 ff.)."""
+    H, W, focal, near = 20, 30, 25.0, 1.0
+    rays_o = torch.randn(50, 3) * 0.1
+    rays_d = torch.cat([torch.randn(50, 2) * 0.3, -torch.ones(50, 1)], -1)
+    ndc_o, ndc_d = ndc_rays(H, W, focal, near, rays_o, rays_d)
+    start = rays_o + (-(near + rays_o[:, 2:]) / rays_d[:, 2:]) * rays_d
+    for t in (0.0, 0.7, 9.0):
+        point = start + t * rays_d
+        projected = torch.stack([-focal / (W / 2) * point[:, 0] / point[:, 2], -focal / (H / 2) * point[:, 1] / point[:, 2],
+                                 1 + 2 * near / point[:, 2]], -1)
+        along = 1 - start[:, 2:] / point[:, 2:]
+        torch.testing.assert_close(ndc_o + along * ndc_d, projected, atol=1e-4, rtol=1e-4)
+
+
+def test_ndc_of_a_ray_along_the_image_plane_is_finite():
+    rays_o, rays_d = torch.zeros(1, 3), torch.tensor([[1.0, 0.5, 0.0]])
+    assert all(torch.isfinite(part).all() for part in ndc_rays(20, 30, 25.0, 1.0, rays_o, rays_d))
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------
+
+def sample_one_by_one(bins, weights, u):
+    """The inverse of the piecewise linear distribution function, a sample at a time."""
+    pdf = (weights + 1e-5) / np.sum(weights + 1e-5)
+    cdf = np.concatenate([[0], np.cumsum(pdf)])
+    samples = []
+    for value in u:
+        k = min(int(np.searchsorted(cdf, value, side='right')) - 1, len(weights) - 1)
+        samples.append(bins[k] + (value - cdf[k]) / (cdf[k + 1] - cdf[k]) * (bins[k + 1] - bins[k]))
+    return np.array(samples)
+
+
+def test_sampling_equals_its_plain_twin():
+    random = np.random.RandomState(1)
+    bins, weights = np.sort(random.rand(6, 20), -1), random.rand(6, 19) ** 4
+    found = sample_pdf(torch.from_numpy(bins), torch.from_numpy(weights), 40, pytest=True)
+    u = np.random.RandomState(0).rand(6, 40)
+    for row in range(6):
+        np.testing.assert_allclose(found[row], sample_one_by_one(bins[row], weights[row], u[row]), atol=1e-6)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 30), st.integers(1, 40), st.booleans(), st.integers(0, 10 ** 6))
+def test_samples_stay_within_the_bins(M, N_samples, det, seed):
+    generator = torch.Generator().manual_seed(seed)
+    bins = torch.sort(torch.rand(3, M + 1, generator=generator) * 10 - 5, -1)[0]
+    weights = torch.rand(3, M, generator=generator) * (torch.rand(3, M, generator=generator) > 0.5)
+    samples = sample_pdf(bins, weights, N_samples, det=det)
+    assert samples.shape == (3, N_samples)
+    assert (samples >= bins[:, :1] - 1e-5).all() and (samples <= bins[:, -1:] + 1e-5).all()
+    if det:
+        assert (samples[:, 1:] >= samples[:, :-1] - 1e-5).all()
+
+
+def test_samples_are_distributed_as_the_weights():
+    torch.manual_seed(0)
+    bins, weights = torch.tensor([[0.0, 1.0, 3.0, 4.0]]), torch.tensor([[1.0, 2.0, 5.0]])
+    samples = sample_pdf(bins, weights, 20000)
+    shares = torch.histogram(samples[0], bins[0])[0] / 20000
+    torch.testing.assert_close(shares, weights[0] / 8, atol=0.02, rtol=0)
+
+
+def test_fixed_numbers_touch_no_global_state():
+    np.random.seed(5)
+    torch.manual_seed(5)
+    before = np.random.get_state()[1].tolist(), torch.get_rng_state()
+    sample_pdf(torch.linspace(0, 1, 5)[None], torch.ones(1, 4), 7, pytest=True)
+    assert np.random.get_state()[1].tolist() == before[0] and torch.equal(torch.get_rng_state(), before[1])

@@ -1,0 +1,290 @@
+"""Loaders, scenes and ray batches: every layout that is read, and what becomes of it."""
+import json
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from conftest import DATA, ROOT, needs_data
+from test_bad_input import blender_scene, edit_json, llff_scene, noise
+
+from cameras import focus_point
+from image_io import area_weights, read_image, resize_area, write_image
+from load_blender import load_blender_data, pose_spherical
+from load_llff import load_llff_data
+from options import config_parser
+from run_nerf_helpers import get_rays
+from scene import RayBatcher, load_scene
+
+
+def scene_of(*args):
+    return load_scene(config_parser().parse_args(['--expname', 'run', *map(str, args)]))
+
+
+def blender(folder, *args):
+    return scene_of('--dataset_type', 'blender', '--datadir', folder, '--testskip', 1, *args)
+
+
+# --- images -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('n_in, n_out', [(8, 4), (9, 4), (10, 10), (7, 1), (100, 33)])
+def test_area_weights_are_means_over_equal_intervals(n_in, n_out):
+    weights = area_weights(n_in, n_out)
+    np.testing.assert_allclose(weights.sum(1), 1)                # each output is a mean
+    np.testing.assert_allclose(weights.sum(0), n_out / n_in)     # in which each input counts the same
+
+
+def test_resizing_by_area_both_ways():
+    image = noise(12, 18, 3, seed=0)
+    by_blocks = resize_area(image, 4, 6)
+    rows, columns = area_weights(12, 4), area_weights(18, 6)
+    np.testing.assert_allclose(by_blocks, np.einsum('hi,ijc,wj->hwc', rows, image, columns), rtol=1e-5)
+    uneven = resize_area(image, 5, 7)
+    assert uneven.shape == (5, 7, 3)
+    np.testing.assert_allclose(uneven.mean((0, 1)), image.mean((0, 1)), rtol=1e-5)
+
+
+def test_reading_grey_and_palette_images(tmp_path):
+    grey = noise(6, 5, seed=1)
+    write_image(tmp_path / 'grey.png', grey)
+    assert np.array_equal(read_image(tmp_path / 'grey.png'), np.repeat(grey[..., None], 3, -1))
+    assert [path.name for path in tmp_path.iterdir()] == ['grey.png']
+
+
+# --- blender layout ---------------------------------------------------------------------------------------------
+
+def test_blender_splits_and_testskip(tmp_path):
+    folder = blender_scene(tmp_path / 'scene')
+    for testskip, counts in ((1, [3, 3, 3]), (0, [3, 3, 3]), (2, [3, 2, 2])):
+        imgs, poses, render_poses, (H, W, focal), i_split = load_blender_data(folder, testskip=testskip)
+        assert [len(part) for part in i_split] == counts and len(imgs) == len(poses) == sum(counts)
+        assert imgs.shape[1:] == (8, 10, 4) and render_poses.shape == (40, 4, 4)
+        assert focal == pytest.approx(5 / np.tan(0.35)) and (H, W) == (8, 10)
+
+
+@pytest.mark.parametrize('white_bkgd', [True, False])
+def test_alpha_is_composited_on_white_or_black(tmp_path, white_bkgd):
+    folder = blender_scene(tmp_path / 'scene')
+    scene = blender(folder, '--white_bkgd' if white_bkgd else '--no-white_bkgd')
+    rgba = iio.imread(folder / 'train/r_1.png') / 255.0
+    expected = rgba[..., :3] * rgba[..., 3:] + white_bkgd * (1 - rgba[..., 3:])
+    assert scene.images.dtype == np.uint8 and scene.images.shape == (9, 8, 10, 3)
+    np.testing.assert_allclose(scene.images[1] / 255, expected, atol=0.5 / 255 + 1e-6)
+
+
+def test_half_res_halves_images_and_intrinsics(tmp_path):
+    folder = blender_scene(tmp_path / 'scene')
+    full, half = blender(folder, '--white_bkgd'), blender(folder, '--white_bkgd', '--half_res')
+    assert (half.H, half.W) == (4, 5)
+    np.testing.assert_allclose(half.K[:2], full.K[:2] / 2)
+    imgs = load_blender_data(folder, half_res=True)[0]
+    np.testing.assert_allclose(imgs[0], load_blender_data(folder)[0][0].reshape(4, 2, 5, 2, 4).mean((1, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize('ending, in_file', [('.png', ''), ('.png', '.png'), ('.jpg', ''), ('.jpeg', '.jpeg'), ('.JPG', '')])
+def test_images_with_and_without_ending(tmp_path, ending, in_file):
+    folder = blender_scene(tmp_path / 'scene')
+    for split in ('train', 'val', 'test'):
+        def rename(meta, split=split):
+            for frame in meta['frames']:
+                old = folder / (frame['file_path'] + '.png')
+                rgb = iio.imread(old)[..., :3]
+                old.unlink()
+                iio.imwrite(old.with_suffix(ending), rgb)
+                frame['file_path'] += in_file
+        edit_json(folder / f'transforms_{split}.json', rename)
+    assert load_blender_data(folder)[0].shape == (9, 8, 10, 3)
+    assert blender(folder).images.shape == (9, 8, 10, 3)
+
+
+def test_an_image_without_alpha_among_others_is_opaque(tmp_path):
+    folder = blender_scene(tmp_path / 'scene')
+    iio.imwrite(folder / 'train/r_1.png', noise(8, 10, 3, seed=9))
+    assert (load_blender_data(folder)[0][1, ..., 3] == 1).all()
+
+
+def test_intrinsics_in_pixels_are_honoured(tmp_path):
+    folder = blender_scene(tmp_path / 'scene')
+    given = {'fl_x': 12.0, 'fl_y': 13.0, 'cx': 4.5, 'cy': 3.0, 'w': 10, 'h': 8}
+    for split in ('train', 'val', 'test'):
+        edit_json(folder / f'transforms_{split}.json', lambda meta: meta.update(given))
+    np.testing.assert_array_equal(blender(folder).K, [[12, 0, 4.5], [0, 13, 3], [0, 0, 1]])
+    np.testing.assert_array_equal(blender(folder, '--half_res').K, [[6, 0, 2.25], [0, 6.5, 1.5], [0, 0, 1]])
+
+
+def single_file_scene(folder, count=17):
+    """Cameras on a circle of radius 3 at height 1 about the point (5, 0, 0), in one transforms.json."""
+    (folder / 'images').mkdir(parents=True)
+    frames = []
+    for index in range(count):
+        iio.imwrite(folder / f'images/{index:03d}.jpg', noise(8, 10, 3, seed=index))
+        pose = pose_spherical(360 * index / count, -np.degrees(np.arctan2(1, 3)), np.sqrt(10))
+        pose[0, 3] += 5
+        frames.append({'file_path': f'images/{index:03d}.jpg', 'transform_matrix': pose.tolist()})
+    meta = {'fl_x': 12.0, 'w': 10, 'h': 8, 'frames': frames}
+    (folder / 'transforms.json').write_text(json.dumps(meta))
+    return folder
+
+
+def test_a_single_transforms_file_holds_out_every_8th_frame(tmp_path):
+    folder = single_file_scene(tmp_path / 'scene')
+    scene = blender(folder)
+    assert scene.i_test.tolist() == [0, 8, 16] and len(scene.i_train) == 14
+    assert not set(scene.i_train) & set(scene.i_test)
+    assert blender(folder, '--llffhold', 5).i_test.tolist() == [0, 5, 10, 15]
+
+
+def test_the_path_of_a_scene_of_ones_own_goes_around_what_the_cameras_see(tmp_path):
+    path = blender(single_file_scene(tmp_path / 'scene')).render_poses
+    np.testing.assert_allclose(focus_point(path), [5, 0, 0], atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(path[:, :, 3] - [5, 0, 0], axis=-1), np.sqrt(10), rtol=1e-4)
+    np.testing.assert_allclose(path[:, 2, 3], 1, atol=1e-4)
+    assert np.linalg.det(path[:, :, :3]) == pytest.approx(np.ones(40), abs=1e-4)
+
+
+def test_bounds_that_miss_what_the_cameras_see_are_named(tmp_path):
+    folder = single_file_scene(tmp_path / 'scene')
+    with pytest.warns(UserWarning, match='--near and --far'):
+        blender(folder, '--near', 0.1, '--far', 1)
+
+
+def test_lens_distortion_is_named(tmp_path):
+    folder = single_file_scene(tmp_path / 'scene')
+    edit_json(folder / 'transforms.json', lambda meta: meta.update(k1=0.1))
+    with pytest.warns(UserWarning, match='distortion'):
+        blender(folder)
+
+
+def test_the_demo_scene_is_whole():
+    scene = blender(ROOT / 'data/demo', '--white_bkgd')
+    assert [len(part) for part in (scene.i_train, scene.i_val, scene.i_test)] == [80, 2, 8]
+    assert (scene.H, scene.W) == (128, 128) and np.isfinite(scene.poses).all()
+    size = sum(path.stat().st_size for path in (ROOT / 'data/demo').rglob('*') if path.is_file())
+    assert size <= 2 * 1024 ** 2
+
+
+# --- llff layout ------------------------------------------------------------------------------------------------
+
+def test_a_missing_reduced_folder_is_made(tmp_path):
+    folder = llff_scene(tmp_path / 'scene')
+    (folder / 'images/.DS_Store').write_text('')
+    (folder / 'images/._0.png').write_text('')
+    images, poses, _, _, _ = load_llff_data(folder, factor=2)
+    assert images.shape == (3, 8, 12, 3) and poses[0, :, 4].tolist() == [8, 12, 10]
+    expected = iio.imread(folder / 'images/1.png').reshape(8, 2, 12, 2, 3).mean((1, 3)) / 255
+    np.testing.assert_allclose(images[1], expected, atol=0.5 / 255 + 1e-6)
+    assert sorted(path.name for path in folder.iterdir()) == ['images', 'images_2', 'poses_bounds.npy']
+
+
+def test_a_failed_reduction_leaves_nothing(tmp_path):
+    folder = llff_scene(tmp_path / 'scene')
+    (folder / 'images/1.png').write_bytes(b'')
+    with pytest.raises(ValueError, match=r'1\.png'):
+        load_llff_data(folder, factor=2)
+    assert sorted(path.name for path in folder.iterdir()) == ['images', 'poses_bounds.npy']
+
+
+def test_the_full_size_folder_may_be_absent(tmp_path):
+    folder = llff_scene(tmp_path / 'scene')
+    load_llff_data(folder, factor=4)
+    for path in (folder / 'images').iterdir():
+        path.unlink()
+    (folder / 'images').rmdir()
+    assert load_llff_data(folder, factor=4)[0].shape == (3, 4, 6, 3)
+
+
+@pytest.mark.parametrize('factor', [0, 1, None])
+def test_full_size(tmp_path, factor):
+    images, poses, _, _, _ = load_llff_data(llff_scene(tmp_path / 'scene'), factor=factor)
+    assert images.shape == (3, 16, 24, 3) and poses[0, 2, 4] == 20
+
+
+def test_options_of_the_llff_loader(tmp_path):
+    folder = llff_scene(tmp_path / 'scene')
+    _, poses, bds, path, _ = load_llff_data(folder, 0, bd_factor=None, recenter=False)
+    assert bds.tolist() == [[1, 9]] * 3 and path.shape == (120, 3, 5)
+    np.testing.assert_allclose(poses[:, :, 3], [[0, 0.05, 0], [0.1, 0.05, 0], [0.2, 0.05, 0]], atol=1e-6)
+    _, poses, bds, path, _ = load_llff_data(folder, 0, bd_factor=0.5, path_zflat=True)
+    assert bds.min() == pytest.approx(2) and path.shape == (60, 3, 5)
+    np.testing.assert_allclose(poses[:, :, 3].mean(0), 0, atol=1e-6)  # recentred
+
+
+@needs_data
+def test_fern_as_a_scene():
+    scene = scene_of('--datadir', DATA / 'nerf_llff_data/fern')
+    assert scene.i_test.tolist() == [0, 8, 16] and len(scene.i_train) == 17
+    assert (scene.near, scene.far) == (0, 1) and (scene.H, scene.W) == (378, 504)
+    flat = scene_of('--datadir', DATA / 'nerf_llff_data/fern', '--no_ndc')
+    assert flat.near == pytest.approx(1.2, abs=0.01) and flat.far > 5
+
+
+@needs_data
+def test_ndc_with_cameras_all_around_is_named():
+    with pytest.warns(UserWarning, match='--no_ndc'):
+        scene_of('--datadir', DATA / 'nerf_llff_data/fern', '--spherify')
+
+
+# --- a path of one's own ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('rows', [3, 4])
+def test_render_poses_from_files(tmp_path, rows):
+    folder, poses = blender_scene(tmp_path / 'scene'), np.tile(np.eye(4), (5, 1, 1))[:, :rows]
+    poses[:, 0, 3] = np.arange(5)
+    np.save(tmp_path / 'path.npy', poses)
+    (tmp_path / 'path.json').write_text(json.dumps(poses.tolist()))
+    (tmp_path / 'frames.json').write_text(json.dumps({'frames': [{'transform_matrix': p.tolist()} for p in poses]}))
+    for name in ('path.npy', 'path.json', 'frames.json'):
+        np.testing.assert_array_equal(blender(folder, '--render_poses', tmp_path / name).render_poses, poses[:, :3])
+
+
+# --- ray batches ------------------------------------------------------------------------------------------------
+
+def batcher(scene, **options):
+    return RayBatcher(scene, **{'N_rand': 500, 'no_batching': False, 'precrop_iters': 0, 'precrop_frac': 0.5,
+                                'pixel_centers': False, 'device': 'cpu', **options})
+
+
+def pixels_of(scene, rays):
+    """Which view and pixel each ray belongs to, found by comparing with all rays of all training views."""
+    every = []
+    for view in scene.i_train:
+        rays_o, rays_d = get_rays(scene.H, scene.W, scene.K, torch.from_numpy(scene.poses[view]))
+        every.append(torch.cat([rays_o, rays_d], -1).reshape(-1, 6))
+    nearest = torch.cdist(torch.cat([rays[0], rays[1]], -1), torch.cat(every)).argmin(-1)
+    return np.unravel_index(nearest.numpy(), (len(scene.i_train), scene.H, scene.W))
+
+
+@pytest.mark.parametrize('no_batching', [True, False])
+def test_a_batch_holds_rays_and_their_colours(tmp_path, no_batching):
+    scene = blender(blender_scene(tmp_path / 'scene'))
+    torch.manual_seed(0)
+    rays, target = batcher(scene, no_batching=no_batching).draw(1)
+    view, y, x = pixels_of(scene, rays)
+    assert rays.shape == (2, 500, 3) and target.shape == (500, 3)
+    np.testing.assert_allclose(target, scene.images[scene.i_train][view, y, x] / 255, atol=1e-6)
+    assert len(set(view)) == (1 if no_batching else 3)
+    assert len(set(zip(y, x))) == 80  # 500 draws meet each of 8 × 10 pixels
+
+
+@pytest.mark.parametrize('no_batching', [True, False])
+def test_precrop_sees_the_middle_only_and_ends(tmp_path, no_batching):
+    scene = blender(blender_scene(tmp_path / 'scene'))
+    batches = batcher(scene, no_batching=no_batching, precrop_iters=3)
+    for step, rows, columns in ((1, range(2, 6), range(3, 7)), (2, range(2, 6), range(3, 7)), (3, range(8), range(10))):
+        _, y, x = pixels_of(scene, batches.draw(step)[0])
+        assert set(y) == set(rows) and set(x) == set(columns)
+
+
+def test_batches_through_pixel_centers(tmp_path):
+    scene = blender(blender_scene(tmp_path / 'scene'))
+    draws = []
+    for centers in (False, True):
+        torch.manual_seed(0)
+        draws.append(batcher(scene, pixel_centers=centers).draw(1)[0][1])
+    torch.testing.assert_close(draws[1] - draws[0], torch.tensor([0.5 / scene.K[0, 0], -0.5 / scene.K[1, 1], 0.0])
+                               .float().expand(500, 3), atol=1e-5, rtol=0)
+
+
+def test_a_batch_may_be_larger_than_an_image(tmp_path):
+    scene = blender(blender_scene(tmp_path / 'scene'))
+    assert batcher(scene, N_rand=3000, no_batching=True).draw(1)[0].shape == (2, 3000, 3)

@@ -1,0 +1,99 @@
+"""Options: the established names and defaults, config files, and what overrides what."""
+import ast
+import re
+
+import pytest
+from conftest import ROOT
+
+from options import config_parser
+
+# Names and defaults of the established code.
+ESTABLISHED = {
+    'config': None, 'expname': 'run', 'basedir': './logs/', 'datadir': './data/llff/fern', 'netdepth': 8, 'netwidth': 256,
+    'netdepth_fine': 8, 'netwidth_fine': 256, 'N_rand': 4096, 'lrate': 5e-4, 'lrate_decay': 250, 'chunk': 32768,
+    'netchunk': 65536, 'no_batching': False, 'no_reload': False, 'ft_path': None, 'N_samples': 64, 'N_importance': 0,
+    'perturb': 1.0, 'use_viewdirs': False, 'i_embed': 0, 'multires': 10, 'multires_views': 4, 'raw_noise_std': 0.0,
+    'render_only': False, 'render_test': False, 'render_factor': 0, 'precrop_iters': 0, 'precrop_frac': 0.5,
+    'dataset_type': 'llff', 'testskip': 8, 'white_bkgd': False, 'half_res': False, 'factor': 8, 'no_ndc': False,
+    'lindisp': False, 'spherify': False, 'llffhold': 8, 'i_print': 100, 'i_img': 500, 'i_weights': 10000,
+    'i_testset': 50000, 'i_video': 50000,
+}
+OURS = {'N_iters': 200000, 'seed': 0, 'device': 'auto', 'near': None, 'far': None, 'pixel_centers': False,
+        'render_poses': None}
+BLENDER = ['chair', 'drums', 'ficus', 'hotdog', 'lego', 'materials', 'mic', 'ship']
+LLFF = ['fern', 'flower', 'fortress', 'horns', 'leaves', 'orchids', 'room', 'trex']
+
+
+def parse(*args):
+    return vars(config_parser().parse_args([str(arg) for arg in args]))
+
+
+def test_names_and_defaults():
+    assert parse('--expname', 'run') == {**ESTABLISHED, **OURS}
+
+
+def test_every_option_has_a_group_and_a_help_line():
+    for action in config_parser()._actions:
+        assert action.help, action.dest
+    ungrouped = [action.dest for action in config_parser()._optionals._group_actions]
+    assert ungrouped == ['help']
+
+
+def test_each_option_is_read():
+    """A dead option is a defect: each has a reader outside the parser."""
+    code = '\n'.join(path.read_text() for path in ROOT.glob('*.py') if path.name != 'options.py')
+    read = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}
+    assert set(parse('--expname', 'run')) - read == set()
+
+
+def test_command_line_overrides_config_switches_included():
+    lego = ROOT / 'configs/lego.txt'
+    assert parse('--config', lego)['half_res'] is True
+    changed = parse('--config', lego, '--no-half_res', '--no-no_batching', '--N_rand', 7)
+    assert (changed['half_res'], changed['no_batching'], changed['N_rand']) == (False, False, 7)
+    assert parse('--config', lego, '--lindisp')['lindisp'] is True
+
+
+@pytest.mark.parametrize('text, value', [('half_res = True', True), ('half_res = False', False), ('half_res', True)])
+def test_switches_in_a_config(tmp_path, text, value):
+    (tmp_path / 'c.txt').write_text(f'expname = run\n{text}\n')
+    assert parse('--config', tmp_path / 'c.txt')['half_res'] is value
+
+
+def test_no_abbreviations(capsys):
+    with pytest.raises(SystemExit):
+        parse('--expname', 'run', '--half', '--white_bkgd')
+    assert '--half' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('scene', BLENDER)
+def test_blender_configs(scene):
+    found = parse('--config', ROOT / f'configs/{scene}.txt')
+    expected = {'no_batching': True, 'use_viewdirs': True, 'white_bkgd': True, 'lrate_decay': 500, 'N_samples': 64,
+                'N_importance': 128, 'N_rand': 1024, 'precrop_iters': 500, 'precrop_frac': 0.5, 'half_res': True,
+                'dataset_type': 'blender', 'datadir': f'./data/nerf_synthetic/{scene}'}
+    assert {key: found[key] for key in expected} == expected
+    paper = parse('--config', ROOT / f'configs/paper/{scene}.txt')
+    expected.update(half_res=False, N_rand=4096, N_iters=500000)
+    assert {key: paper[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize('scene', LLFF)
+def test_llff_configs(scene):
+    found = parse('--config', ROOT / f'configs/{scene}.txt')
+    expected = {'factor': 8, 'llffhold': 8, 'N_rand': 1024, 'N_samples': 64, 'N_importance': 64, 'use_viewdirs': True,
+                'raw_noise_std': 1.0, 'dataset_type': 'llff', 'datadir': f'./data/nerf_llff_data/{scene}'}
+    assert {key: found[key] for key in expected} == expected
+    paper = parse('--config', ROOT / f'configs/paper/{scene}.txt')
+    expected.update(factor=4, N_rand=4096, N_importance=128)
+    assert {key: paper[key] for key in expected} == expected
+
+
+def test_no_two_configs_share_an_experiment():
+    names = [parse('--config', path)['expname'] for path in (ROOT / 'configs').rglob('*.txt')]
+    assert len(names) == len(set(names)) == 2 * 16 + 1
+
+
+def test_readme_lists_every_option():
+    listed = set(re.findall(r'`--(?:no-)?(\w+)', (ROOT / 'README.md').read_text()))
+    assert set(parse('--expname', 'run')) - listed == set()
