@@ -1,6 +1,8 @@
 """Camera poses: c2w matrices in OpenGL axes, whose columns are right, up, back and the position."""
 import numpy as np
 
+from errors import UserError
+
 
 def normalize(x):
     return x / np.linalg.norm(x)
@@ -17,6 +19,22 @@ def homogeneous(poses):
     """[..., 3, 4 or more] to [..., 4, 4]."""
     last = np.broadcast_to(np.array([0, 0, 0, 1], poses.dtype), (*poses.shape[:-2], 1, 4))
     return np.concatenate([poses[..., :3, :4], last], -2)
+
+
+def check_poses(poses, where):
+    """Refuse camera matrices [N, 3 or 4, 4 or more] that cannot be c2w; `where(index)` names the one that is wrong.
+
+    Raises:
+      UserError: NaN, infinity, or axes that do not span space.
+    """
+    finite = np.isfinite(poses).all((1, 2))
+    if not finite.all():
+        raise UserError(f'{where(np.argmin(finite))}: found NaN or infinity in the pose')
+    volume = np.abs(np.linalg.det(poses[:, :3, :3].astype(np.float64)))
+    sound = (volume > 0.1) & (volume < 10)
+    if not sound.all():
+        index = np.argmin(sound)
+        raise UserError(f'{where(index)}: found a pose of determinant {volume[index]:.3g}, expected a rotation')
 
 
 def focus_point(poses):

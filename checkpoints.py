@@ -4,11 +4,12 @@ The keys `global_step`, `network_fn_state_dict`, `network_fine_state_dict` and `
 established code, whose files load here. Beside them stand `args`, `camera`, `random_state` and `format`.
 """
 import os
+import pickle
 from pathlib import Path
 
 import torch
 
-from errors import UserError
+from errors import UserError, first_line
 
 FORMAT = 1
 
@@ -60,42 +61,47 @@ def save_checkpoint(path, step, network_fn, network_fine, optimizer, args, camer
         part.unlink(missing_ok=True)
 
 
-def read_checkpoint(path, device):
-    """The content of a checkpoint file, its tensors on `device`; no code in it is run. `steps_done` is added: the
-    established code's `global_step` is one less than that.
+def read_checkpoint(path):
+    """The content of a checkpoint file, on the CPU; no code in it is run. `steps_done` is added: the established code's
+    `global_step` is one less than that.
 
     Raises:
       UserError: damaged, or not a checkpoint.
     """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # zip, pickle and tensor errors of many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f'{path}: not a readable checkpoint ({reason})') from None
-    if not isinstance(state, dict) or not {'global_step', 'network_fn_state_dict'} <= state.keys():
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f'{path}: not a readable checkpoint (it holds more than tensors and plain values)') from None
+    except Exception as error:  # zip and tensor errors of many kinds
+        raise UserError(f'{path}: not a readable checkpoint ({first_line(error)})') from None
+    kinds = {'global_step': int, 'network_fn_state_dict': dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f'{path}: found no networks in it, expected a checkpoint of a NeRF')
+    for key in ('args', 'camera'):
+        state[key] = state[key] if isinstance(state.get(key), dict) else {}
     state['steps_done'] = state['global_step'] + (0 if 'format' in state else 1)
     return state
 
 
-def restore(path, state, network_fn, network_fine, optimizer):
-    """Load the content of a checkpoint into networks, optimizer and torch's random state.
+def restore(path, state, network_fn, network_fine=None, optimizer=None, seed=None):
+    """Load the content of a checkpoint into networks and, where it is given, the optimizer; and torch's random state if
+    the checkpoint's run had the seed `seed`.
 
     Raises:
       UserError: the networks are of another kind than the options ask for.
     """
-    try:
-        network_fn.load_state_dict(state['network_fn_state_dict'])
-        if network_fine is not None:
-            network_fine.load_state_dict(state['network_fine_state_dict'])
-        optimizer.load_state_dict(state['optimizer_state_dict'])
-    except KeyError as error:
-        raise UserError(f'{path}: found no {error.args[0]}, expected one for these options') from None
-    except (RuntimeError, ValueError) as error:
-        first = [line.strip() for line in str(error).splitlines()][-1]
-        raise UserError(f'{path}: does not fit the networks that the options ask for ({first})') from None
-    random_state = state.get('random_state')
-    if random_state:
-        torch.set_rng_state(random_state['cpu'].cpu())
-        for index, cuda_state in enumerate(random_state['cuda'][:torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(cuda_state.cpu(), index)
+    parts = {'network_fn_state_dict': network_fn, 'network_fine_state_dict': network_fine, 'optimizer_state_dict': optimizer}
+    for key, part in parts.items():
+        if part is None:
+            continue
+        if key not in state:
+            raise UserError(f'{path}: found no {key}, expected one for these options')
+        try:
+            part.load_state_dict(state[key])
+        except Exception as error:  # missing, superfluous or other shapes; the last line names one
+            raise UserError(f'{path}: its {key} does not fit what the options ask for '
+                            f'({first_line(str(error).strip().splitlines()[-1].strip())})') from None
+    if seed is not None and state['args'].get('seed') == seed and 'random_state' in state:
+        torch.set_rng_state(state['random_state']['cpu'])
+        for index, cuda_state in enumerate(state['random_state']['cuda'][:torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda_state, index)

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cameras import focus_point, homogeneous, look, normalize
-from errors import UserError
-from image_io import IMAGE_ENDINGS, read_image, resize_area
+from cameras import check_poses, focus_point, homogeneous, look, normalize
+from errors import UserError, first_line
+from file_io import IMAGE_ENDINGS, composite, read_image, resize_area
 
 LAYOUT = 'expected transforms_train.json, transforms_val.json and transforms_test.json, or transforms.json'
 INTRINSICS = ('fl_x', 'fl_y', 'cx', 'cy')
@@ -71,44 +71,57 @@ def read_transforms(path):
     Raises:
       UserError: malformed JSON, no frames, a frame without `file_path` or a finite 4 × 4 `transform_matrix`.
     """
-    try:
-        meta = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f'{path}: not JSON ({error})') from None
+    meta = read_json(path)
     frames = meta.get('frames') if isinstance(meta, dict) else None
     if not isinstance(frames, list) or not frames:
         raise UserError(f'{path}: found no "frames", expected a list of at least one')
     for index, frame in enumerate(frames):
-        for key in ('file_path', 'transform_matrix'):
-            if not isinstance(frame, dict) or key not in frame:
+        for key, kind in (('file_path', str), ('transform_matrix', list)):
+            if not isinstance(frame, dict) or not isinstance(frame.get(key), kind) or not frame[key]:
                 raise UserError(f'{path}: frame {index} has no "{key}"')
-        frame['transform_matrix'] = _pose(frame['transform_matrix'], f'{path}: frame {index}')
+        frame['transform_matrix'] = matrix(frame['transform_matrix'], f'{path}: frame {index}')
         for key in INTRINSICS:
             if key in frame and frame[key] != meta.setdefault(key, frame[key]):
                 raise UserError(f'{path}: frame {index} has its own {key}, expected one camera for all frames')
+    check_intrinsics(meta, path)
+    check_poses(np.stack([frame['transform_matrix'] for frame in frames]), lambda index: f'{path}: frame {index}')
     return meta
 
 
-def _pose(matrix, where):
+def read_json(path):
+    """The content of a JSON file.
+
+    Raises:
+      UserError: no such file, or not JSON.
+    """
     try:
-        pose = np.array(matrix, np.float32)
-    except (TypeError, ValueError):
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such file') from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path}: not JSON ({first_line(error)})') from None
+
+
+def matrix(rows, where):
+    """Nested lists to a 4 × 4 matrix, float32."""
+    try:
+        pose = np.array(rows, np.float64)
+    except (TypeError, ValueError, OverflowError):
         pose = np.empty(0)
     if pose.shape != (4, 4):
         raise UserError(f'{where}: found a "transform_matrix" that is not 4 × 4 numbers')
-    if not np.isfinite(pose).all():
-        raise UserError(f'{where}: found NaN or infinity in "transform_matrix"')
-    return pose
+    if np.abs(pose).max() > np.finfo(np.float32).max:
+        raise UserError(f'{where}: found a number in "transform_matrix" that is too large')
+    return pose.astype(np.float32)
 
 
 def _image_path(basedir, file_path):
     """The file that `file_path` means: as it is written, or with one of the image endings."""
-    path = basedir / file_path
-    if path.suffix.lower() in IMAGE_ENDINGS:
-        return path
+    if Path(file_path).suffix.lower() in IMAGE_ENDINGS:
+        return basedir / file_path
     endings = [*IMAGE_ENDINGS, *(ending.upper() for ending in IMAGE_ENDINGS)]
-    found = [path.with_name(path.name + ending) for ending in endings if path.with_name(path.name + ending).is_file()]
-    return found[0] if found else path.with_name(path.name + '.png')
+    paths = [basedir / (file_path + ending) for ending in endings]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def read_frames(basedir, testskip=1, hold=8):
@@ -132,7 +145,7 @@ def read_frames(basedir, testskip=1, hold=8):
         frames = [frame for part in chosen.values() for frame in part]
         for split, meta in metas.items():
             for key in ('camera_angle_x', *INTRINSICS):
-                if meta.get(key) != metas['test'].get(key):
+                if not np.isclose(meta.get(key, 0), metas['test'].get(key, 0), rtol=1e-6):
                     raise UserError(f'{files[split]}: found another {key} than in {files["test"].name}, '
                                     'expected one camera for all frames')
         ends = np.cumsum([0, *(len(part) for part in chosen.values())])
@@ -152,6 +165,16 @@ def read_frames(basedir, testskip=1, hold=8):
     return BlenderFrames(paths, poses, i_split, intrinsics, source, own_path=source == single)
 
 
+def check_intrinsics(meta, path):
+    """Raises UserError for intrinsics that are not positive numbers, or an angle that is no field of view."""
+    for key in ('camera_angle_x', *INTRINSICS, 'w', 'h'):
+        value = meta.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+            raise UserError(f'{path}: found {key} = {str(value)[:40]}, expected a positive number')
+    if meta.get('camera_angle_x', 1) >= np.pi:
+        raise UserError(f'{path}: found camera_angle_x = {meta["camera_angle_x"]:g}, expected radians below 3.14')
+
+
 def intrinsics_matrix(frames, H, W):
     """K [3, 3] float64 in pixels for images of H × W as they lie on disk.
 
@@ -159,9 +182,6 @@ def intrinsics_matrix(frames, H, W):
       UserError: no field of view and no focal length, or `w` and `h` of another size than the images.
     """
     meta, source = frames.intrinsics, frames.source
-    for key in ('camera_angle_x', *INTRINSICS, 'w', 'h'):
-        if key in meta and not (isinstance(meta[key], (int, float)) and np.isfinite(meta[key]) and meta[key] > 0):
-            raise UserError(f'{source}: found {key} = {meta[key]!r}, expected a positive number')
     if (meta.get('w', W), meta.get('h', H)) != (W, H):
         raise UserError(f'{source}: found w, h = {meta.get("w")}, {meta.get("h")}, but the images are {W}×{H}')
     if 'fl_x' in meta:
@@ -180,6 +200,9 @@ def _read_all(frames, half_res, convert):
     first = read_image(frames.paths[0])
     H, W = first.shape[:2]
     K = intrinsics_matrix(frames, H, W)
+    height, width = (H // 2, W // 2) if half_res else (H, W)
+    if min(height, width) < 1:
+        raise UserError(f'{frames.paths[0]}: found {W}×{H} pixels, too few for --half_res')
 
     def load(path):
         image = read_image(path)
@@ -187,12 +210,11 @@ def _read_all(frames, half_res, convert):
             raise UserError(f'{path}: found {image.shape[1]}×{image.shape[0]} pixels, '
                             f'expected {W}×{H} as in {frames.paths[0]}')
         image = image / np.float32(255)
-        return convert(resize_area(image, H // 2, W // 2) if half_res else image)
+        return convert(resize_area(image, height, width) if half_res else image)
 
     with ThreadPoolExecutor() as pool:
         images = list(pool.map(load, frames.paths))
-    if half_res:
-        K[:2] /= 2
+    K[0], K[1] = K[0] * width / W, K[1] * height / H
     return images, K
 
 
@@ -213,7 +235,7 @@ def load_blender_data(basedir, half_res=False, testskip=1):
       UserError: files missing, damaged or not matching each other.
     """
     frames = read_frames(basedir, testskip)
-    images, K = _read_all(frames, half_res, lambda image: image.astype(np.float32))
+    images, K = _read_all(frames, half_res, np.asarray)
     if any(image.shape[-1] == 4 for image in images):
         images = [image if image.shape[-1] == 4 else np.dstack([image, np.ones_like(image[..., :1])]) for image in images]
     imgs = np.stack(images)
@@ -222,13 +244,10 @@ def load_blender_data(basedir, half_res=False, testskip=1):
 
 def load_blender_images(frames, half_res, white_bkgd):
     """8-bit RGB images [N, H, W, 3] of `frames`, composited on white or black, and K [3, 3] in their pixels."""
-    def composite(image):
-        rgb, alpha = image[..., :3], image[..., 3:]
-        if alpha.size:
-            rgb = rgb * alpha + (1 - alpha) * white_bkgd
-        return np.round(255 * rgb).astype(np.uint8)
+    def to_rgb(image):
+        return np.round(255 * composite(image, white_bkgd)).astype(np.uint8)
 
-    images, K = _read_all(frames, half_res, composite)
+    images, K = _read_all(frames, half_res, to_rgb)
     return np.stack(images), K
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cameras import focus_point, homogeneous, look, normalize
+from cameras import check_poses, focus_point, homogeneous, look, normalize
 from errors import UserError
-from image_io import IMAGE_ENDINGS, read_image, resize_area, write_image
+from file_io import IMAGE_ENDINGS, composite, read_array, read_image, resize_area, write_image
 
 LAYOUT = 'expected poses_bounds.npy and images/ or images_<factor>/'
 PATH_VIEWS = 120
@@ -35,14 +35,11 @@ def read_poses_bounds(path):
     Raises:
       UserError: no such file, not [N, 17], or not all finite.
     """
-    try:
-        table = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f'{path}: no such file; {LAYOUT}') from None
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f'{path}: not a readable .npy file ({str(error).splitlines()[0]})') from None
-    if table.ndim != 2 or table.shape[1] != 17 or not len(table) or table.dtype.kind not in 'fiu':
-        raise UserError(f'{path}: found {table.dtype} of shape {list(table.shape)}, expected numbers of shape [N, 17]')
+    if not path.is_file():
+        raise UserError(f'{path}: no such file; {LAYOUT}')
+    table = read_array(path)
+    if table.ndim != 2 or table.shape[1] != 17 or not len(table):
+        raise UserError(f'{path}: found an array of shape {list(table.shape)}, expected [N, 17]')
     bad = np.flatnonzero(~np.isfinite(table).all(-1))
     if bad.size:
         raise UserError(f'{path}: found NaN or infinity in row {bad[0]}')
@@ -50,6 +47,9 @@ def read_poses_bounds(path):
     if not (bds > 0).all() or not (bds[:, 0] < bds[:, 1]).all():
         row = np.flatnonzero(~((bds > 0).all(-1) & (bds[:, 0] < bds[:, 1])))[0]
         raise UserError(f'{path}: found bounds {bds[row].tolist()} in row {row}, expected 0 < near < far')
+    if not (poses[:, :, 4] > 0).all():
+        raise UserError(f'{path}: found H, W, focal {poses[:, :, 4].min(0).tolist()}, expected positive numbers')
+    check_poses(poses, lambda index: f'{path}: row {index}')
     down, right, others = poses[..., 0:1], poses[..., 1:2], poses[..., 2:]
     return np.concatenate([right, -down, others], -1), bds
 
@@ -58,6 +58,9 @@ def reduce_images(basedir, factor):
     """Make `images_<factor>/` from `images/`: an area filter, into a temporary folder that is renamed when complete."""
     target, source = basedir / f'images_{factor}', basedir / 'images'
     paths = list_images(source) if source.is_dir() else []
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        raise UserError(f'{source}: found {max(names, key=names.count)} twice with different endings, expected one of them')
     if not paths:
         raise UserError(f'{basedir}: found neither {target.name}/ nor photos in images/ to make it from; {LAYOUT}')
     try:
@@ -80,8 +83,9 @@ def reduce_images(basedir, factor):
     return target
 
 
-def load_llff_files(basedir, factor):
-    """8-bit images [N, H, W, 3], poses [N, 3, 5] with H, W, focal of these images, bounds [N, 2]."""
+def load_llff_files(basedir, factor, white_bkgd=False):
+    """8-bit images [N, H, W, 3], composited on white or black where they have alpha; poses [N, 3, 5] with H, W, focal of
+    these images; bounds [N, 2]."""
     basedir = Path(basedir)
     if not basedir.is_dir():
         raise UserError(f'{basedir}: no such folder; {LAYOUT} in it')
@@ -109,7 +113,9 @@ def load_llff_files(basedir, factor):
                             'as poses_bounds.npy says')
     poses[:, :2, 4] = H, W
     poses[:, 2, 4] /= factor
-    return np.stack([image[..., :3] for image in images]), poses, bds
+    images = [np.round(composite(image / np.float32(255), white_bkgd) * 255).astype(np.uint8) if image.shape[-1] == 4
+              else image for image in images]
+    return np.stack(images), poses, bds
 
 
 # --- poses ------------------------------------------------------------------------------------------------------
@@ -181,12 +187,15 @@ def place_poses(poses, bds, recenter=True, bd_factor=.75, spherify=False, path_z
     scale = 1.0 if bd_factor is None else 1.0 / (bds.min() * bd_factor)
     poses[:, :3, 3] *= scale
     bds = bds * scale
-    if recenter:
-        poses = recenter_poses(poses)
-    if spherify:
-        poses, path, bds = spherify_poses(poses, bds)
-    else:
-        path = forward_facing_path(poses, bds, path_zflat)
+    with np.errstate(divide='ignore', invalid='ignore'):  # looked at below
+        if recenter:
+            poses = recenter_poses(poses)
+        if spherify:
+            poses, path, bds = spherify_poses(poses, bds)
+        else:
+            path = forward_facing_path(poses, bds, path_zflat)
+    if not (np.isfinite(poses).all() and np.isfinite(path).all()):
+        raise UserError('the cameras cannot be centred: found parallel or coinciding ones, expected cameras that differ')
     hwf = np.broadcast_to(poses[0, :3, 4:], (len(path), 3, 1))
     render_poses = np.concatenate([path, hwf], -1).astype(np.float32)
     distances = np.sum((average_pose(poses)[:, 3] - poses[:, :3, 3]) ** 2, -1)

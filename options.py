@@ -3,10 +3,29 @@
 A command line overrides the config file, switches included: `--no-half_res` turns off what a config turned on.
 """
 import argparse
+import io
+import re
+from pathlib import Path
 
 import configargparse
 
 BooleanSwitch = argparse.BooleanOptionalAction
+
+
+def open_config(path, mode='r'):
+    """Open a config file, refusing with an OSError what the parser would pass over: sections, repeated keys, `config`."""
+    try:
+        text = Path(path).read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError:
+        raise OSError('not a text file in UTF-8') from None
+    lines = [line.strip() for line in text.splitlines() if line.strip() and line.strip()[0] not in '#;']
+    keys = [re.split(r'[\s=:]', line, maxsplit=1)[0] for line in lines]
+    for key in keys:
+        if key.startswith('[') or key == 'config' or keys.count(key) > 1:
+            raise OSError(f'found {key!r}, expected each key once, no sections and no other config')
+    file = io.StringIO(text)
+    file.name = str(path)
+    return file
 
 
 class OneLineParser(configargparse.ArgumentParser):
@@ -28,7 +47,7 @@ class OneLineParser(configargparse.ArgumentParser):
 
     def check(self, args):
         """What no single option can check for itself."""
-        if args.expname is None:
+        if not args.expname:
             self.error('no experiment: give --config FILE (configs/demo.txt is there) or --expname NAME')
         if args.N_importance > 0 and args.N_samples < 3:
             self.error(f'argument --N_samples: found {args.N_samples}, expected at least 3 with --N_importance')
@@ -36,14 +55,14 @@ class OneLineParser(configargparse.ArgumentParser):
             self.error(f'arguments --near, --far: found {args.near} and {args.far}, expected near < far')
 
 
-def whole(least):
-    """An option type: a whole number of at least `least`."""
+def whole(least, most=2 ** 63 - 1):
+    """An option type: a whole number from `least` to `most`."""
     def parse(text):
         try:
             value = int(text)
         except ValueError:
             value = None
-        if value is None or value < least:
+        if value is None or not least <= value <= most:
             raise argparse.ArgumentTypeError(f'found {text!r}, expected a whole number of at least {least}')
         return value
     return parse
@@ -69,7 +88,8 @@ def number(least=float('-inf'), above=float('-inf'), most=float('inf')):
 def config_parser():
     """The parser of all options; `parse_args` exits with code 2 and one line on anything it cannot use."""
     parser = OneLineParser(prog='run_nerf.py', description='Train a NeRF and render novel views.',
-                           allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                           allow_abbrev=False, config_file_open_func=open_config,
+                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for add_group in (_run_options, _data_options, _network_options, _training_options, _rendering_options,
                       _render_only_options, _logging_options):
         add_group(parser)
@@ -145,7 +165,8 @@ def _render_only_options(parser):
     add('--render_test', action=BooleanSwitch, default=False, help='with --render_only: the test views in place of the path')
     add('--render_factor', type=whole(0), default=0,
         help='with --render_only: divide width and height by this, 4 or 8 for a quick preview')
-    add('--render_poses', metavar='FILE', help='camera path of your own: .npy or .json with c2w matrices [N, 3 or 4, 4]')
+    add('--render_poses', metavar='FILE', help='camera path of your own: .npy or .json with c2w matrices [N, 3 or 4, 4], '
+             'in the coordinates of the scene as loaded')
 
 
 def _logging_options(parser):

@@ -2,19 +2,29 @@
 import os
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import imageio
 import numpy as np
 
 from errors import UserError
 from evaluation import psnr
-from image_io import write_image
+from file_io import write_image
 from run_nerf_helpers import to8b
 
 FPS = 30
 # Nine colours of matplotlib's magma, from near black to pale yellow.
 MAGMA = np.array([[0, 0, 4], [28, 16, 68], [79, 18, 123], [129, 37, 129], [181, 54, 122], [229, 80, 100],
                   [251, 135, 97], [254, 194, 135], [252, 253, 191]]) / 255
+
+
+class Frame(NamedTuple):
+    """A rendered image as NumPy arrays: colour [H, W, 3], disparity [H, W], opacity [H, W] and, where there is a fine
+    network, the coarse one's colour [H, W, 3]."""
+    rgb: np.ndarray
+    disp: np.ndarray
+    acc: np.ndarray
+    rgb0: np.ndarray | None = None
 
 
 def make_folder(path):
@@ -47,12 +57,12 @@ def normalize_disparity(disp, low, high):
     return np.where(disp > 0, np.clip((disp - low) / max(high - low, 1e-10), 0, 1), 0)
 
 
-def panel(rgb, target, disp, acc):
+def panel(frame, target):
     """One picture [H, 5 W, 3] in [0, 1] of a held-out view: render | target | error | nearness | opacity."""
-    error = np.clip(4 * np.abs(rgb - target).mean(-1), 0, 1)  # an error of a quarter is the brightest
-    near = normalize_disparity(disp, *disparity_range(disp))
-    opacity = np.repeat(np.clip(acc, 0, 1)[..., None], 3, -1)
-    return np.concatenate([rgb, target, color_map(error), color_map(near), opacity], 1)
+    error = np.clip(4 * np.abs(frame.rgb - target).mean(-1), 0, 1)  # an error of a quarter is the brightest
+    near = normalize_disparity(frame.disp, *disparity_range(frame.disp))
+    opacity = np.repeat(np.clip(frame.acc, 0, 1)[..., None], 3, -1)
+    return np.concatenate([frame.rgb, target, color_map(error), color_map(near), opacity], 1)
 
 
 class VideoWriter:
@@ -86,19 +96,19 @@ class VideoWriter:
 
 
 def write_videos(frames, prefix):
-    """Write `<prefix>rgb.mp4` and `<prefix>disp.mp4` of an iterable of (rgb, disp, acc), one frame at a time; returns
+    """Write `<prefix>rgb.mp4` and `<prefix>disp.mp4` of an iterable of frames, one at a time; returns
     the path of the first. The first frame sets the range of the disparities."""
     limits, paths = None, [Path(f'{prefix}{what}.mp4') for what in ('rgb', 'disp')]
     with VideoWriter(paths[0]) as rgb_video, VideoWriter(paths[1]) as disp_video:
-        for rgb, disp, _ in frames:
-            limits = limits or disparity_range(disp)
-            rgb_video.add(rgb)
-            disp_video.add(normalize_disparity(disp, *limits))
+        for frame in frames:
+            limits = limits or disparity_range(frame.disp)
+            rgb_video.add(frame.rgb)
+            disp_video.add(normalize_disparity(frame.disp, *limits))
     return paths[0]
 
 
 def write_frames(frames, folder, targets=None, video=None):
-    """Write an iterable of (rgb, disp, acc) as `000.png`, `001.png`, … in `folder`, one frame at a time.
+    """Write an iterable of frames as `000.png`, `001.png`, … in `folder`, one at a time.
 
     Args:
       targets: uint8 images to compare with.
@@ -109,11 +119,11 @@ def write_frames(frames, folder, targets=None, video=None):
     psnrs = []
     make_folder(folder)
     with VideoWriter(video) if video else nullcontext() as writer:
-        for index, (rgb, _, _) in enumerate(frames):
-            image = to8b(rgb)
+        for index, frame in enumerate(frames):
+            image = to8b(frame.rgb)
             write_image(Path(folder, f'{index:03d}.png'), image)
             if targets is not None:
                 psnrs.append(psnr(image, targets[index]))
             if writer:
-                writer.add(rgb)
+                writer.add(frame.rgb)
     return psnrs

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoints import find_checkpoint, read_checkpoint, restore, save_checkpoint
-from errors import UserError
+from errors import UserError, first_line
 from evaluation import psnr
-from image_io import write_image
+from file_io import write_image
 from options import config_parser
-from outputs import make_folder, panel, write_frames, write_videos
+from outputs import Frame, make_folder, panel, write_frames, write_videos
 from run_log import RunLog, describe_run, prepare_folder
 from run_nerf_helpers import NeRF, get_embedder, get_rays, img2mse, mse2psnr, ndc_rays, sample_pdf, to8b, uniform_like_numpy
 from scene import RayBatcher, load_scene, uses_ndc
@@ -223,7 +223,7 @@ def render(H, W, K, chunk=1024 * 32, rays=None, c2w=None, ndc=True, near=0., far
 
 @torch.no_grad()
 def render_frames(render_poses, hwf, K, chunk, render_kwargs, render_factor=0):
-    """Render camera after camera; yields (rgb [H, W, 3], disp [H, W], acc [H, W]) as NumPy arrays, a frame at a time.
+    """Render camera after camera; yields a `Frame` at a time.
 
     Args:
       render_poses: c2w matrices [N, 3 or 4, 4 or more].
@@ -239,8 +239,8 @@ def render_frames(render_poses, hwf, K, chunk, render_kwargs, render_factor=0):
     progress = tqdm(render_poses, desc='frames', unit='frame', disable=None, leave=False, dynamic_ncols=True)
     for pose in progress:
         c2w = torch.as_tensor(pose, dtype=torch.float32, device=device)[:3, :4]
-        rgb, disp, acc, _ = render(int(H), int(W), K, chunk=chunk, c2w=c2w, **render_kwargs)
-        yield rgb.cpu().numpy(), disp.cpu().numpy(), acc.cpu().numpy()
+        rgb, disp, acc, extras = render(int(H), int(W), K, chunk=chunk, c2w=c2w, **render_kwargs)
+        yield Frame(*(None if part is None else part.cpu().numpy() for part in (rgb, disp, acc, extras.get('rgb0'))))
 
 
 def render_path(render_poses, hwf, K, chunk, render_kwargs, gt_imgs=None, savedir=None, render_factor=0):
@@ -254,9 +254,10 @@ def render_path(render_poses, hwf, K, chunk, render_kwargs, gt_imgs=None, savedi
       rgbs [N, H, W, 3], disps [N, H, W].
     """
     rgbs, disps = [], []
-    for index, (rgb, disp, _) in enumerate(render_frames(render_poses, hwf, K, chunk, render_kwargs, render_factor)):
+    for index, frame in enumerate(render_frames(render_poses, hwf, K, chunk, render_kwargs, render_factor)):
+        rgb = frame.rgb
         rgbs.append(rgb)
-        disps.append(disp)
+        disps.append(frame.disp)
         if gt_imgs is not None and render_factor <= 1:
             tqdm.write(f'frame {index}: PSNR {-10 * np.log10(np.mean((rgb - np.asarray(gt_imgs[index])) ** 2)):.2f}')
         if savedir is not None:
@@ -276,9 +277,11 @@ def pick_device(name):
         return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name)
+        if device.type == 'meta':
+            raise RuntimeError('a device without memory')
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device {name}: not to be had here ({str(error).splitlines()[0]})') from None
+        raise UserError(f'--device {name}: not to be had here ({first_line(error)})') from None
     return device
 
 
@@ -312,10 +315,13 @@ def create_nerf(args):
     start, pixel_centers = 0, args.pixel_centers
     checkpoint = find_checkpoint(args)
     if checkpoint is not None:
-        state = read_checkpoint(checkpoint, device)
-        restore(checkpoint, state, network_fn, network_fine, optimizer)
+        state = read_checkpoint(checkpoint)
+        restore(checkpoint, state, network_fn, network_fine, None if args.render_only else optimizer, args.seed)
         start = state['steps_done']
-        pixel_centers = state.get('args', {}).get('pixel_centers', False)  # what the networks were trained with
+        pixel_centers = bool(state['camera'].get('pixel_centers', False))  # what the networks were trained with
+        if pixel_centers != args.pixel_centers:
+            warnings.warn(f'{checkpoint} was trained with rays through pixel {"centres" if pixel_centers else "corners"}; '
+                          'that goes on', stacklevel=2)
 
     ndc = uses_ndc(args)
     render_kwargs_train = {
@@ -340,9 +346,11 @@ def log_view(log, step, scene, chunk, render_kwargs):
     """The first held-out view to TensorBoard: PSNR, fine and coarse, and a panel that `outputs.panel` describes."""
     view = [*scene.i_val, *scene.i_test, *scene.i_train][0]
     target = scene.images[view]
-    rgb, disp, acc = next(render_frames(scene.poses[[view]], scene.hwf, scene.K, chunk, render_kwargs))
-    log.scalars(step, {'held-out/psnr': psnr(to8b(rgb), target)})
-    log.image(step, 'held-out/render, target, error, nearness, opacity', panel(rgb, target / 255, disp, acc))
+    frame = next(render_frames(scene.poses[[view]], scene.hwf, scene.K, chunk, render_kwargs))
+    log.scalars(step, {'held-out/psnr': psnr(to8b(frame.rgb), target)})
+    if frame.rgb0 is not None:
+        log.scalars(step, {'held-out/psnr coarse': psnr(to8b(frame.rgb0), target)})
+    log.image(step, 'held-out/render, target, error, nearness, opacity', panel(frame, target / 255))
 
 
 def log_testset(log, step, scene, chunk, render_kwargs, folder):
@@ -360,6 +368,8 @@ def render_only(args, scene, render_kwargs, start):
     if args.render_test:
         kind, poses = 'test', scene.poses[scene.i_test]
         targets = scene.images[scene.i_test] if args.render_factor <= 1 else None
+    if min(scene.H, scene.W) < args.render_factor:
+        raise UserError(f'--render_factor: found {args.render_factor}, expected less than the images\' {scene.W}×{scene.H}')
     folder = make_folder(Path(args.basedir, args.expname, f'renderonly_{kind}_{start:06d}'))
     print(f'rendering {len(poses)} frames of the {kind} after {start} steps', flush=True)
     frames = render_frames(poses, scene.hwf, scene.K, args.chunk, render_kwargs, args.render_factor)
@@ -436,7 +446,7 @@ def train(args):
             log_testset(log, step, scene, args.chunk, render_kwargs_test, folder / f'testset_{step:06d}')
         if step % args.i_video == 0:
             frames = render_frames(scene.render_poses, scene.hwf, scene.K, args.chunk, render_kwargs_test)
-            log.wrote('video', write_videos(frames, folder / f'{args.expname}_spiral_{step:06d}_'))
+            log.wrote('video', write_videos(frames, folder / f'{folder.name}_spiral_{step:06d}_'))
     log.close()
 
 
@@ -453,6 +463,9 @@ def main(argv=None):
             train(args)
     except UserError as error:
         print(f'run_nerf.py: error: {error}', file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f'run_nerf.py: error: {error.filename}: {error.strerror}', file=sys.stderr)
         return 2
     return 0
 

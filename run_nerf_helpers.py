@@ -173,7 +173,7 @@ def pixel_rays(x, y, K, c2w):
 def get_rays(H, W, K, c2w, pixel_centers=False):
     """Rays through all pixels of an image, rays_o and rays_d [H, W, 3]; through the pixels' upper left corners (i, j),
     as the established code has them, or through their centres (i + .5, j + .5)."""
-    shift = 0.5 if pixel_centers else 0.0
+    c2w, shift = torch.as_tensor(c2w), 0.5 if pixel_centers else 0.0
     kind = {'device': c2w.device, 'dtype': c2w.dtype}
     y, x = torch.meshgrid(torch.arange(H, **kind) + shift, torch.arange(W, **kind) + shift, indexing='ij')
     return pixel_rays(x, y, K, c2w)

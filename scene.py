@@ -1,5 +1,4 @@
 """A scene in memory: 8-bit images, cameras and bounds, and the random rays that training draws from it."""
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cameras import focus_point
+from cameras import check_poses, focus_point
 from errors import UserError
-from load_blender import load_blender_images, path_around, read_frames
+from file_io import read_array
+from load_blender import load_blender_images, path_around, read_frames, read_json
 from load_llff import load_llff_files, place_poses
 from run_nerf_helpers import pixel_rays
 
@@ -57,6 +57,9 @@ def load_scene(args):
         scene.far = args.far
     if scene.near >= scene.far:
         raise UserError(f'{args.datadir}: found near {scene.near:g} and far {scene.far:g}, expected near < far')
+    if uses_ndc(args) and (scene.near < 0 or scene.far > 1):
+        raise UserError(f'--near, --far: found {scene.near:g} and {scene.far:g}, expected 0 to 1 in normalised device '
+                        'coordinates; give --no_ndc for bounds in units of the scene')
     if args.lindisp and scene.near <= 0 and not uses_ndc(args):
         raise UserError(f'--lindisp: found near {scene.near:g}, expected more than 0')
     if len(scene.i_train) == 0:
@@ -95,7 +98,7 @@ def _blender_scene(args):
 
 
 def _llff_scene(args):
-    images, poses, bds = load_llff_files(args.datadir, args.factor)
+    images, poses, bds = load_llff_files(args.datadir, args.factor, args.white_bkgd)
     poses, bds, render_poses, i_central = place_poses(poses, bds, spherify=args.spherify)
     H, W, focal = poses[0, :, 4].astype(np.float64)
     K = np.array([[focal, 0, 0.5 * W], [0, focal, 0.5 * H], [0, 0, 1]])
@@ -106,7 +109,8 @@ def _llff_scene(args):
 
 
 def read_render_poses(path):
-    """A camera path from a .npy or .json file: c2w matrices [N, 3 or 4, 4], or the frames of a transforms file.
+    """A camera path from a .npy or .json file: c2w matrices [N, 3 or 4, 4], or the frames of a transforms file, in the
+    coordinates of the scene as it is loaded (an llff scene is centred and scaled).
 
     Returns float32 [N, 3, 4].
 
@@ -114,23 +118,20 @@ def read_render_poses(path):
       UserError: not such a file, or not finite.
     """
     path = Path(path)
-    try:
-        if path.suffix == '.json':
-            content = json.loads(path.read_text())
-            if isinstance(content, dict):
-                content = [frame['transform_matrix'] for frame in content['frames']]
-            poses = np.array(content, np.float32)
-        else:
-            poses = np.load(path, allow_pickle=False).astype(np.float32)
-    except FileNotFoundError:
-        raise UserError(f'{path}: no such file') from None
-    except (ValueError, TypeError, KeyError, OSError, EOFError) as error:
-        raise UserError(f'{path}: not a camera path ({str(error).splitlines()[0]})') from None
+    if path.suffix.lower() == '.json':
+        poses = read_json(path)
+        try:
+            if isinstance(poses, dict):
+                poses = [frame['transform_matrix'] for frame in poses['frames']]
+            poses = np.array(poses, np.float64)
+        except (TypeError, KeyError, ValueError, OverflowError):
+            raise UserError(f'{path}: found no matrices, expected c2w matrices [N, 3 or 4, 4]') from None
+    else:
+        poses = read_array(path)
     if poses.ndim != 3 or poses.shape[1:] not in ((3, 4), (4, 4)) or not len(poses):
         raise UserError(f'{path}: found an array of shape {list(poses.shape)}, expected c2w matrices [N, 3 or 4, 4]')
-    if not np.isfinite(poses).all():
-        raise UserError(f'{path}: found NaN or infinity')
-    return poses[:, :3]
+    check_poses(poses, lambda index: f'{path}: pose {index}')
+    return poses[:, :3].astype(np.float32)
 
 
 class RayBatcher:
@@ -171,5 +172,6 @@ class RayBatcher:
         N, H, W, _ = self.images.shape
         view = random(0, N, 1).expand(self.N_rand) if self.no_batching else random(0, N)
         y, x = random(*self.window(H, step)), random(*self.window(W, step))
-        rays = pixel_rays(x + self.shift, y + self.shift, self.K, self.poses[view])
-        return torch.stack(rays), self.images[view, y, x] / 255
+        dtype = self.poses.dtype
+        rays = pixel_rays(x.to(dtype) + self.shift, y.to(dtype) + self.shift, self.K, self.poses[view])
+        return torch.stack(rays), self.images[view, y, x].to(dtype) / 255

@@ -1,10 +1,13 @@
 """Bad input gets one line that names what is wrong, exit code 2, and leaves nothing behind."""
 import json
+import pathlib
+import pickle
 import shutil
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run_script
 
 from run_nerf import main
@@ -295,6 +298,102 @@ def test_missing_ft_path(capsys, options):
 def test_bad_render_poses(capsys, options, tmp_path, name, content):
     (tmp_path / name).write_text(content)
     assert_refused(capsys, [*options('blender'), '--render_poses', tmp_path / name], name)
+
+
+@pytest.mark.parametrize('content', [b'\xff\xfe binary \x00', b'[section]\nexpname = run\n', b'config = other.txt\n',
+                                     b'expname = a\nexpname = b\n'])
+def test_config_that_would_be_passed_over(capsys, tmp_path, content):
+    (tmp_path / 'odd.txt').write_bytes(content)
+    assert_refused(capsys, ['--config', tmp_path / 'odd.txt'], 'odd.txt')
+
+
+@pytest.mark.parametrize('value', [3, None, ['a'], '', '/'])
+def test_file_path_of_another_kind(capsys, options, tmp_path, value):
+    args = options('blender')
+    edit_json(tmp_path / 'scene/transforms_train.json', lambda meta: meta['frames'][1].update(file_path=value))
+    assert_refused(capsys, args)
+
+
+@pytest.mark.parametrize('angle', [40.0, 3.5, -1, 0, 'wide', None, 10 ** 400])
+def test_field_of_view_that_is_none(capsys, options, tmp_path, angle):
+    args = options('blender')
+    for split in ('train', 'val', 'test'):
+        edit_json(tmp_path / f'scene/transforms_{split}.json', lambda meta: meta.update(camera_angle_x=angle))
+    assert_refused(capsys, args, 'camera_angle_x', 'expected')
+
+
+@pytest.mark.parametrize('number', [1e300, 10 ** 400, 0])
+def test_matrix_that_is_no_camera(capsys, options, tmp_path, number):
+    args = options('blender')
+    edit_json(tmp_path / 'scene/transforms_train.json',
+              lambda meta: meta['frames'][1].update(transform_matrix=[[number] * 4] * 4))
+    assert_refused(capsys, args, 'transforms_train.json', 'frame 1')
+
+
+@pytest.mark.parametrize('columns', [slice(0, 3), slice(14, 15)])
+def test_poses_bounds_with_zeros(capsys, options, tmp_path, columns):
+    """A rotation without its first column; a focal length of 0."""
+    args = options('llff')
+    table = np.load(tmp_path / 'scene/poses_bounds.npy')
+    table[:, columns] = 0
+    table[:, [5, 10][:2 if columns.stop == 3 else 0]] = 0
+    np.save(tmp_path / 'scene/poses_bounds.npy', table)
+    assert_refused(capsys, args, 'poses_bounds.npy', 'expected')
+
+
+def test_parallel_cameras_have_no_centre(capsys, options):
+    assert_refused(capsys, [*options('llff'), '--spherify', '--no_ndc'], 'parallel')
+
+
+def test_bounds_in_units_of_the_scene_with_ndc(capsys, options):
+    assert_refused(capsys, [*options('llff'), '--near', 2, '--far', 6], '--no_ndc')
+
+
+def test_two_photos_of_one_name(capsys, options, tmp_path):
+    args = options('llff')
+    iio.imwrite(tmp_path / 'scene/images/0.jpg', noise(16, 24, 3, seed=0))
+    assert_refused(capsys, [*args, '--factor', 2], 'twice')
+
+
+@pytest.mark.parametrize('key, value', [('global_step', 'many'), ('network_fn_state_dict', [1]), ('optimizer_state_dict', 3),
+                                        ('args', [1]), ('network_fn_state_dict', {})])
+def test_checkpoint_with_parts_of_another_kind(capsys, options, tmp_path, key, value):
+    args = options('blender')
+    assert run(capsys, *args)[0] == 0
+    path = tmp_path / 'logs/run/000001.tar'
+    torch.save({**torch.load(path, weights_only=True), key: value}, path)
+    if key == 'args':
+        assert run(capsys, *args)[0] == 0
+    else:
+        assert_refused(capsys, args, '000001.tar')
+
+
+def test_checkpoint_with_code_in_it_is_not_run(capsys, options, tmp_path):
+    (tmp_path / 'logs/run').mkdir(parents=True)
+    (tmp_path / 'logs/run/000005.tar').write_bytes(pickle.dumps(Touch(tmp_path / 'touched')))
+    assert_refused(capsys, options('blender'), '000005.tar')
+    assert not (tmp_path / 'touched').exists()
+
+
+class Touch:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize('option, value', [('--seed', 2 ** 64), ('--device', 'meta'), ('--expname', '')])
+def test_values_that_fail_later(capsys, options, option, value):
+    assert_refused(capsys, [*options('blender'), option, value], option if value else 'expname')
+
+
+def test_render_factor_beyond_the_image(capsys, options):
+    args = options('blender')
+    assert run(capsys, *args)[0] == 0
+    assert_refused(capsys, [*args, '--render_only', '--render_factor', 1000], '--render_factor')
 
 
 def test_a_refused_run_leaves_the_experiment_as_it_was(capsys, options, tmp_path):

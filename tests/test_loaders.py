@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, ROOT, needs_data
+from PIL import Image
 from test_bad_input import blender_scene, edit_json, llff_scene, noise
 
 from cameras import focus_point
-from image_io import area_weights, read_image, resize_area, write_image
+from file_io import area_weights, read_image, resize_area, write_image
 from load_blender import load_blender_data, pose_spherical
 from load_llff import load_llff_data
 from options import config_parser
@@ -51,6 +52,17 @@ def test_reading_grey_and_palette_images(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['grey.png']
 
 
+def test_one_transparent_colour_is_alpha(tmp_path):
+    image = Image.fromarray(noise(6, 5, seed=1)).convert('P')
+    image.save(tmp_path / 'palette.png', transparency=int(np.asarray(image)[2, 3]))
+    assert read_image(tmp_path / 'palette.png')[2, 3, 3] == 0
+
+
+def test_four_inks_are_no_alpha(tmp_path):
+    Image.fromarray(noise(6, 5, 3, seed=1)).convert('CMYK').save(tmp_path / 'print.jpg')
+    assert read_image(tmp_path / 'print.jpg').shape == (6, 5, 3)
+
+
 # --- blender layout ---------------------------------------------------------------------------------------------
 
 def test_blender_splits_and_testskip(tmp_path):
@@ -70,6 +82,16 @@ def test_alpha_is_composited_on_white_or_black(tmp_path, white_bkgd):
     expected = rgba[..., :3] * rgba[..., 3:] + white_bkgd * (1 - rgba[..., 3:])
     assert scene.images.dtype == np.uint8 and scene.images.shape == (9, 8, 10, 3)
     np.testing.assert_allclose(scene.images[1] / 255, expected, atol=0.5 / 255 + 1e-6)
+
+
+def test_half_res_of_odd_sizes_keeps_the_view(tmp_path):
+    folder = blender_scene(tmp_path / 'scene')
+    for path in folder.rglob('*.png'):
+        iio.imwrite(path, noise(7, 9, 4, seed=0))
+    half = blender(folder, '--half_res')
+    assert (half.H, half.W) == (3, 4)
+    np.testing.assert_allclose(half.K[:2, 2], [2, 1.5])
+    assert half.K[0, 0] == pytest.approx(2 / np.tan(0.35))
 
 
 def test_half_res_halves_images_and_intrinsics(tmp_path):

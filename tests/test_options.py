@@ -74,7 +74,7 @@ def test_blender_configs(scene):
                 'dataset_type': 'blender', 'datadir': f'./data/nerf_synthetic/{scene}'}
     assert {key: found[key] for key in expected} == expected
     paper = parse('--config', ROOT / f'configs/paper/{scene}.txt')
-    expected.update(half_res=False, N_rand=4096, N_iters=500000)
+    expected.update(half_res=False, N_rand=4096, N_iters=500000, testskip=1)
     assert {key: paper[key] for key in expected} == expected
 
 

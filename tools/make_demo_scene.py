@@ -11,14 +11,17 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cameras import homogeneous, look
-from image_io import write_image
+from file_io import write_image
 
 CAMERA_ANGLE_X = 0.6911112070083618  # radians; the field of view of the NeRF synthetic scenes
 RADIUS = 4.0                         # camera distance from the origin, as in the NeRF synthetic scenes
@@ -238,7 +241,7 @@ def sail_albedo(p):
 
 
 SCENE = [
-    Thing(sea_distance, sea_albedo, specular=0.9, shininess=40.0, ripples=0.10),
+    Thing(sea_distance, sea_albedo, specular=0.8, shininess=14.0, ripples=0.035),
     Thing(island_distance, island_albedo),
     Thing(tower_distance, tower_albedo, specular=0.20, shininess=24.0),
     Thing(gallery_distance, plain(0.33, 0.33, 0.38), specular=0.3, shininess=30.0),
@@ -310,7 +313,7 @@ def shade(p, directions):
         albedo[mine] = thing.albedo(p[mine])
         specular[mine], shininess[mine], ripples[mine] = thing.specular, thing.shininess, thing.ripples
     n = normals(p)
-    tilt = np.stack([np.sin(23 * p[:, 0] + 9 * p[:, 1]), np.sin(21 * p[:, 1] - 11 * p[:, 0]), np.zeros(len(p))], -1)
+    tilt = np.stack([np.sin(11 * p[:, 0] + 5 * p[:, 1]), np.sin(10 * p[:, 1] - 6 * p[:, 0]), np.zeros(len(p))], -1)
     wavy = n + (ripples * (n[:, 2] > 0.9))[:, None] * tilt
     wavy /= np.linalg.norm(wavy, axis=-1, keepdims=True)
 
@@ -366,11 +369,11 @@ def hemisphere(count, offset):
 def write_split(out, split, poses, size, samples):
     (out / split).mkdir(parents=True, exist_ok=True)
     frames = []
-    for index, c2w in enumerate(poses):
-        write_image(out / split / f'r_{index}.png', render_view(c2w, size, samples))
-        frames.append({'file_path': f'./{split}/r_{index}', 'transform_matrix': c2w.round(9).tolist()})
-        print(f'\r{split}: {index + 1} of {len(poses)}', end='', flush=True)
-    print()
+    with ProcessPoolExecutor() as pool:
+        images = pool.map(partial(render_view, size=size, samples=samples), poses)
+        for index, (c2w, image) in enumerate(zip(poses, tqdm(images, desc=split, total=len(poses), disable=None))):
+            write_image(out / split / f'r_{index}.png', image)
+            frames.append({'file_path': f'./{split}/r_{index}', 'transform_matrix': c2w.round(9).tolist()})
     text = json.dumps({'camera_angle_x': CAMERA_ANGLE_X, 'frames': frames}, indent=1)
     (out / f'transforms_{split}.json').write_text(text + '\n')
 
