@@ -1,65 +1,38 @@
 """Checkpoints: `<basedir>/<expname>/NNNNNN.tar`, named by the number of steps done.
 
 The keys `global_step`, `network_fn_state_dict`, `network_fine_state_dict` and `optimizer_state_dict` are those of the
-established code, whose files load here. Beside them stand `args`, `camera`, `random_state` and `format`.
+established code, whose files load here. Beside them stand `args`, `camera` (the scene's cameras, bounds and path),
+`random_state`, `health` and `format`.
 """
+import contextlib
 import os
 import pickle
+import time
+import warnings
 from pathlib import Path
 
 import torch
 
 from errors import UserError, first_line
+from file_io import remove_parts, written_whole
 
 FORMAT = 1
+RETRY_SECONDS = 30.0  # after a save that failed
+KEPT_BY_CLOCK = 2     # of the checkpoints that only the clock asked for, the newest so many stay
+
+# Options that may differ between a checkpoint and the run that goes on from it without a word.
+FREE_OPTIONS = {'config', 'expname', 'basedir', 'datadir', 'device', 'N_iters', 'no_reload', 'ft_path', 'chunk', 'netchunk',
+                'render_only', 'render_test', 'render_factor', 'render_poses', 'i_print', 'i_img', 'i_weights', 'i_testset',
+                'i_video', 'save_minutes', 'no_restart', 'testskip', 'pixel_centers'}
+# Options that say what the networks are and how they see: rendering takes those from the checkpoint that are not given.
+NETWORK_OPTIONS = ('netdepth', 'netwidth', 'netdepth_fine', 'netwidth_fine', 'use_viewdirs', 'i_embed', 'multires',
+                   'multires_views', 'N_samples', 'N_importance', 'white_bkgd', 'lindisp', 'dataset_type', 'no_ndc',
+                   'half_res', 'factor', 'spherify', 'near', 'far', 'pixel_centers', 'datadir', 'expname')
+# Options that decide the image size, the cameras and the bounds.
+SCENE_OPTIONS = ('dataset_type', 'half_res', 'factor', 'no_ndc', 'spherify', 'near', 'far', 'lindisp')
 
 
-def find_checkpoint(args):
-    """The checkpoint to start from: `--ft_path`, else the newest of the experiment, else None.
-
-    Raises:
-      UserError: the file of `--ft_path` is not there.
-    """
-    if args.no_reload:
-        return None
-    if args.ft_path and args.ft_path != 'None':
-        if not Path(args.ft_path).is_file():
-            raise UserError(f'--ft_path: found no file {args.ft_path}')
-        return Path(args.ft_path)
-    found = [path for path in Path(args.basedir, args.expname).glob('*.tar') if path.stem.isdigit()]
-    return max(found, key=lambda path: int(path.stem), default=None)
-
-
-def save_checkpoint(path, step, network_fn, network_fine, optimizer, args, camera):
-    """Write a checkpoint after `step` steps, under a temporary name until it is whole.
-
-    Args:
-      network_fine: may be None.
-      args: the options.
-      camera: what rendering needs of the scene, plain numbers and tensors.
-    """
-    state = {
-        'global_step': step,
-        'network_fn_state_dict': network_fn.state_dict(),
-        'optimizer_state_dict': optimizer.state_dict(),
-        'random_state': {'cpu': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state_all()},
-        'args': {key: value for key, value in vars(args).items() if isinstance(value, (str, int, float, type(None)))},
-        'camera': camera,
-        'format': FORMAT,
-    }
-    if network_fine is not None:
-        state['network_fine_state_dict'] = network_fine.state_dict()
-    path = Path(path)
-    part = path.with_name(f'.{path.name}.part')
-    try:
-        with open(part, 'wb') as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
+# --- reading ----------------------------------------------------------------------------------------------------
 
 def read_checkpoint(path):
     """The content of a checkpoint file, on the CPU; no code in it is run. `steps_done` is added: the established code's
@@ -67,25 +40,79 @@ def read_checkpoint(path):
 
     Raises:
       UserError: damaged, or not a checkpoint.
+      OSError: cannot be opened.
     """
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        with open(path, 'rb') as file, warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of odd pickles; what matters is an error below
+            state = torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f'{path}: not a readable checkpoint (it holds more than tensors and plain values)') from None
+    except PermissionError:
+        raise
     except Exception as error:  # zip and tensor errors of many kinds
         raise UserError(f'{path}: not a readable checkpoint ({first_line(error)})') from None
     kinds = {'global_step': int, 'network_fn_state_dict': dict}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f'{path}: found no networks in it, expected a checkpoint of a NeRF')
-    for key in ('args', 'camera'):
+    for key in ('args', 'camera', 'health'):
         state[key] = state[key] if isinstance(state.get(key), dict) else {}
     state['steps_done'] = state['global_step'] + (0 if 'format' in state else 1)
     return state
 
 
-def restore(path, state, network_fn, network_fine=None, optimizer=None, seed=None):
-    """Load the content of a checkpoint into networks and, where it is given, the optimizer; and torch's random state if
-    the checkpoint's run had the seed `seed`.
+def load_newest(folder):
+    """The newest checkpoint in `folder` that can be read: its path and content, or (None, None). One that is damaged is
+    named, set aside as `NNNNNN.tar.damaged`, and the one before is tried."""
+    found = [path for path in Path(folder).glob('*.tar') if path.stem.isdigit()]
+    for path in sorted(found, key=lambda path: int(path.stem), reverse=True):
+        try:
+            return path, read_checkpoint(path)
+        except UserError as error:
+            warnings.warn(f'{error}; it is set aside as {path.name}.damaged', stacklevel=2)
+            with contextlib.suppress(OSError):  # a folder that cannot be written
+                path.rename(path.with_name(path.name + '.damaged'))
+    if found:
+        warnings.warn(f'{folder}: no checkpoint there can be read', stacklevel=2)
+    return None, None
+
+
+def load_checkpoint(args):
+    """The checkpoint to start from: `--ft_path`, else the newest of the experiment; path and content, or (None, None).
+
+    Raises:
+      UserError: the file of `--ft_path` is not there or damaged.
+    """
+    if args.no_reload:
+        return None, None
+    if args.ft_path and args.ft_path != 'None':
+        if not Path(args.ft_path).is_file():
+            raise UserError(f'--ft_path: found no file {args.ft_path}')
+        return Path(args.ft_path), read_checkpoint(args.ft_path)
+    return load_newest(Path(args.basedir, args.expname or ''))
+
+
+def changed_options(args, state, keys=None):
+    """Options that are other than in the checkpoint: 'N_rand 512 (was 1024)', …; of `keys`, or of all that matter."""
+    then = state['args']
+    keys = keys or [key for key in sorted(vars(args)) if key not in FREE_OPTIONS]
+    changed = [key for key in keys if key in then and then[key] != getattr(args, key)]
+    return [f'{key} {getattr(args, key)} (was {then[key]})' for key in changed]
+
+
+def adopt_options(args, state, default):
+    """For rendering from a checkpoint alone: options left at their default take the checkpoint's value.
+
+    Args:
+      default: a function from the name of an option to its default.
+    """
+    for key in NETWORK_OPTIONS:
+        if key in state['args'] and getattr(args, key) == default(key):
+            setattr(args, key, state['args'][key])
+
+
+def restore(path, state, network_fn, network_fine=None, optimizer=None):
+    """Load the content of a checkpoint into networks and, where it is given, the optimizer.
 
     Raises:
       UserError: the networks are of another kind than the options ask for.
@@ -101,7 +128,85 @@ def restore(path, state, network_fn, network_fine=None, optimizer=None, seed=Non
         except Exception as error:  # missing, superfluous or other shapes; the last line names one
             raise UserError(f'{path}: its {key} does not fit what the options ask for '
                             f'({first_line(str(error).strip().splitlines()[-1].strip())})') from None
-    if seed is not None and state['args'].get('seed') == seed and 'random_state' in state:
+
+
+def restore_random_state(state, seed):
+    """Let torch draw what the checkpoint's run would have drawn next, if that run had the seed `seed`."""
+    if state['args'].get('seed') == seed and 'random_state' in state:
         torch.set_rng_state(state['random_state']['cpu'])
         for index, cuda_state in enumerate(state['random_state']['cuda'][:torch.cuda.device_count()]):
             torch.cuda.set_rng_state(cuda_state, index)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+def save_checkpoint(path, step, network_fn, network_fine, optimizer, args, camera, health=None):
+    """Write a checkpoint after `step` steps, whole or not at all.
+
+    Args:
+      network_fine: may be None.
+      args: the options.
+      camera: what rendering needs of the scene, plain numbers and tensors.
+      health: state of the run's `Health`.
+    """
+    state = {
+        'global_step': step,
+        'network_fn_state_dict': network_fn.state_dict(),
+        'optimizer_state_dict': optimizer.state_dict(),
+        'random_state': {'cpu': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state_all()},
+        'args': {key: value for key, value in vars(args).items() if isinstance(value, (str, int, float, type(None)))},
+        'camera': camera,
+        'health': health or {},
+        'format': FORMAT,
+    }
+    if network_fine is not None:
+        state['network_fine_state_dict'] = network_fine.state_dict()
+    with written_whole(path) as part, open(part, 'wb') as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # how torch says that a write failed
+            raise OSError(first_line(error)) from None
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class CheckpointKeeper:
+    """Saves a run's checkpoints by step and by clock, and again later if that fails.
+
+    Args:
+      folder: where they go.
+      every: a checkpoint every so many steps, and
+      minutes: whenever so long has passed since the last.
+      last: the run's last step, which is saved too.
+      write: a function (path, step) that writes one, raising OSError where it cannot.
+      say: called with a line where a save fails.
+    """
+
+    def __init__(self, folder, every, minutes, last, write, say):
+        self.folder, self.every, self.minutes, self.last, self.write, self.say = folder, every, minutes, last, write, say
+        self.saved_at, self.retry_at, self.by_clock, self.newest = time.monotonic(), None, [], None
+
+    def due(self, step):
+        """Whether a checkpoint should be written after this step."""
+        now = time.monotonic()
+        return (step % self.every == 0 or step == self.last or now - self.saved_at > 60 * self.minutes
+                or (self.retry_at is not None and now > self.retry_at))
+
+    def save(self, step):
+        """Write `NNNNNN.tar`; returns its path, or None where that failed, which is said."""
+        path = self.folder / f'{step:06d}.tar'
+        try:
+            self.write(path, step)
+        except OSError as error:
+            self.retry_at = time.monotonic() + RETRY_SECONDS
+            self.saved_at = time.monotonic()
+            self.say(f'{path}: not written ({error.strerror or first_line(error)}); training goes on, and it is tried again')
+            remove_parts(self.folder)
+            return None
+        self.saved_at, self.retry_at, self.newest = time.monotonic(), None, path
+        if step % self.every and step != self.last:
+            self.by_clock.append(path)
+            for old in self.by_clock[:-KEPT_BY_CLOCK]:
+                old.unlink(missing_ok=True)
+            self.by_clock = self.by_clock[-KEPT_BY_CLOCK:]
+        return path

@@ -1,5 +1,6 @@
 """Images and arrays on disk and in memory: read 8 bit, write whole or not at all, shrink by area."""
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -8,6 +9,7 @@ import numpy as np
 from errors import UserError, first_line
 
 IMAGE_ENDINGS = ('.png', '.jpg', '.jpeg')
+PART = '.part'  # in the names of files that are being written
 
 
 def read_image(path):
@@ -59,15 +61,38 @@ def read_array(path):
         raise UserError(f'{path}: not a readable .npy file of numbers ({first_line(error)})') from None
 
 
-def write_image(path, image):
-    """Write uint8 `image` to `path` under a temporary name first, so that no half-written file bears the final one."""
+@contextmanager
+def written_whole(path):
+    """A temporary name beside `path`. What is written there is flushed to disk and gets its final name when the block
+    ends well, and is removed when it does not; so a file with a final name is whole, whenever the process dies."""
     path = Path(path)
-    part = path.with_name(f'.{path.stem}.part{path.suffix}')
+    part = path.with_name(f'.{path.stem}{PART}{path.suffix}')
     try:
-        iio.imwrite(part, image)
+        yield part
+        with open(part, 'rb') as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_parts(folder):
+    """Remove the temporary files that killed processes left in `folder` and below."""
+    for path in Path(folder).rglob(f'.*{PART}*'):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def write_image(path, image):
+    """Write a uint8 (or, grey only, uint16) `image` whole."""
+    with written_whole(path) as part:
+        iio.imwrite(part, image)
+
+
+def write_text(path, text):
+    """Write a text file whole."""
+    with written_whole(path) as part:
+        part.write_text(text)
 
 
 def area_weights(n_in, n_out):

@@ -47,7 +47,7 @@ class OneLineParser(configargparse.ArgumentParser):
 
     def check(self, args):
         """What no single option can check for itself."""
-        if not args.expname:
+        if not args.expname and not (args.render_only and args.ft_path):  # that checkpoint knows its name
             self.error('no experiment: give --config FILE (configs/demo.txt is there) or --expname NAME')
         if args.N_importance > 0 and args.N_samples < 3:
             self.error(f'argument --N_samples: found {args.N_samples}, expected at least 3 with --N_importance')
@@ -146,6 +146,8 @@ def _training_options(parser):
     add('--precrop_iters', type=whole(0), default=0, help='steps at the start that see the middle of the images only')
     add('--precrop_frac', type=number(above=0, most=1), default=.5, help='how much of the image that middle is')
     add('--no_reload', action=BooleanSwitch, default=False, help='start anew, whatever checkpoints are there')
+    add('--no_restart', action=BooleanSwitch, default=False,
+        help='leave a network as it is that shows nothing but the background')
     add('--ft_path', help='checkpoint to start from, in place of the newest of the experiment')
 
 
@@ -174,5 +176,6 @@ def _logging_options(parser):
     add('--i_print', type=whole(1), default=100, help='loss and PSNR')
     add('--i_img', type=whole(1), default=500, help='a held-out view in TensorBoard')
     add('--i_weights', type=whole(1), default=10000, help='a checkpoint')
+    add('--save_minutes', type=number(above=0), default=10., help='a checkpoint after so many minutes too')
     add('--i_testset', type=whole(1), default=50000, help='all test views')
     add('--i_video', type=whole(1), default=50000, help='a video of the path')

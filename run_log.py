@@ -1,84 +1,183 @@
-"""What a person sees of a run: the lines at its start, the progress bar, TensorBoard."""
+"""What a person sees of a run: console and log file, progress bar, TensorBoard, and the record of how it was made."""
+import json
+import platform
+import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
+import numpy as np
+import torch
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, first_line
+from file_io import remove_parts, write_text
 from outputs import make_folder
 
 BAR = '{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]'
 REFRESH_SECONDS = 1.0  # reading the loss waits for a GPU; the bar does it no more often than this
+RETRY_SECONDS = 60.0   # after a failed write to TensorBoard's file
+NETWORKS = ('coarse', 'fine')
+CHARTS = {'PSNR': {'train and held-out': ['Multiline', [f'psnr/{split} {name}' for split in ('train', 'held-out')
+                                                         for name in NETWORKS]]}}
+
+
+class Console:
+    """Lines for the console, and the same for a log file once there is one."""
+
+    def __init__(self):
+        self.early, self.path = [], None
+
+    def say(self, message, file=None):
+        """Print a line above a progress bar, and log it."""
+        tqdm.write(message, file=file or sys.stdout)
+        (file or sys.stdout).flush()
+        self._log(message)
+
+    def warn(self, message, *_):
+        """A warning as one line, in the place of `warnings.showwarning`."""
+        self.say(f'run_nerf.py: warning: {message}', sys.stderr)
+
+    def log_to(self, path):
+        """From now on to this file too, with the lines that were said before."""
+        self.path, early = path, self.early
+        for line in early:
+            self._log(line)
+
+    def _log(self, message):
+        if self.path is None:
+            self.early.append(message)
+            return
+        try:
+            with open(self.path, 'a') as file:
+                file.write(message + '\n')
+        except OSError:  # a full disk; what matters is on the console
+            pass
+
+
+class Board:
+    """TensorBoard's file. Writing to it never ends a run: after a failure it is tried again later, in a new file."""
+
+    def __init__(self, folder, say):
+        self.folder, self.say, self.file, self.not_before = folder, say, None, 0.0
+
+    def add(self, step, content):
+        """Write a summary protocol buffer."""
+        if time.monotonic() < self.not_before:
+            return
+        try:
+            if self.file is None:
+                name = f'events.out.tfevents.{time.time():.6f}.{platform.node()}.{id(self)}'
+                self.file = open(self.folder / name, 'ab')  # noqa: SIM115 - open for as long as the run
+                self._write(Event(wall_time=time.time(), file_version='brain.Event:2'))
+            self._write(Event(wall_time=time.time(), step=step, summary=content))
+        except OSError as error:
+            self.say(f'TensorBoard: cannot write ({first_line(error)}); tried again later')
+            self.close()
+            self.not_before = time.monotonic() + RETRY_SECONDS
+
+    def _write(self, event):
+        RecordWriter(self.file).write(event.SerializeToString())
+        self.file.flush()
+
+    def close(self):
+        try:
+            if self.file is not None:
+                self.file.close()
+        except OSError:  # what was buffered could not be written
+            pass
+        self.file = None
 
 
 class RunLog:
     """Progress of a training run on the console and in TensorBoard.
 
     Args:
-      folder: where the TensorBoard file goes, and where the outputs are.
-      start, stop: the run goes on after step `start` and ends after `stop`.
-      rays_per_step: for the rays a second.
-      name: what the bar says first.
+      args: the options.
+      folder: where the run's files are.
+      start: the run goes on after this step.
+      device: what computes.
+      console: a `Console`.
     """
 
-    def __init__(self, folder, start, stop, rays_per_step, name):
-        self.folder, self.start, self.stop, self.rays_per_step = folder, start, stop, rays_per_step
-        self.writer = SummaryWriter(str(folder))
-        self.bar = tqdm(total=stop, initial=start, desc=name, disable=None, dynamic_ncols=True, bar_format=BAR)
+    def __init__(self, args, folder, start, device, console):
+        self.folder, self.start, self.stop, self.device = folder, start, args.N_iters, device
+        self.every, self.rays_per_step = args.i_print, args.N_rand
+        self.say, self.board = console.say, Board(folder, console.say)
+        self.bar = tqdm(total=self.stop, initial=start, desc=args.expname, disable=None, dynamic_ncols=True, bar_format=BAR)
         self.train_seconds, self.timed_steps, self.refreshed = 0.0, 0, 0.0
-        self.began, self.written = time.perf_counter(), {}
+        self.began, self.written, self.step = time.perf_counter(), {}, start
+        options = ''.join(f'    {key} = {value}\n' for key, value in sorted(vars(args).items()))
+        self.board.add(start, summary.text('options', options))
+        self.board.add(start, summary.custom_scalars(CHARTS))
 
     def steps(self):
         """The numbers of the steps to do; the time from a step's start to its `step_done` counts as training."""
-        for step in range(self.start + 1, self.stop + 1):
-            self.step_start = time.perf_counter()
-            yield step
-            self.bar.update()
-        self.bar.close()
+        with self.bar:
+            while self.step < self.stop:
+                self.step += 1
+                self.step_start = time.perf_counter()
+                yield self.step
+                self.bar.update(self.step - self.bar.n)
 
-    def say(self, message):
-        """A line on the console, above the bar."""
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
+    def rewind(self, step):
+        """Go on after an earlier step."""
+        self.step = step
 
-    def step_done(self, step, numbers, lrate, every):
+    def step_done(self, step, errors, lrate, health):
         """To be called when a step's update is made.
 
         Args:
-          numbers: a function that returns this step's loss and PSNRs; called only when they are shown.
+          errors: {'coarse': …, 'fine': …}, mean squared errors, scalar tensors; read only when they are shown.
           lrate: learning rate of the step.
-          every: TensorBoard, and a console without a bar, get the numbers every so many steps.
+          health: its counts are shown too.
         """
         now = time.perf_counter()
-        due = step % every == 0 or step == self.stop
+        due = step % self.every == 0 or step == self.stop
         show = due or (not self.bar.disable and now - self.refreshed > REFRESH_SECONDS)
-        found = numbers() if show else None
+        found = {name: error.item() for name, error in errors.items()} if show else {}
         now = time.perf_counter()
         self.train_seconds += now - self.step_start
         self.timed_steps += 1
         if not show:
             return
         self.refreshed = now
-        speed = self.timed_steps * self.rays_per_step / self.train_seconds
-        shown = f'loss {found["loss"]:.4f}, PSNR {found["psnr"]:.2f}, {speed:,.0f} rays/s'
+        seconds = self.train_seconds / self.timed_steps
+        psnrs = {name: -10 * float(np.log10(max(mse, 1e-10))) for name, mse in found.items()}
+        loss, last = sum(found.values()), list(psnrs.values())[-1]
+        shown = f'loss {loss:.4f}, PSNR {last:.2f}, {self.rays_per_step / seconds:,.0f} rays/s'
         self.bar.set_postfix_str(shown)
         if due:
             if self.bar.disable:
                 self.say(f'step {step}/{self.stop}: {shown}')
-            self.scalars(step, {f'train/{name}': value for name, value in found.items()})
-            self.scalars(step, {'train/learning rate': lrate, 'speed/rays per second': speed})
+            self.scalars(step, {
+                'train/loss': loss, 'train/learning rate': lrate, **{f'psnr/train {name}': x for name, x in psnrs.items()},
+                'speed/rays per second': self.rays_per_step / seconds, 'speed/seconds per step': seconds,
+                'health/memory, GiB': memory_gib(self.device), 'health/restarts': health.restarts,
+                'health/steps left out': health.bad_steps})
             self.train_seconds, self.timed_steps = 0.0, 0
 
     def scalars(self, step, values):
         """A dict of numbers to TensorBoard."""
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            self.board.add(step, summary.scalar(name, value))
 
     def image(self, step, name, picture):
         """A picture [H, W, 3] in [0, 1] to TensorBoard."""
-        self.writer.add_image(name, picture, step, dataformats='HWC')
+        self.board.add(step, summary.image(name, np.asarray(picture, np.float32), dataformats='HWC'))
+
+    def attempt(self, what, make, *arguments):
+        """`make(*arguments)`; where that fails for want of space, memory or an encoder, say so and go on: None."""
+        try:
+            return make(*arguments)
+        except (OSError, RuntimeError, UserError) as error:
+            self.say(f'{what}: not written ({first_line(error)}); training goes on')
+            remove_parts(self.folder)
+            return None
 
     def wrote(self, what, path):
         """Remember the newest output of a kind for the closing lines."""
@@ -86,46 +185,88 @@ class RunLog:
 
     def close(self):
         """End TensorBoard's file, and say where everything is."""
-        self.writer.close()
+        self.board.close()
         minutes, seconds = divmod(round(time.perf_counter() - self.began), 60)
         if self.start >= self.stop:
-            print(f'nothing to do: {self.start} steps are done, and --N_iters is {self.stop}')
+            self.say(f'nothing to do: {self.start} steps are done, and --N_iters is {self.stop}')
         else:
-            print(f'{self.stop} steps done, {minutes} min {seconds} s for {self.stop - self.start} of them')
+            self.say(f'{self.step} steps done, {minutes} min {seconds} s')
         for what, path in {**self.written, 'TensorBoard': f'tensorboard --logdir {self.folder}'}.items():
-            print(f'  {what:11} {path}', flush=True)
+            self.say(f'  {what:11} {path}')
 
 
-def describe_run(args, scene, device, network_fn, network_fine, folder, start):
+def memory_gib(device):
+    """Peak memory: of the GPU's tensors, or of the process."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float('nan')
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes; bytes on a Mac
+    return peak / (2 ** 30 if sys.platform == 'darwin' else 2 ** 20)
+
+
+def describe_run(args, scene, device, networks, folder, start):
     """The few lines that open a run."""
-    def parameters(network):
-        return f'{sum(p.numel() for p in network.parameters()):,}'
-
+    parameters = [f'{name} {sum(p.numel() for p in network.parameters()):,}' for name, network in networks.items()]
     views = f'{len(scene.i_train)} train, {len(scene.i_val)} val, {len(scene.i_test)} test'
     samples = f'{args.N_samples} coarse' + (f' + {args.N_importance} fine' if args.N_importance else '') + ' samples'
-    networks = f'coarse {parameters(network_fn)}' + (f' + fine {parameters(network_fine)}' if network_fine else '')
     lines = {
         'scene': f'{args.datadir} ({args.dataset_type})',
         'images': f'{views}, {scene.W}×{scene.H}, near {scene.near:.3g}, far {scene.far:.3g}',
         'rays': f'{args.N_rand} a step from {"one image" if args.no_batching else "all images"}, {samples}',
-        'networks': f'{networks} parameters',
+        'networks': ' + '.join(parameters) + ' parameters',
         'device': str(device),
         'logs': f'{folder} ({f"goes on after step {start}" if start else "a new run"})',
     }
     return '\n'.join([args.expname] + [f'  {name:9} {text}' for name, text in lines.items()])
 
 
-def prepare_folder(args):
-    """Make `<basedir>/<expname>` and leave `args.txt` and `config.txt` there.
+def prepare_folder(args, start, device):
+    """Make `<basedir>/<expname>`; leave `args.txt`, `config.txt` and `run.json` there, and no temporary files.
 
     Raises:
       UserError: it cannot be written.
     """
     folder = make_folder(Path(args.basedir, args.expname))
+    remove_parts(folder)
     try:
-        (folder / 'args.txt').write_text(''.join(f'{key} = {value}\n' for key, value in sorted(vars(args).items())))
+        write_text(folder / 'args.txt', ''.join(f'{key} = {value}\n' for key, value in sorted(vars(args).items())))
         if args.config is not None:
-            (folder / 'config.txt').write_text(Path(args.config).read_text())
+            write_text(folder / 'config.txt', Path(args.config).read_text())
+        starts = [*earlier_starts(folder), this_start(args, start, device)]
+        write_text(folder / 'run.json', json.dumps(starts, indent=1) + '\n')
     except OSError as error:
         raise UserError(f'{folder}: cannot write there ({error.strerror})') from None
     return folder
+
+
+def earlier_starts(folder):
+    """The records of a run that was started before; none that can be read counts as none."""
+    try:
+        starts = json.loads((folder / 'run.json').read_text())
+        return starts if isinstance(starts, list) else []
+    except (OSError, ValueError):
+        return []
+
+
+def this_start(args, start, device):
+    """How the run was started, and with what."""
+    try:
+        commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40'], cwd=Path(__file__).parent,
+                                capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
+        'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'), 'command': sys.argv, 'commit': commit, 'seed': args.seed,
+        'after_step': start, 'host': platform.node(), 'device': str(device),
+        'gpu': torch.cuda.get_device_name(device) if device.type == 'cuda' else None, 'threads': torch.get_num_threads(),
+        'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__, 'cuda': torch.version.cuda,
+    }
+
+
+def forward_warnings(console):
+    """Let warnings be lines of the console; undone by the `warnings.catch_warnings` around it."""
+    warnings.simplefilter('always', UserWarning)
+    warnings.showwarning = console.warn

@@ -9,6 +9,7 @@ stands in the order in which a ray meets it, from the end of this file to its st
 `batchify_rays` → `render_rays` → `run_network` → `raw2outputs`.
 """
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -17,18 +18,29 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoints import find_checkpoint, read_checkpoint, restore, save_checkpoint
+from checkpoints import (
+    SCENE_OPTIONS,
+    CheckpointKeeper,
+    adopt_options,
+    changed_options,
+    load_checkpoint,
+    restore,
+    restore_random_state,
+    save_checkpoint,
+)
 from errors import UserError, first_line
-from evaluation import psnr
-from file_io import write_image
+from health import Health, TrainingFailed, go_back
 from options import config_parser
-from outputs import Frame, make_folder, panel, write_frames, write_videos
-from run_log import RunLog, describe_run, prepare_folder
-from run_nerf_helpers import NeRF, get_embedder, get_rays, img2mse, mse2psnr, ndc_rays, sample_pdf, to8b, uniform_like_numpy
-from scene import RayBatcher, load_scene, uses_ndc
+from outputs import Frame, FrameFolder, frames_mark
+from reports import Reports, render_only
+from run_log import Console, RunLog, describe_run, forward_warnings, prepare_folder
+from run_nerf_helpers import NeRF, get_embedder, get_rays, img2mse, ndc_rays, sample_pdf, uniform_like_numpy
+from scene import RayBatcher, load_scene, scene_of_checkpoint, uses_ndc
+from signals import StopRequest
 
 FAR_AWAY = 1e10  # length of the interval behind the last sample of a ray
 EMPTY = 1e-10    # a ray of less opacity has met nothing: its disparity is 0
+SMALLEST_CHUNK = 256  # rays; where memory does not suffice for these, less will not help
 
 
 # --- the networks on many points --------------------------------------------------------------------------------
@@ -222,25 +234,50 @@ def render(H, W, K, chunk=1024 * 32, rays=None, c2w=None, ndc=True, near=0., far
 # --- frames -----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def render_frames(render_poses, hwf, K, chunk, render_kwargs, render_factor=0):
-    """Render camera after camera; yields a `Frame` at a time.
+def render_frame(pose, hwf, K, chunk, render_kwargs, render_factor=0):
+    """Render the image of one camera into a `Frame`. Where CUDA's memory does not suffice, the chunk is halved.
 
     Args:
-      render_poses: c2w matrices [N, 3 or 4, 4 or more].
+      pose: c2w [3 or 4, 4 or more].
       hwf: [H, W, focal]; K: intrinsics [3, 3]. `render_factor` divides all of them (0 as 1).
       chunk: rays in one go.
       render_kwargs: for `render`.
     """
-    H, W, _ = hwf
-    K = np.array(K, np.float64)
+    H, W, K = int(hwf[0]), int(hwf[1]), np.array(K, np.float64)
     if render_factor > 1:
-        H, W, K[:2] = int(H) // render_factor, int(W) // render_factor, K[:2] / render_factor
+        H, W, K[:2] = H // render_factor, W // render_factor, K[:2] / render_factor
     device = next(render_kwargs['network_fn'].parameters()).device
+    c2w = torch.as_tensor(pose, dtype=torch.float32, device=device)[:3, :4]
+    began = time.perf_counter()
+    while True:
+        try:
+            rgb, disp, acc, extras = render(H, W, K, chunk=chunk, c2w=c2w, **render_kwargs)
+            maps = [None if part is None else part.cpu().numpy() for part in (rgb, disp, acc, extras.get('rgb0'))]
+            return Frame(*maps, seconds=time.perf_counter() - began)
+        except torch.OutOfMemoryError:
+            if chunk <= SMALLEST_CHUNK:
+                raise
+            chunk //= 2
+        torch.cuda.empty_cache()
+        warnings.warn(f'out of memory in rendering: --chunk {chunk} from here on', stacklevel=2)
+
+
+def render_frames(render_poses, hwf, K, chunk, render_kwargs, render_factor=0, store=None):
+    """Render camera after camera: yields a `Frame` at a time, and keeps none.
+
+    Args:
+      render_poses: c2w matrices [N, 3 or 4, 4 or more].
+      store: a `FrameFolder`: frames that it has are not rendered again, and new ones are saved there.
+      others: as in `render_frame`.
+    """
     progress = tqdm(render_poses, desc='frames', unit='frame', disable=None, leave=False, dynamic_ncols=True)
-    for pose in progress:
-        c2w = torch.as_tensor(pose, dtype=torch.float32, device=device)[:3, :4]
-        rgb, disp, acc, extras = render(int(H), int(W), K, chunk=chunk, c2w=c2w, **render_kwargs)
-        yield Frame(*(None if part is None else part.cpu().numpy() for part in (rgb, disp, acc, extras.get('rgb0'))))
+    for index, pose in enumerate(progress):
+        frame = store.load(index) if store else None
+        if frame is None:
+            frame = render_frame(pose, hwf, K, chunk, render_kwargs, render_factor)
+            if store:
+                store.save(index, frame)
+        yield frame
 
 
 def render_path(render_poses, hwf, K, chunk, render_kwargs, gt_imgs=None, savedir=None, render_factor=0):
@@ -248,20 +285,22 @@ def render_path(render_poses, hwf, K, chunk, render_kwargs, gt_imgs=None, savedi
 
     Args:
       gt_imgs: images [N, H, W, 3] in [0, 1] to compare with: prints the PSNR of each frame.
-      savedir: folder for `000.png`, `001.png`, …
-      others: as in `render_frames`.
+      savedir: folder for `000.png`, `001.png`, …; one that was interrupted goes on with the frames that are missing.
+      others: as in `render_frame`.
     Returns:
       rgbs [N, H, W, 3], disps [N, H, W].
     """
+    store = None
+    if savedir is not None:
+        mark = frames_mark(render_poses, hwf, K, render_kwargs, render_factor)
+        store = FrameFolder(savedir, mark, render_kwargs.get('far', 1.0))
     rgbs, disps = [], []
-    for index, frame in enumerate(render_frames(render_poses, hwf, K, chunk, render_kwargs, render_factor)):
-        rgb = frame.rgb
-        rgbs.append(rgb)
+    for index, frame in enumerate(render_frames(render_poses, hwf, K, chunk, render_kwargs, render_factor, store)):
+        rgbs.append(frame.rgb)
         disps.append(frame.disp)
         if gt_imgs is not None and render_factor <= 1:
-            tqdm.write(f'frame {index}: PSNR {-10 * np.log10(np.mean((rgb - np.asarray(gt_imgs[index])) ** 2)):.2f}')
-        if savedir is not None:
-            write_image(Path(savedir, f'{index:03d}.png'), to8b(rgb))
+            error = np.mean((frame.rgb - np.asarray(gt_imgs[index])) ** 2)
+            tqdm.write(f'frame {index}: PSNR {-10 * np.log10(error):.2f}')
     return np.stack(rgbs), np.stack(disps)
 
 
@@ -285,9 +324,12 @@ def pick_device(name):
     return device
 
 
-def create_nerf(args):
+def create_nerf(args, checkpoint=None):
     """Build networks and optimizer, and load the checkpoint that the options name or the experiment has.
 
+    Args:
+      args: the options.
+      checkpoint: path and content, where `load_checkpoint(args)` was called before.
     Returns:
       render_kwargs_train, render_kwargs_test: for `render`, but for near and far.
       start: steps done so far.
@@ -313,14 +355,14 @@ def create_nerf(args):
     optimizer = torch.optim.Adam(grad_vars, lr=args.lrate, betas=(0.9, 0.999))
 
     start, pixel_centers = 0, args.pixel_centers
-    checkpoint = find_checkpoint(args)
-    if checkpoint is not None:
-        state = read_checkpoint(checkpoint)
-        restore(checkpoint, state, network_fn, network_fine, None if args.render_only else optimizer, args.seed)
+    path, state = load_checkpoint(args) if checkpoint is None else checkpoint
+    if state is not None:
+        restore(path, state, network_fn, network_fine, None if args.render_only else optimizer)
+        restore_random_state(state, args.seed)
         start = state['steps_done']
         pixel_centers = bool(state['camera'].get('pixel_centers', False))  # what the networks were trained with
         if pixel_centers != args.pixel_centers:
-            warnings.warn(f'{checkpoint} was trained with rays through pixel {"centres" if pixel_centers else "corners"}; '
+            warnings.warn(f'{path} was trained with rays through pixel {"centres" if pixel_centers else "corners"}; '
                           'that goes on', stacklevel=2)
 
     ndc = uses_ndc(args)
@@ -334,140 +376,149 @@ def create_nerf(args):
     return render_kwargs_train, render_kwargs_test, start, grad_vars, optimizer
 
 
-# --- what is rendered in between and afterwards -----------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------
 
 def camera(scene, render_kwargs):
     """What a renderer needs to know of the scene beside the networks, as plain numbers and tensors for a checkpoint."""
-    known = {key: render_kwargs[key] for key in ('near', 'far', 'ndc', 'lindisp', 'pixel_centers', 'white_bkgd')}
-    return {**known, 'hwf': scene.hwf, 'K': scene.K.tolist(), 'render_poses': torch.as_tensor(scene.render_poses)}
+    known = {key: render_kwargs[key] for key in ('ndc', 'lindisp', 'pixel_centers', 'white_bkgd')}
+    return {**known, **scene.cameras()}
 
 
-def log_view(log, step, scene, chunk, render_kwargs):
-    """The first held-out view to TensorBoard: PSNR, fine and coarse, and a panel that `outputs.panel` describes."""
-    view = [*scene.i_val, *scene.i_test, *scene.i_train][0]
-    target = scene.images[view]
-    frame = next(render_frames(scene.poses[[view]], scene.hwf, scene.K, chunk, render_kwargs))
-    log.scalars(step, {'held-out/psnr': psnr(to8b(frame.rgb), target)})
-    if frame.rgb0 is not None:
-        log.scalars(step, {'held-out/psnr coarse': psnr(to8b(frame.rgb0), target)})
-    log.image(step, 'held-out/render, target, error, nearness, opacity', panel(frame, target / 255))
+def network_outputs(rgb, acc, extras, target):
+    """Of each network, coarse and fine or coarse alone: {name: mean squared error}, {name: opacity [N_rays]}. The sum of the
+    errors is the loss, Eq. 6."""
+    if 'rgb0' not in extras:
+        return {'coarse': img2mse(rgb, target)}, {'coarse': acc}
+    return {'coarse': img2mse(extras['rgb0'], target), 'fine': img2mse(rgb, target)}, {'coarse': extras['acc0'], 'fine': acc}
 
 
-def log_testset(log, step, scene, chunk, render_kwargs, folder):
-    """All test views as PNGs into `folder`, their mean PSNR to console and TensorBoard."""
-    frames = render_frames(scene.poses[scene.i_test], scene.hwf, scene.K, chunk, render_kwargs)
-    psnrs = write_frames(frames, folder, scene.images[scene.i_test])
-    log.say(f'step {step}: held-out PSNR {np.mean(psnrs):.2f} dB, mean of {len(psnrs)} test views')
-    log.scalars(step, {'test/psnr': np.mean(psnrs)})
-    log.wrote('test views', folder)
-
-
-def render_only(args, scene, render_kwargs, start):
-    """`--render_only`: the camera path, or the test views, as numbered PNGs and a video."""
-    kind, poses, targets = 'path', scene.render_poses, None
-    if args.render_test:
-        kind, poses = 'test', scene.poses[scene.i_test]
-        targets = scene.images[scene.i_test] if args.render_factor <= 1 else None
-    if min(scene.H, scene.W) < args.render_factor:
-        raise UserError(f'--render_factor: found {args.render_factor}, expected less than the images\' {scene.W}×{scene.H}')
-    folder = make_folder(Path(args.basedir, args.expname, f'renderonly_{kind}_{start:06d}'))
-    print(f'rendering {len(poses)} frames of the {kind} after {start} steps', flush=True)
-    frames = render_frames(poses, scene.hwf, scene.K, args.chunk, render_kwargs, args.render_factor)
-    psnrs = write_frames(frames, folder, targets, video=folder / 'video.mp4')
-    if psnrs:
-        print(f'held-out PSNR {np.mean(psnrs):.2f} dB, mean of {len(psnrs)} test views')
-    print(f'{len(poses)} images and video.mp4 are in {folder}')
-
-
-# --- training ---------------------------------------------------------------------------------------------------
-
-def image_losses(rgb, extras, target):
-    """The loss of Eq. 6, fine and coarse together, and a function that returns its numbers for the log."""
-    fine = img2mse(rgb, target)
-    coarse = img2mse(extras['rgb0'], target) if 'rgb0' in extras else None
-    loss = fine if coarse is None else fine + coarse
-
-    def numbers():
-        found = {'loss': loss.item(), 'psnr': mse2psnr(fine.detach()).item()}
-        return found if coarse is None else {**found, 'psnr coarse': mse2psnr(coarse.detach()).item()}
-    return loss, numbers
-
-
-def set_learning_rate(optimizer, args, step):
-    """Exponential decay to a tenth in each 1000 · lrate_decay steps."""
-    lrate = args.lrate * 0.1 ** (step / (1000 * args.lrate_decay))
+def set_learning_rate(optimizer, lrate, lrate_decay, step):
+    """Exponential decay to a tenth in each 1000 · lrate_decay steps; returns the rate of step `step`, counted from 0."""
+    lrate = lrate * 0.1 ** (step / (1000 * lrate_decay))
     for group in optimizer.param_groups:
         group['lr'] = lrate
     return lrate
 
 
-def train(args):
-    """Train as the options say and write what they ask for on the way, or render only.
+def prepare(args):
+    """Checkpoint, scene, networks: what both training and rendering need.
 
+    Returns:
+      scene, state of the checkpoint or None, and what `create_nerf` returns.
     Raises:
       UserError: options, data or checkpoint that cannot be used.
     """
-    if args.render_only and find_checkpoint(args) is None:
-        raise UserError(f'--render_only: found no checkpoint in {Path(args.basedir, args.expname)}; '
-                        'train first, or give --ft_path FILE')
-    torch.manual_seed(args.seed)
-    scene = load_scene(args)
-    render_kwargs_train, render_kwargs_test, start, _, optimizer = create_nerf(args)
-    render_kwargs_train.update(near=scene.near, far=scene.far)
-    render_kwargs_test.update(near=scene.near, far=scene.far)
-    network_fn, network_fine = render_kwargs_train['network_fn'], render_kwargs_train['network_fine']
-    device = next(network_fn.parameters()).device
+    path, state = load_checkpoint(args)
     if args.render_only:
-        return render_only(args, scene, render_kwargs_test, start)
+        if state is None:
+            raise UserError(f'--render_only: found no checkpoint in {Path(args.basedir, args.expname or "")}; '
+                            'train first, or give --ft_path FILE')
+        adopt_options(args, state, config_parser().get_default)
+    torch.manual_seed(args.seed)
+    cameras_suffice = args.render_only and not args.render_test and not changed_options(args, state, SCENE_OPTIONS)
+    scene = scene_of_checkpoint(args, state['camera']) if cameras_suffice and state['camera'] else load_scene(args)
+    built = create_nerf(args, (path, state))
+    for kwargs in built[:2]:
+        kwargs.update(near=scene.near, far=scene.far)
+    if not args.render_only and state is not None and changed_options(args, state):
+        warnings.warn(f'options differ from those of {path}: {", ".join(changed_options(args, state))}', stacklevel=2)
+    return scene, state, *built
 
-    folder = prepare_folder(args)
-    print(describe_run(args, scene, device, network_fn, network_fine, folder, start), flush=True)
+
+def make_reports(args, scene, render_kwargs, say):
+    """What renders the scene to files, with the networks of `render_kwargs`."""
+    view = scene.hwf, scene.K
+    factor = args.render_factor if args.render_only else 0
+
+    def frames(poses, store=None):
+        return render_frames(poses, *view, args.chunk, render_kwargs, factor, store)
+
+    def mark(poses):
+        return frames_mark(poses, *view, render_kwargs, factor)
+    return Reports(args, scene, frames, mark, next(render_kwargs['network_fn'].parameters()).device, say)
+
+
+def start_run(args, scene, state, render_kwargs, start, optimizer, console):
+    """What accompanies a training run: its log, its checkpoints, and the watch over its health."""
+    networks = {'coarse': render_kwargs['network_fn'], 'fine': render_kwargs['network_fine']}
+    networks = {name: network for name, network in networks.items() if network is not None}
+    device = next(networks['coarse'].parameters()).device
+    folder = prepare_folder(args, start, device)
+    console.log_to(folder / 'log.txt')
+    console.say(describe_run(args, scene, device, networks, folder, start))
+
+    health = Health(networks, optimizer, args.seed, not args.no_restart, args.white_bkgd, console.say)
+    if state is not None and state['health']:
+        health.load_state_dict(state['health'])
+
+    def write(path, step):
+        save_checkpoint(path, step, networks['coarse'], networks.get('fine'), optimizer, args, camera(scene, render_kwargs),
+                        health.state_dict())
+    keeper = CheckpointKeeper(folder, args.i_weights, args.save_minutes, args.N_iters, write, console.say)
+    return RunLog(args, folder, start, device, console), keeper, health
+
+
+def train(args):
+    """Train as the options say and write what they ask for on the way, or render only. Returns the exit code.
+
+    Raises:
+      UserError: options, data or checkpoint that cannot be used.
+      TrainingFailed: the numbers stay NaN or infinite.
+    """
+    console = Console()
+    forward_warnings(console)
+    scene, state, render_kwargs_train, render_kwargs_test, start, grad_vars, optimizer = prepare(args)
+    reports = make_reports(args, scene, render_kwargs_test, console.say)
+    if args.render_only:
+        render_only(args, reports, start)
+        return 0
+
+    log, keeper, health = start_run(args, scene, state, render_kwargs_train, start, optimizer, console)
     batches = RayBatcher(scene, args.N_rand, args.no_batching, args.precrop_iters, args.precrop_frac,
-                         render_kwargs_train['pixel_centers'], device)
-    log = RunLog(folder, start, args.N_iters, args.N_rand, args.expname)
-    for step in log.steps():
-        batch_rays, target = batches.draw(step)
-        rgb, _, _, extras = render(scene.H, scene.W, scene.K, args.chunk, batch_rays, **render_kwargs_train)
-        loss, numbers = image_losses(rgb, extras, target)
+                         render_kwargs_train['pixel_centers'], grad_vars[0].device)
+    with StopRequest(console.say) as stop:
+        for step in log.steps():
+            batch_rays, target = batches.draw(step)
+            rgb, _, acc, extras = render(scene.H, scene.W, scene.K, args.chunk, batch_rays, **render_kwargs_train)
+            errors, opacities = network_outputs(rgb, acc, extras, target)
+            loss = sum(errors.values())
 
-        lrate = set_learning_rate(optimizer, args, step - 1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        log.step_done(step, numbers, lrate, args.i_print)
+            lrate = set_learning_rate(optimizer, args.lrate * health.lrate_scale, args.lrate_decay, step - 1)
+            optimizer.zero_grad()
+            loss.backward()
+            if health.step_is_finite(loss):
+                optimizer.step()
+            elif health.must_return:
+                log.rewind(go_back(args, keeper, health, optimizer))
+                continue
+            health.watch(step, target, errors, opacities)
+            log.step_done(step, errors, lrate, health)
 
-        if step % args.i_weights == 0 or step == args.N_iters:
-            path = folder / f'{step:06d}.tar'
-            save_checkpoint(path, step, network_fn, network_fine, optimizer, args, camera(scene, render_kwargs_test))
-            log.wrote('checkpoint', path)
-        if step % args.i_img == 0:
-            log_view(log, step, scene, args.chunk, render_kwargs_test)
-        if step % args.i_testset == 0:
-            log_testset(log, step, scene, args.chunk, render_kwargs_test, folder / f'testset_{step:06d}')
-        if step % args.i_video == 0:
-            frames = render_frames(scene.render_poses, scene.hwf, scene.K, args.chunk, render_kwargs_test)
-            log.wrote('video', write_videos(frames, folder / f'{folder.name}_spiral_{step:06d}_'))
+            if keeper.due(step) and keeper.save(step):
+                log.wrote('checkpoint', keeper.newest)
+            with stop.may_interrupt():
+                reports.write_due(log, step)
+            if stop.signal:
+                break
+    if stop.signal and keeper.save(log.step):
+        log.wrote('checkpoint', keeper.newest)
     log.close()
-
-
-def show_warning(message, *_):
-    """A warning as one line, in place of the source line that gave it."""
-    print(f'run_nerf.py: warning: {message}', file=sys.stderr)
+    return stop.exit_code
 
 
 def main(argv=None):
     args = config_parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = show_warning
-            train(args)
+            return train(args)
     except UserError as error:
-        print(f'run_nerf.py: error: {error}', file=sys.stderr)
-        return 2
+        problem, code = str(error), 2
     except OSError as error:
-        print(f'run_nerf.py: error: {error.filename}: {error.strerror}', file=sys.stderr)
-        return 2
-    return 0
+        problem, code = f'{error.filename}: {error.strerror}', 2
+    except TrainingFailed as error:
+        problem, code = str(error), 1
+    print(f'run_nerf.py: error: {problem}', file=sys.stderr)
+    return code
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """A scene in memory: 8-bit images, cameras and bounds, and the random rays that training draws from it."""
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,13 @@ from run_nerf_helpers import pixel_rays
 class Scene:
     """What training and rendering need to know of a scene.
 
-    images: uint8 [N, H, W, 3], composited.  poses: float32 [N, 3, 4] c2w.  K: float64 [3, 3] in pixels.
-    near, far: bounds along a ray, in units of rays_d.  render_poses: float32 [M, 3, 4].  i_train, i_val, i_test: indices.
+    images: uint8 [N, H, W, 3], composited; None for a scene known from a checkpoint alone.  H, W: their size.
+    poses: float32 [N, 3, 4] c2w.  K: float64 [3, 3] in pixels.  near, far: bounds along a ray, in units of rays_d.
+    render_poses: float32 [M, 3, 4].  i_train, i_val, i_test: indices.
     """
-    images: np.ndarray
+    images: np.ndarray | None
+    H: int
+    W: int
     poses: np.ndarray
     K: np.ndarray
     near: float
@@ -32,16 +35,23 @@ class Scene:
     i_test: np.ndarray
 
     @property
-    def H(self):
-        return self.images.shape[1]
-
-    @property
-    def W(self):
-        return self.images.shape[2]
-
-    @property
     def hwf(self):
         return [self.H, self.W, float(self.K[0, 0])]
+
+    def cameras(self):
+        """All but the images, as plain numbers and tensors."""
+        arrays = ('poses', 'K', 'render_poses', 'i_train', 'i_val', 'i_test')
+        return {'H': self.H, 'W': self.W, 'near': self.near, 'far': self.far,
+                **{key: torch.as_tensor(getattr(self, key)) for key in arrays}}
+
+
+def scene_of_checkpoint(args, camera):
+    """The scene of a checkpoint, without images: enough to render its path, or that of `--render_poses`."""
+    known = {field.name: camera[field.name] for field in fields(Scene) if field.name != 'images'}
+    scene = Scene(None, **{key: value.numpy() if torch.is_tensor(value) else value for key, value in known.items()})
+    if args.render_poses:
+        scene.render_poses = read_render_poses(args.render_poses)
+    return scene
 
 
 def load_scene(args):
@@ -94,7 +104,8 @@ def _blender_scene(args):
     frames = read_frames(args.datadir, args.testskip, args.llffhold)
     images, K = load_blender_images(frames, args.half_res, args.white_bkgd)
     i_train, i_val, i_test = frames.i_split
-    return Scene(images, frames.poses[:, :3], K, 2.0, 6.0, path_around(frames)[:, :3], i_train, i_val, i_test)
+    render_poses = path_around(frames)[:, :3]
+    return Scene(images, *images.shape[1:3], frames.poses[:, :3], K, 2.0, 6.0, render_poses, i_train, i_val, i_test)
 
 
 def _llff_scene(args):
@@ -105,7 +116,8 @@ def _llff_scene(args):
     views = np.arange(len(images))
     i_test = views[::args.llffhold] if args.llffhold > 0 else np.array([i_central])
     near, far = (0.0, 1.0) if uses_ndc(args) else (float(bds.min()) * 0.9, float(bds.max()))
-    return Scene(images, poses[:, :, :4], K, near, far, render_poses[:, :, :4], np.setdiff1d(views, i_test), i_test, i_test)
+    return Scene(images, *images.shape[1:3], poses[:, :, :4], K, near, far, render_poses[:, :, :4],
+                 np.setdiff1d(views, i_test), i_test, i_test)
 
 
 def read_render_poses(path):

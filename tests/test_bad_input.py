@@ -278,9 +278,14 @@ def test_no_such_device(capsys, options):
 
 @pytest.mark.parametrize('content', [b'', b'not a checkpoint', b'PK\x03\x04 half a zip'])
 def test_damaged_checkpoint(capsys, options, tmp_path, content):
-    (tmp_path / 'logs/run').mkdir(parents=True)
-    (tmp_path / 'logs/run/000005.tar').write_bytes(content)
-    assert_refused(capsys, options('blender'), '000005.tar')
+    """Given by --ft_path it is refused; in the experiment's folder it is set aside."""
+    args, path = options('blender'), tmp_path / 'logs/run/000005.tar'
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert_refused(capsys, [*args, '--ft_path', path], '000005.tar')
+    code, err = run(capsys, *args)
+    assert code == 0 and '000005.tar.damaged' in err
+    assert not path.exists() and path.with_name('000005.tar.damaged').read_bytes() == content
 
 
 def test_checkpoint_of_another_network(capsys, options):
@@ -362,16 +367,18 @@ def test_checkpoint_with_parts_of_another_kind(capsys, options, tmp_path, key, v
     assert run(capsys, *args)[0] == 0
     path = tmp_path / 'logs/run/000001.tar'
     torch.save({**torch.load(path, weights_only=True), key: value}, path)
-    if key == 'args':
-        assert run(capsys, *args)[0] == 0
+    if key == 'args':  # rendering can do without
+        assert run(capsys, *args, '--render_only')[0] == 0
     else:
-        assert_refused(capsys, args, '000001.tar')
+        assert_refused(capsys, [*args, '--ft_path', path], '000001.tar')
 
 
 def test_checkpoint_with_code_in_it_is_not_run(capsys, options, tmp_path):
     (tmp_path / 'logs/run').mkdir(parents=True)
     (tmp_path / 'logs/run/000005.tar').write_bytes(pickle.dumps(Touch(tmp_path / 'touched')))
-    assert_refused(capsys, options('blender'), '000005.tar')
+    args = options('blender')
+    assert_refused(capsys, [*args, '--ft_path', tmp_path / 'logs/run/000005.tar'], '000005.tar')
+    assert run(capsys, *args)[0] == 0
     assert not (tmp_path / 'touched').exists()
 
 

@@ -202,7 +202,7 @@ def test_render_path_returns_and_writes_the_frames(tmp_path, capsys):
     poses = torch.eye(4).repeat(2, 1, 1).numpy()
     rgbs, disps = render_path(poses, HWF, K, 64, chain(), gt_imgs=np.zeros((2, 8, 10, 3)), savedir=tmp_path)
     assert rgbs.shape == (2, 8, 10, 3) and disps.shape == (2, 8, 10)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['000.png', '001.png']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['000.png', '001.png', 'depth', 'disp', 'frames.json']
     assert capsys.readouterr().out.count('PSNR') == 2
 
 

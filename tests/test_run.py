@@ -48,13 +48,15 @@ def test_psnr_rises(trained):
     losses = found['train/loss']
     assert set(losses) == {50, 100, 150, 200, 250}
     assert losses[250] < 0.6 * losses[50]
-    assert found['held-out/psnr'][200] > found['held-out/psnr'][100] > 10
+    assert found['psnr/held-out fine'][200] > found['psnr/held-out fine'][100] > 10
 
 
 def test_tensorboard_has_what_a_person_looks_at(trained):
     found, events = scalars(trained[0])
-    assert set(found) == {'train/loss', 'train/psnr', 'train/psnr coarse', 'train/learning rate', 'speed/rays per second',
-                          'held-out/psnr', 'held-out/psnr coarse', 'test/psnr'}
+    assert set(found) == {
+        'train/loss', 'train/learning rate', 'psnr/train coarse', 'psnr/train fine', 'psnr/held-out coarse',
+        'psnr/held-out fine', 'speed/rays per second', 'speed/seconds per step', 'health/memory, GiB', 'health/restarts',
+        'health/steps left out', 'test/psnr', 'test/ssim', 'test/seconds'}
     (panel,) = events.Tags()['images']
     assert [event.step for event in events.Images(panel)] == [100, 200]
     assert (events.Images(panel)[0].height, events.Images(panel)[0].width) == (64, 5 * 64)
@@ -63,9 +65,10 @@ def test_tensorboard_has_what_a_person_looks_at(trained):
 def test_files_of_a_run_have_their_established_names(trained):
     folder = trained[0]
     names = {path.name for path in folder.iterdir() if not path.name.startswith('events')}
-    assert names == {'args.txt', 'config.txt', '000100.tar', '000200.tar', '000250.tar', 'testset_000250',
-                     'demo_spiral_000250_rgb.mp4', 'demo_spiral_000250_disp.mp4'}
-    assert sorted(path.name for path in (folder / 'testset_000250').iterdir()) == ['000.png', '001.png']
+    assert names == {'args.txt', 'config.txt', 'run.json', 'log.txt', '000100.tar', '000200.tar', '000250.tar',
+                     'testset_000250', 'demo_spiral_000250_rgb.mp4', 'demo_spiral_000250_disp.mp4'}
+    assert sorted(path.name for path in (folder / 'testset_000250').iterdir()) == [
+        '000.png', '001.png', 'depth', 'disp', 'frames.json', 'metrics.csv', 'metrics.json']
     assert 'N_rand = 128\n' in (folder / 'args.txt').read_text()
     assert (folder / 'config.txt').read_text() == (ROOT / 'configs/demo.txt').read_text()
     video = iio.imread(folder / 'demo_spiral_000250_rgb.mp4', plugin='FFMPEG')
@@ -76,7 +79,7 @@ def test_the_console_of_a_pipe_has_plain_lines(trained):
     _, out, err = trained
     assert err == '' and '\r' not in out
     for part in ('80 train', '64×64', 'coarse', 'fine', 'parameters', 'device    cpu', 'step 50/250', 'rays/s',
-                 'held-out PSNR', '000250.tar', 'spiral', 'tensorboard --logdir'):
+                 'held-out PSNR', 'SSIM', '000250.tar', 'spiral', 'tensorboard --logdir'):
         assert part in out, part
 
 
@@ -104,11 +107,13 @@ def test_render_only(trained, tmp_path, capsys, options, folder, size, count):
     run(*TINY, '--basedir', basedir, '--render_only',
         *[trained[0].parent / option if option == 'path.npy' else option for option in options])
     assert {path.name for path in (basedir / 'demo').iterdir()} == before | {folder}
-    names = sorted(path.name for path in (basedir / 'demo' / folder).iterdir())
-    assert names == [f'{index:03d}.png' for index in range(count)] + ['video.mp4']
+    names = {path.name for path in (basedir / 'demo' / folder).iterdir()}
+    metrics = {'metrics.csv', 'metrics.json'} if '--render_test' in options else set()
+    assert names == {f'{index:03d}.png' for index in range(count)} | metrics | {
+        'video.mp4', 'video_disp.mp4', 'depth', 'disp', 'frames.json'}
     assert iio.imread(basedir / 'demo' / folder / '000.png').shape == (size, size, 3)
     assert iio.imread(basedir / 'demo' / folder / 'video.mp4', plugin='FFMPEG').shape == (count, size, size, 3)
-    assert ('held-out PSNR' in capsys.readouterr().out) == ('--render_test' in options)
+    assert ('PSNR' in capsys.readouterr().out) == ('--render_test' in options)
     if '--render_test' in options:  # the same networks, the same views
         assert (basedir / f'demo/{folder}/001.png').read_bytes() == (trained[0] / 'testset_000250/001.png').read_bytes()
 
@@ -149,7 +154,6 @@ def test_a_checkpoint_remembers_pixel_centers(trained):
         assert create_nerf(args)[0]['pixel_centers'] is True
 
 
-@pytest.mark.filterwarnings('default')
 def test_pixel_centers_are_remembered_over_more_than_one_resume(tmp_path, capsys):
     run(*TINY, '--basedir', tmp_path, '--N_iters', 1)
     for steps in (2, 3):
