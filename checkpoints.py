@@ -5,10 +5,11 @@ established code, whose files load here. Beside them stand `args`, `camera` (the
 `random_state`, `health` and `format`.
 """
 import contextlib
-import os
+import io
 import pickle
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -45,6 +46,11 @@ def read_checkpoint(path):
     try:
         with open(path, 'rb') as file, warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of odd pickles; what matters is an error below
+            if zipfile.is_zipfile(file):     # torch itself reads past a wrong checksum
+                damaged = zipfile.ZipFile(file).testzip()
+                if damaged:
+                    raise ValueError(f'wrong checksum of {damaged}')
+            file.seek(0)
             state = torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f'{path}: not a readable checkpoint (it holds more than tensors and plain values)') from None
@@ -161,13 +167,10 @@ def save_checkpoint(path, step, network_fn, network_fine, optimizer, args, camer
     }
     if network_fine is not None:
         state['network_fine_state_dict'] = network_fine.state_dict()
-    with written_whole(path) as part, open(part, 'wb') as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # how torch says that a write failed
-            raise OSError(first_line(error)) from None
-        file.flush()
-        os.fsync(file.fileno())
+    content = io.BytesIO()  # a write that fails is an OSError only if the file is Python's own
+    torch.save(state, content)
+    with written_whole(path) as part:
+        part.write_bytes(content.getbuffer())
 
 
 class CheckpointKeeper:
@@ -186,11 +189,12 @@ class CheckpointKeeper:
         self.folder, self.every, self.minutes, self.last, self.write, self.say = folder, every, minutes, last, write, say
         self.saved_at, self.retry_at, self.by_clock, self.newest = time.monotonic(), None, [], None
 
-    def due(self, step):
-        """Whether a checkpoint should be written after this step."""
+    def due(self, step, well=True):
+        """Whether a checkpoint should be written after this step; the last step's always, others only if all is well."""
         now = time.monotonic()
-        return (step % self.every == 0 or step == self.last or now - self.saved_at > 60 * self.minutes
-                or (self.retry_at is not None and now > self.retry_at))
+        wanted = (step % self.every == 0 or now - self.saved_at > 60 * self.minutes
+                  or (self.retry_at is not None and now > self.retry_at))
+        return step == self.last or (wanted and well)
 
     def save(self, step):
         """Write `NNNNNN.tar`; returns its path, or None where that failed, which is said."""
@@ -200,7 +204,7 @@ class CheckpointKeeper:
         except OSError as error:
             self.retry_at = time.monotonic() + RETRY_SECONDS
             self.saved_at = time.monotonic()
-            self.say(f'{path}: not written ({error.strerror or first_line(error)}); training goes on, and it is tried again')
+            self.say(f'{path}: not written ({error.strerror}); training goes on, and it is tried again')
             remove_parts(self.folder)
             return None
         self.saved_at, self.retry_at, self.newest = time.monotonic(), None, path

@@ -86,7 +86,7 @@ def remove_parts(folder):
 def write_image(path, image):
     """Write a uint8 (or, grey only, uint16) `image` whole."""
     with written_whole(path) as part:
-        iio.imwrite(part, image)
+        part.write_bytes(iio.imwrite('<bytes>', image, extension=Path(path).suffix))
 
 
 def write_text(path, text):

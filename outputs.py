@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import imageio
+import imageio_ffmpeg
 import numpy as np
 
 from errors import UserError
@@ -176,6 +177,14 @@ def video_path(stem, encoder):
     return Path(f'{stem}{encoder.suffix}')
 
 
+def is_whole(path, count):
+    """Whether the video at `path` can be read and has `count` frames."""
+    try:
+        return imageio_ffmpeg.count_frames_and_secs(str(path))[0] == count
+    except (OSError, RuntimeError):
+        return False
+
+
 @contextmanager
 def open_video(stem, encoder):
     """Write a video frame by frame: yields a function that appends a float frame [H, W, 3] in [0, 1]. The video has its
@@ -195,13 +204,15 @@ def open_video(stem, encoder):
     ffmpeg = {'fps': FPS, 'codec': encoder.codec, 'quality': 8, 'macro_block_size': 1}
     with written_whole(path) as part:
         writer = imageio.get_writer(part, **(ffmpeg if encoder.codec else {'duration': 1000 / FPS, 'loop': 0}))
+        added = itertools.count()
 
         def add(frame):
+            next(added)
             odd = [(0, side % 2) for side in frame.shape[:2]]  # the codecs ask for even sides
             writer.append_data(np.pad(to8b(frame), [*odd, (0, 0)], mode='edge'))
         try:
             yield add
         finally:
             writer.close()
-        if not part.stat().st_size:
-            raise OSError(f'{path}: the encoder left nothing')
+        if encoder.codec and not is_whole(part, next(added)):  # ffmpeg does not say so when it fails
+            raise OSError(f'{path}: the encoder could not finish it')

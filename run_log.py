@@ -186,6 +186,7 @@ class RunLog:
     def close(self):
         """End TensorBoard's file, and say where everything is."""
         self.board.close()
+        remove_parts(self.folder)  # of a video that was given up, an encoder may have written more
         minutes, seconds = divmod(round(time.perf_counter() - self.began), 60)
         if self.start >= self.stop:
             self.say(f'nothing to do: {self.start} steps are done, and --N_iters is {self.stop}')

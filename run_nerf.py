@@ -494,10 +494,9 @@ def train(args):
             health.watch(step, target, errors, opacities)
             log.step_done(step, errors, lrate, health)
 
-            if keeper.due(step) and keeper.save(step):
+            if keeper.due(step, well=not health.bad_in_a_row) and keeper.save(step):
                 log.wrote('checkpoint', keeper.newest)
-            with stop.may_interrupt():
-                reports.write_due(log, step)
+            stop.unless_stopped(reports.write_due, log, step)
             if stop.signal:
                 break
     if stop.signal and keeper.save(log.step):

@@ -1,5 +1,4 @@
 """Stopping a run: the first SIGINT or SIGTERM asks for it, the second does it at once."""
-import contextlib
 import os
 import signal
 
@@ -13,9 +12,8 @@ class StopRequest:
 
         with StopRequest(say) as stop:
             for step in …:
-                …                      # a step is finished, whatever comes
-                with stop.may_interrupt():
-                    …                  # an output is given up by Stopped
+                …                                    # a step is finished, whatever comes
+                stop.unless_stopped(make_an_output)  # which is given up
                 if stop.signal:
                     save and leave with stop.exit_code
     """
@@ -44,13 +42,12 @@ class StopRequest:
         """What a shell expects of a process that a signal ended; 0 if none came."""
         return 128 + self.signal if self.signal else 0
 
-    @contextlib.contextmanager
-    def may_interrupt(self):
-        """Inside, the first signal raises `Stopped` at once; it does not leave the block."""
+    def unless_stopped(self, make, *arguments):
+        """`make(*arguments)`, which the first signal ends at once by `Stopped`; not begun after a signal."""
         self.interruptible = True
         try:
             if self.signal is None:
-                yield
+                make(*arguments)
         except Stopped:
             pass
         finally:
