@@ -1,4 +1,5 @@
 """What a run shows of its progress: a held-out view, the test views with their metrics, videos of the path."""
+import math
 import platform
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from outputs import (
 )
 from run_nerf_helpers import to8b
 
+VIEW_SHARE = 0.02  # of the training time, for the held-out view
 PANEL = 'held-out view/render, target, error, nearness, opacity'
 
 
@@ -34,7 +36,8 @@ class Reports:
     Args:
       args: the options.
       scene: a `Scene`.
-      frames: a function (poses, store=None) that yields a `Frame` for each pose; `store` is a `FrameFolder` or None.
+      frames: a function (poses, store=None, stride=1) that yields a `Frame` for each pose; `store` is a `FrameFolder` or
+        None; with a stride, of every n-th pixel both ways.
       mark: a function (poses) that returns the fingerprint of their frames.
       device: what renders.
       say: called with each line for the console.
@@ -48,10 +51,15 @@ class Reports:
         self.lpips = None  # loaded when it is first asked for
 
     def view(self, log, step):
-        """The first held-out view to TensorBoard: PSNR, fine and coarse, and a panel that `outputs.panel` describes."""
+        """The first held-out view to TensorBoard: PSNR, fine and coarse, and a panel that `outputs.panel` describes; of
+        every n-th pixel, where all of them would cost more than VIEW_SHARE of the training time."""
         scene = self.scene
         view = [*scene.i_val, *scene.i_test, *scene.i_train][0]
-        target, frame = scene.images[view], next(self.frames(scene.poses[[view]]))
+        # a ray of a picture costs a third of one in training, which goes back through the networks too
+        affordable = 3 * VIEW_SHARE * self.args.i_img * self.args.N_rand
+        stride = math.ceil(math.sqrt(scene.H * scene.W / affordable))
+        target = scene.images[view][::stride, ::stride]
+        frame = next(self.frames(scene.poses[[view]], stride=stride))
         by_network = {'coarse': frame.rgb} if frame.rgb0 is None else {'coarse': frame.rgb0, 'fine': frame.rgb}
         log.scalars(step, {f'psnr/held-out {name}': psnr(to8b(rgb), target) for name, rgb in by_network.items()})
         log.image(step, PANEL, panel(frame, target / 255))

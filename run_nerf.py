@@ -427,14 +427,14 @@ def prepare(args):
 
 def make_reports(args, scene, render_kwargs, say):
     """What renders the scene to files, with the networks of `render_kwargs`."""
-    view = scene.hwf, scene.K
     factor = args.render_factor if args.render_only else 0
 
-    def frames(poses, store=None):
-        return render_frames(poses, *view, args.chunk, render_kwargs, factor, store)
+    def frames(poses, store=None, stride=1):
+        hwf, K = scene.every_nth_pixel(stride, render_kwargs['pixel_centers'])
+        return render_frames(poses, hwf, K, args.chunk, render_kwargs, factor, store)
 
     def mark(poses):
-        return frames_mark(poses, *view, render_kwargs, factor)
+        return frames_mark(poses, scene.hwf, scene.K, render_kwargs, factor)
     return Reports(args, scene, frames, mark, next(render_kwargs['network_fn'].parameters()).device, say)
 
 
