@@ -24,13 +24,14 @@ KEPT_BY_CLOCK = 2     # of the checkpoints that only the clock asked for, the ne
 # Options that may differ between a checkpoint and the run that goes on from it without a word.
 FREE_OPTIONS = {'config', 'expname', 'basedir', 'datadir', 'device', 'N_iters', 'no_reload', 'ft_path', 'chunk', 'netchunk',
                 'render_only', 'render_test', 'render_factor', 'render_poses', 'i_print', 'i_img', 'i_weights', 'i_testset',
-                'i_video', 'save_minutes', 'no_restart', 'testskip', 'pixel_centers'}
+                'i_video', 'save_minutes', 'no_restart', 'testskip', 'pixel_centers', 'given'}
 # Options that say what the networks are and how they see: rendering takes those from the checkpoint that are not given.
 NETWORK_OPTIONS = ('netdepth', 'netwidth', 'netdepth_fine', 'netwidth_fine', 'use_viewdirs', 'i_embed', 'multires',
                    'multires_views', 'N_samples', 'N_importance', 'white_bkgd', 'lindisp', 'dataset_type', 'no_ndc',
-                   'half_res', 'factor', 'spherify', 'near', 'far', 'pixel_centers', 'datadir', 'expname')
-# Options that decide the image size, the cameras and the bounds.
-SCENE_OPTIONS = ('dataset_type', 'half_res', 'factor', 'no_ndc', 'spherify', 'near', 'far', 'lindisp')
+                   'half_res', 'factor', 'spherify', 'near', 'far', 'pixel_centers', 'datadir', 'expname', 'seed',
+                   'llffhold', 'testskip')
+# Options that decide the image size and the cameras.
+SCENE_OPTIONS = ('dataset_type', 'half_res', 'factor', 'no_ndc', 'spherify')
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -41,10 +42,11 @@ def read_checkpoint(path):
 
     Raises:
       UserError: damaged, or not a checkpoint.
-      OSError: cannot be opened.
+      OSError: cannot be read.
     """
+    file = io.BytesIO(Path(path).read_bytes())
     try:
-        with open(path, 'rb') as file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of odd pickles; what matters is an error below
             if zipfile.is_zipfile(file):     # torch itself reads past a wrong checksum
                 damaged = zipfile.ZipFile(file).testzip()
@@ -54,7 +56,7 @@ def read_checkpoint(path):
             state = torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f'{path}: not a readable checkpoint (it holds more than tensors and plain values)') from None
-    except PermissionError:
+    except MemoryError:  # the file may be good
         raise
     except Exception as error:  # zip and tensor errors of many kinds
         raise UserError(f'{path}: not a readable checkpoint ({first_line(error)})') from None
@@ -89,7 +91,7 @@ def load_checkpoint(args):
     Raises:
       UserError: the file of `--ft_path` is not there or damaged.
     """
-    if args.no_reload:
+    if args.no_reload and not args.render_only:
         return None, None
     if args.ft_path and args.ft_path != 'None':
         if not Path(args.ft_path).is_file():
@@ -106,19 +108,18 @@ def changed_options(args, state, keys=None):
     return [f'{key} {getattr(args, key)} (was {then[key]})' for key in changed]
 
 
-def adopt_options(args, state, default):
-    """For rendering from a checkpoint alone: options left at their default take the checkpoint's value.
-
-    Args:
-      default: a function from the name of an option to its default.
-    """
+def adopt_options(args, state):
+    """For rendering from a checkpoint alone: options that are not given take the checkpoint's value."""
     for key in NETWORK_OPTIONS:
-        if key in state['args'] and getattr(args, key) == default(key):
+        if key in state['args'] and key not in args.given:
             setattr(args, key, state['args'][key])
 
 
-def restore(path, state, network_fn, network_fine=None, optimizer=None):
+def restore(path, state, network_fn, network_fine=None, optimizer=None, changed=()):
     """Load the content of a checkpoint into networks and, where it is given, the optimizer.
+
+    Args:
+      changed: options that differ, to be named where it does not fit.
 
     Raises:
       UserError: the networks are of another kind than the options ask for.
@@ -132,8 +133,8 @@ def restore(path, state, network_fn, network_fine=None, optimizer=None):
         try:
             part.load_state_dict(state[key])
         except Exception as error:  # missing, superfluous or other shapes; the last line names one
-            raise UserError(f'{path}: its {key} does not fit what the options ask for '
-                            f'({first_line(str(error).strip().splitlines()[-1].strip())})') from None
+            reason = ', '.join(changed) or str(error).strip().splitlines()[-1].strip()
+            raise UserError(f'{path}: its {key} does not fit what the options ask for ({reason})') from None
 
 
 def restore_random_state(state, seed):
@@ -183,11 +184,13 @@ class CheckpointKeeper:
       last: the run's last step, which is saved too.
       write: a function (path, step) that writes one, raising OSError where it cannot.
       say: called with a line where a save fails.
+      newest: the checkpoint that the run started from, if any.
     """
 
-    def __init__(self, folder, every, minutes, last, write, say):
+    def __init__(self, folder, every, minutes, last, write, say, newest=None):
         self.folder, self.every, self.minutes, self.last, self.write, self.say = folder, every, minutes, last, write, say
-        self.saved_at, self.retry_at, self.by_clock, self.newest = time.monotonic(), None, [], None
+        self.saved_at, self.retry_at, self.by_clock, self.newest = time.monotonic(), None, [], newest
+        self.saved_step = None
 
     def due(self, step, well=True):
         """Whether a checkpoint should be written after this step; the last step's always, others only if all is well."""
@@ -204,10 +207,11 @@ class CheckpointKeeper:
         except OSError as error:
             self.retry_at = time.monotonic() + RETRY_SECONDS
             self.saved_at = time.monotonic()
-            self.say(f'{path}: not written ({error.strerror}); training goes on, and it is tried again')
+            again = '' if step == self.last else '; training goes on, and it is tried again'
+            self.say(f'{path}: not written ({error.strerror}){again}')
             remove_parts(self.folder)
             return None
-        self.saved_at, self.retry_at, self.newest = time.monotonic(), None, path
+        self.saved_at, self.retry_at, self.newest, self.saved_step = time.monotonic(), None, path, step
         if step % self.every and step != self.last:
             self.by_clock.append(path)
             for old in self.by_clock[:-KEPT_BY_CLOCK]:

@@ -7,13 +7,15 @@ import math
 
 import torch
 
-from checkpoints import load_newest, restore, restore_random_state
+from checkpoints import read_checkpoint, restore, restore_random_state
 
 WINDOW = 100            # steps that are judged together
-BLANK_OPACITY = 0.01    # a network of less mean opacity shows the background only
+BLANK_OPACITY = 1e-4    # a network of less mean opacity is dead; a small object in a large picture has more
 NO_BETTER = 0.97        # an error of more than this share of the background's own is no better than it
-BLANK_WINDOWS = 2       # a blank network is given up after so many windows
-FLAT_WINDOWS = 5        # one that shows something, but no better than the background, after so many
+PROGRESS = 0.002        # a share that falls by this much is progress
+BLANK_WINDOWS = 2       # a dead network is given up after so many windows
+FLAT_WINDOWS = 8        # one that shows something, but no better than the background and without progress, after so many
+MOST_RESTARTS = 3       # of one network; then it is left alone
 BRIGHT_ENOUGH = 1e-4    # where the background itself is as near to the images as this, there is nothing to see
 BAD_STEPS = 10          # not finite so often in a row: back to the last good state
 
@@ -29,14 +31,19 @@ class CollapseWatch:
     """
 
     def __init__(self):
-        self.sums, self.steps, self.blank, self.flat = None, 0, 0, 0
+        self.sums, self.steps, self.restarts = None, 0, 0
+        self.blank, self.flat, self.best = 0, 0, math.inf
 
     def state_dict(self):
-        sums = None if self.sums is None else self.sums.cpu()
-        return {'sums': sums, 'steps': self.steps, 'blank': self.blank, 'flat': self.flat}
+        return {**vars(self), 'sums': None if self.sums is None else self.sums.cpu()}
 
     def load_state_dict(self, state):
-        self.sums, self.steps, self.blank, self.flat = state['sums'], state['steps'], state['blank'], state['flat']
+        vars(self).update({key: state[key] for key in vars(self)})
+
+    def started_again(self):
+        """The network is a new one."""
+        self.sums, self.steps, self.restarts = None, 0, self.restarts + 1
+        self.blank, self.flat, self.best = 0, 0, math.inf
 
     @torch.no_grad()
     def collapsed(self, mse, acc, background_mse):
@@ -51,9 +58,10 @@ class CollapseWatch:
             return False
         mse, acc, background = (self.sums / self.steps).tolist()
         self.sums, self.steps = None, 0
-        no_better = background > BRIGHT_ENOUGH and mse >= NO_BETTER * background
-        self.blank = self.blank + 1 if no_better and acc < BLANK_OPACITY else 0
-        self.flat = self.flat + 1 if no_better else 0
+        share = mse / background if background > BRIGHT_ENOUGH else 0.0
+        progress, self.best = share < self.best - PROGRESS, min(share, self.best)
+        self.blank = self.blank + 1 if share >= NO_BETTER and acc < BLANK_OPACITY else 0
+        self.flat = self.flat + 1 if share >= NO_BETTER and not progress else 0
         return self.blank >= BLANK_WINDOWS or self.flat >= FLAT_WINDOWS
 
 
@@ -144,25 +152,26 @@ class Health:
             return
         background_mse = ((self.background - target) ** 2).mean()
         for name, watch in self.watches.items():
-            if watch.collapsed(errors[name], opacities[name].mean(), background_mse):
+            collapsed = watch.collapsed(errors[name], opacities[name].mean(), background_mse)
+            if collapsed and watch.restarts < MOST_RESTARTS:
                 self.restarts += 1
                 start_again(self.networks[name], self.optimizer, self.seed + self.restarts)
-                self.watches[name] = CollapseWatch()
+                watch.started_again()
                 self.say(f'step {step}: the {name} network shows nothing but the background; it starts again with seed '
                          f'{self.seed + self.restarts}')
 
 
 def go_back(args, keeper, health, optimizer):
-    """After too many steps that were not finite: load the newest checkpoint, or start anew where there is none, with a
-    smaller learning rate. Returns the steps done by then."""
-    path, state = load_newest(keeper.folder)
+    """After too many steps that were not finite: load the newest checkpoint of this run or the one that it started from, or
+    start anew where there is none, with a smaller learning rate. Returns the steps done by then."""
+    state = None if keeper.newest is None else read_checkpoint(keeper.newest)
     health.returned()
     if state is None:
         for network in health.networks.values():
             start_again(network, optimizer, args.seed)
     else:
-        restore(path, state, health.networks['coarse'], health.networks.get('fine'), optimizer)
+        restore(keeper.newest, state, health.networks['coarse'], health.networks.get('fine'), optimizer)
         restore_random_state(state, args.seed)
-    health.say(f'{BAD_STEPS} steps in a row were not finite: back to {path or "the start"}, '
+    health.say(f'{BAD_STEPS} steps in a row were not finite: back to {keeper.newest or "the start"}, '
                'with a tenth of the learning rate')
     return 0 if state is None else state['steps_done']

@@ -36,13 +36,20 @@ class OneLineParser(configargparse.ArgumentParser):
 
     def parse_args(self, *args, **kwargs):
         known, unknown = self.parse_known_args(*args, **kwargs)
+        given = set()
         for source, settings in self.get_source_to_settings_dict().items():
-            for key, (action, _) in settings.items() if source.startswith('config_file') else ():
-                if action is None:
+            for key, (action, words) in settings.items():
+                if source == 'command_line':
+                    strings = {word.split('=')[0] for word in words if isinstance(word, str)}
+                    given.update(action.dest for action in self._actions if strings & set(action.option_strings))
+                elif source.startswith('config_file') and action is not None:
+                    given.add(action.dest)
+                elif source.startswith('config_file'):
                     self.error(f'{source.partition("|")[2]}: unknown key {key!r}; --help lists the options')
         if unknown:
             self.error(f'unknown option {" ".join(unknown)}; --help lists the options')
         self.check(known)
+        known.given = frozenset(given)
         return known
 
     def check(self, args):
@@ -53,6 +60,11 @@ class OneLineParser(configargparse.ArgumentParser):
             self.error(f'argument --N_samples: found {args.N_samples}, expected at least 3 with --N_importance')
         if args.near is not None and args.far is not None and args.near >= args.far:
             self.error(f'arguments --near, --far: found {args.near} and {args.far}, expected near < far')
+
+
+def listed(args):
+    """The options as sorted (name, value) pairs, without `given`, the names of those that were not left at their default."""
+    return [(key, value) for key, value in sorted(vars(args).items()) if key != 'given']
 
 
 def whole(least, most=2 ** 63 - 1):

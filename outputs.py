@@ -14,6 +14,7 @@ import numpy as np
 from errors import UserError
 from file_io import read_image, write_image, write_text, written_whole
 from run_nerf_helpers import to8b
+from signals import held_back
 
 FPS = 30
 DEPTH_STEPS = 65535  # of a 16-bit image
@@ -130,6 +131,16 @@ class FrameFolder:
         disp = np.where(depth > 0, 1 / np.maximum(depth, 1e-10), 0).astype(np.float32)
         return Frame(np.minimum(rgb, 1), disp, (depth > 0).astype(np.float32))
 
+    def colors(self, count):
+        """The colours of the first `count` frames, one by one, as they were saved."""
+        for index in range(count):
+            yield (read_image(self.paths(f'{index:03d}')[2]) + np.float32(0.5)) / 255
+
+    def disparities(self, count):
+        """The same for the colour-mapped disparities."""
+        for index in range(count):
+            yield (read_image(self.paths(f'{index:03d}')[0]) + np.float32(0.5)) / 255
+
     def save(self, index, frame):
         """Write one frame; the first one sets the range of the colour-mapped disparities."""
         if self.limits is None:
@@ -209,10 +220,12 @@ def open_video(stem, encoder):
         def add(frame):
             next(added)
             odd = [(0, side % 2) for side in frame.shape[:2]]  # the codecs ask for even sides
-            writer.append_data(np.pad(to8b(frame), [*odd, (0, 0)], mode='edge'))
+            with held_back():
+                writer.append_data(np.pad(to8b(frame), [*odd, (0, 0)], mode='edge'))
         try:
             yield add
         finally:
-            writer.close()
+            with held_back():
+                writer.close()
         if encoder.codec and not is_whole(part, next(added)):  # ffmpeg does not say so when it fails
             raise OSError(f'{path}: the encoder could not finish it')

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from errors import UserError
+from errors import UserError, first_line
 from evaluation import load_lpips, psnr, ssim, write_metrics
 from outputs import (
     FrameFolder,
@@ -68,7 +68,8 @@ class Reports:
         """All test views as PNGs in `folder`, and their metrics as `metrics.json` and `metrics.csv`; returns the means."""
         scene, rows = self.scene, []
         if self.lpips is None:
-            self.lpips, why_not = load_lpips(self.device)
+            with torch.random.fork_rng(devices=[]):  # building it draws numbers, which are not for training
+                self.lpips, why_not = load_lpips(self.device)
             if self.lpips is None:
                 self.say(why_not)
                 self.lpips = False
@@ -88,44 +89,42 @@ class Reports:
 
     def path(self, poses, folder, video=True):
         """Render `poses` into `folder`, going on with the frames that are missing there, and `video.mp4` and
-        `video_disp.mp4` of them; yields the frames."""
+        `video_disp.mp4` of them; yields the frames. A video that fails is reported, and not more."""
         store = FrameFolder(folder, self.mark(poses), self.scene.far)
-        if video:
-            yield from self.filmed(self.frames(poses, store), Path(folder, 'video'), Path(folder, 'video_disp'))
-        else:
-            yield from self.frames(poses, store)
+        yield from self.frames(poses, store)
+        try:
+            for stem, pictures in (('video', store.colors), ('video_disp', store.disparities)) if video else ():
+                with open_video(Path(folder, stem), self.encoder) as add:
+                    for picture in pictures(len(poses)):
+                        add(picture)
+        except (OSError, RuntimeError) as error:
+            self.say(f'{folder}: no video written ({first_line(error)})')
 
-    def filmed(self, frames, rgb_stem, disp_stem):
-        """Pass frames on and write them to two videos, of colour and of disparity; the first one sets its range."""
-        limits = None
-        make_folder(rgb_stem.parent)
-        with open_video(rgb_stem, self.encoder) as add_rgb, open_video(disp_stem, self.encoder) as add_disp:
-            for frame in frames:
+    def video(self, prefix):
+        """`<prefix>rgb.mp4` and `<prefix>disp.mp4` of the scene's path, frame by frame; returns the first one's path. The
+        first frame sets the range of the disparities."""
+        limits, stems = None, [Path(f'{prefix}{what}') for what in ('rgb', 'disp')]
+        with open_video(stems[0], self.encoder) as add_rgb, open_video(stems[1], self.encoder) as add_disp:
+            for frame in self.frames(self.scene.render_poses):
                 limits = limits or disparity_range(frame.disp)
                 add_rgb(frame.rgb)
                 add_disp(color_map(normalize_disparity(frame.disp, *limits)))
-                yield frame
-
-    def video(self, prefix):
-        """`<prefix>rgb.mp4` and `<prefix>disp.mp4` of the scene's path; returns the first one's path."""
-        stems = [Path(f'{prefix}{what}') for what in ('rgb', 'disp')]
-        for _ in self.filmed(self.frames(self.scene.render_poses), *stems):
-            pass
         return video_path(stems[0], self.encoder)
 
-    def write_due(self, log, step):
-        """Whatever `--i_img`, `--i_testset` and `--i_video` ask for at this step. What fails is reported, and not more."""
-        args = self.args
-        if step % args.i_img == 0:
+    def write_due(self, log, step, missing=False):
+        """Whatever `--i_img`, `--i_testset` and `--i_video` ask for at this step, or only the files of it that are missing.
+        What fails is reported, and not more."""
+        args, folder = self.args, log.folder / f'testset_{step:06d}'
+        prefix = log.folder / f'{log.folder.name}_spiral_{step:06d}_'
+        if step % args.i_img == 0 and not missing:
             log.attempt('held-out view', self.view, log, step)
-        if step % args.i_testset == 0:
-            folder = log.folder / f'testset_{step:06d}'
+        if step % args.i_testset == 0 and not (missing and (folder / 'metrics.json').is_file()):
             means = log.attempt(folder, self.testset, step, folder)
             if means:
                 log.wrote('test views', folder)
                 log.scalars(step, {f'test/{key}': value for key, value in means.items() if value is not None})
-        if step % args.i_video == 0:
-            path = log.attempt('video', self.video, log.folder / f'{log.folder.name}_spiral_{step:06d}_')
+        if step % args.i_video == 0 and not (missing and video_path(f'{prefix}disp', self.encoder).exists()):
+            path = log.attempt('video', self.video, prefix)
             if path:
                 log.wrote('video', path)
 

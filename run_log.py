@@ -1,5 +1,7 @@
 """What a person sees of a run: console and log file, progress bar, TensorBoard, and the record of how it was made."""
+import contextlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 from errors import UserError, first_line
 from file_io import remove_parts, write_text
+from options import listed
 from outputs import make_folder
 
 BAR = '{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]'
@@ -33,10 +36,15 @@ class Console:
         self.early, self.path = [], None
 
     def say(self, message, file=None):
-        """Print a line above a progress bar, and log it."""
-        tqdm.write(message, file=file or sys.stdout)
-        (file or sys.stdout).flush()
-        self._log(message)
+        """Log a line, and print it above a progress bar. A console that is gone, or a full disk behind it, is no harm."""
+        self.log(message)
+        file = file or sys.stdout
+        try:
+            tqdm.write(message, file=file)
+            file.flush()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
     def warn(self, message, *_):
         """A warning as one line, in the place of `warnings.showwarning`."""
@@ -46,9 +54,10 @@ class Console:
         """From now on to this file too, with the lines that were said before."""
         self.path, early = path, self.early
         for line in early:
-            self._log(line)
+            self.log(line)
 
-    def _log(self, message):
+    def log(self, message):
+        """A line for the log file alone."""
         if self.path is None:
             self.early.append(message)
             return
@@ -107,11 +116,11 @@ class RunLog:
     def __init__(self, args, folder, start, device, console):
         self.folder, self.start, self.stop, self.device = folder, start, args.N_iters, device
         self.every, self.rays_per_step = args.i_print, args.N_rand
-        self.say, self.board = console.say, Board(folder, console.say)
+        self.say, self.log, self.board = console.say, console.log, Board(folder, console.say)
         self.bar = tqdm(total=self.stop, initial=start, desc=args.expname, disable=None, dynamic_ncols=True, bar_format=BAR)
         self.train_seconds, self.timed_steps, self.refreshed = 0.0, 0, 0.0
         self.began, self.written, self.step = time.perf_counter(), {}, start
-        options = ''.join(f'    {key} = {value}\n' for key, value in sorted(vars(args).items()))
+        options = ''.join(f'    {key} = {value}\n' for key, value in listed(args))
         self.board.add(start, summary.text('options', options))
         self.board.add(start, summary.custom_scalars(CHARTS))
 
@@ -152,8 +161,7 @@ class RunLog:
         shown = f'loss {loss:.4f}, PSNR {last:.2f}, {self.rays_per_step / seconds:,.0f} rays/s'
         self.bar.set_postfix_str(shown)
         if due:
-            if self.bar.disable:
-                self.say(f'step {step}/{self.stop}: {shown}')
+            (self.say if self.bar.disable else self.log)(f'step {step}/{self.stop}: {shown}')
             self.scalars(step, {
                 'train/loss': loss, 'train/learning rate': lrate, **{f'psnr/train {name}': x for name, x in psnrs.items()},
                 'speed/rays per second': self.rays_per_step / seconds, 'speed/seconds per step': seconds,
@@ -183,17 +191,23 @@ class RunLog:
         """Remember the newest output of a kind for the closing lines."""
         self.written[what] = path
 
-    def close(self):
-        """End TensorBoard's file, and say where everything is."""
+    def finish(self, keeper):
+        """Save the last step if that is not done, end TensorBoard's file, and say where everything is."""
         self.board.close()
         remove_parts(self.folder)  # of a video that was given up, an encoder may have written more
+        if self.step > self.start and keeper.saved_step != self.step:
+            keeper.save(self.step)
         minutes, seconds = divmod(round(time.perf_counter() - self.began), 60)
         if self.start >= self.stop:
             self.say(f'nothing to do: {self.start} steps are done, and --N_iters is {self.stop}')
         else:
             self.say(f'{self.step} steps done, {minutes} min {seconds} s')
-        for what, path in {**self.written, 'TensorBoard': f'tensorboard --logdir {self.folder}'}.items():
-            self.say(f'  {what:11} {path}')
+        saved = keeper.newest or 'none'
+        if self.step > self.start and keeper.saved_step != self.step:
+            saved = f'{saved}; the steps after it are NOT SAVED'
+        places = {'checkpoint': saved, **self.written, 'TensorBoard': f'tensorboard --logdir {self.folder}'}
+        for what, where in places.items():
+            self.say(f'  {what:11} {where}')
 
 
 def memory_gib(device):
@@ -233,7 +247,7 @@ def prepare_folder(args, start, device):
     folder = make_folder(Path(args.basedir, args.expname))
     remove_parts(folder)
     try:
-        write_text(folder / 'args.txt', ''.join(f'{key} = {value}\n' for key, value in sorted(vars(args).items())))
+        write_text(folder / 'args.txt', ''.join(f'{key} = {value}\n' for key, value in listed(args)))
         if args.config is not None:
             write_text(folder / 'config.txt', Path(args.config).read_text())
         starts = [*earlier_starts(folder), this_start(args, start, device)]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoints import (
+    NETWORK_OPTIONS,
     SCENE_OPTIONS,
     CheckpointKeeper,
     adopt_options,
@@ -36,7 +37,7 @@ from reports import Reports, render_only
 from run_log import Console, RunLog, describe_run, forward_warnings, prepare_folder
 from run_nerf_helpers import NeRF, get_embedder, get_rays, img2mse, ndc_rays, sample_pdf, uniform_like_numpy
 from scene import RayBatcher, load_scene, scene_of_checkpoint, uses_ndc
-from signals import StopRequest
+from signals import Stopped, StopRequest
 
 FAR_AWAY = 1e10  # length of the interval behind the last sample of a ray
 EMPTY = 1e-10    # a ray of less opacity has met nothing: its disparity is 0
@@ -235,7 +236,7 @@ def render(H, W, K, chunk=1024 * 32, rays=None, c2w=None, ndc=True, near=0., far
 
 @torch.no_grad()
 def render_frame(pose, hwf, K, chunk, render_kwargs, render_factor=0):
-    """Render the image of one camera into a `Frame`. Where CUDA's memory does not suffice, the chunk is halved.
+    """Render the image of one camera into a `Frame`.
 
     Args:
       pose: c2w [3 or 4, 4 or more].
@@ -249,21 +250,14 @@ def render_frame(pose, hwf, K, chunk, render_kwargs, render_factor=0):
     device = next(render_kwargs['network_fn'].parameters()).device
     c2w = torch.as_tensor(pose, dtype=torch.float32, device=device)[:3, :4]
     began = time.perf_counter()
-    while True:
-        try:
-            rgb, disp, acc, extras = render(H, W, K, chunk=chunk, c2w=c2w, **render_kwargs)
-            maps = [None if part is None else part.cpu().numpy() for part in (rgb, disp, acc, extras.get('rgb0'))]
-            return Frame(*maps, seconds=time.perf_counter() - began)
-        except torch.OutOfMemoryError:
-            if chunk <= SMALLEST_CHUNK:
-                raise
-            chunk //= 2
-        torch.cuda.empty_cache()
-        warnings.warn(f'out of memory in rendering: --chunk {chunk} from here on', stacklevel=2)
+    rgb, disp, acc, extras = render(H, W, K, chunk=chunk, c2w=c2w, **render_kwargs)
+    maps = [None if part is None else part.cpu().numpy() for part in (rgb, disp, acc, extras.get('rgb0'))]
+    return Frame(*maps, seconds=time.perf_counter() - began)
 
 
 def render_frames(render_poses, hwf, K, chunk, render_kwargs, render_factor=0, store=None):
-    """Render camera after camera: yields a `Frame` at a time, and keeps none.
+    """Render camera after camera: yields a `Frame` at a time, and keeps none. Where CUDA's memory does not suffice, the
+    chunk is halved from there on.
 
     Args:
       render_poses: c2w matrices [N, 3 or 4, 4 or more].
@@ -272,11 +266,18 @@ def render_frames(render_poses, hwf, K, chunk, render_kwargs, render_factor=0, s
     """
     progress = tqdm(render_poses, desc='frames', unit='frame', disable=None, leave=False, dynamic_ncols=True)
     for index, pose in enumerate(progress):
-        frame = store.load(index) if store else None
-        if frame is None:
-            frame = render_frame(pose, hwf, K, chunk, render_kwargs, render_factor)
-            if store:
-                store.save(index, frame)
+        frame = stored = store.load(index) if store else None
+        while frame is None:
+            try:
+                frame = render_frame(pose, hwf, K, chunk, render_kwargs, render_factor)
+            except torch.OutOfMemoryError:
+                if chunk <= SMALLEST_CHUNK:
+                    raise
+                chunk //= 2
+                warnings.warn(f'out of memory in rendering: going on with --chunk {chunk}', stacklevel=2)
+                torch.cuda.empty_cache()
+        if store and stored is None:
+            store.save(index, frame)
         yield frame
 
 
@@ -357,7 +358,7 @@ def create_nerf(args, checkpoint=None):
     start, pixel_centers = 0, args.pixel_centers
     path, state = load_checkpoint(args) if checkpoint is None else checkpoint
     if state is not None:
-        restore(path, state, network_fn, network_fine, None if args.render_only else optimizer)
+        restore(path, state, network_fn, network_fine, None if args.render_only else optimizer, changed_options(args, state))
         restore_random_state(state, args.seed)
         start = state['steps_done']
         pixel_centers = bool(state['camera'].get('pixel_centers', False))  # what the networks were trained with
@@ -404,7 +405,7 @@ def prepare(args):
     """Checkpoint, scene, networks: what both training and rendering need.
 
     Returns:
-      scene, state of the checkpoint or None, and what `create_nerf` returns.
+      scene, path and state of the checkpoint or None, and what `create_nerf` returns.
     Raises:
       UserError: options, data or checkpoint that cannot be used.
     """
@@ -413,16 +414,22 @@ def prepare(args):
         if state is None:
             raise UserError(f'--render_only: found no checkpoint in {Path(args.basedir, args.expname or "")}; '
                             'train first, or give --ft_path FILE')
-        adopt_options(args, state, config_parser().get_default)
+        adopt_options(args, state)
+        if not args.expname:
+            raise UserError(f'{path}: found no name of the experiment in it; give --expname NAME')
     torch.manual_seed(args.seed)
     cameras_suffice = args.render_only and not args.render_test and not changed_options(args, state, SCENE_OPTIONS)
     scene = scene_of_checkpoint(args, state['camera']) if cameras_suffice and state['camera'] else load_scene(args)
     built = create_nerf(args, (path, state))
     for kwargs in built[:2]:
         kwargs.update(near=scene.near, far=scene.far)
-    if not args.render_only and state is not None and changed_options(args, state):
-        warnings.warn(f'options differ from those of {path}: {", ".join(changed_options(args, state))}', stacklevel=2)
-    return scene, state, *built
+    if state is not None:
+        changed = changed_options(args, state, NETWORK_OPTIONS if args.render_only else None)
+        if not args.render_only and not scene.has_cameras_of(state['camera']):
+            changed.append('another scene')
+        if changed:
+            warnings.warn(f'options differ from those of {path}: {", ".join(changed)}', stacklevel=2)
+    return scene, path, state, *built
 
 
 def make_reports(args, scene, render_kwargs, say):
@@ -438,7 +445,7 @@ def make_reports(args, scene, render_kwargs, say):
     return Reports(args, scene, frames, mark, next(render_kwargs['network_fn'].parameters()).device, say)
 
 
-def start_run(args, scene, state, render_kwargs, start, optimizer, console):
+def start_run(args, scene, path, state, render_kwargs, start, optimizer, console):
     """What accompanies a training run: its log, its checkpoints, and the watch over its health."""
     networks = {'coarse': render_kwargs['network_fn'], 'fine': render_kwargs['network_fine']}
     networks = {name: network for name, network in networks.items() if network is not None}
@@ -454,29 +461,33 @@ def start_run(args, scene, state, render_kwargs, start, optimizer, console):
     def write(path, step):
         save_checkpoint(path, step, networks['coarse'], networks.get('fine'), optimizer, args, camera(scene, render_kwargs),
                         health.state_dict())
-    keeper = CheckpointKeeper(folder, args.i_weights, args.save_minutes, args.N_iters, write, console.say)
+    keeper = CheckpointKeeper(folder, args.i_weights, args.save_minutes, args.N_iters, write, console.say, newest=path)
     return RunLog(args, folder, start, device, console), keeper, health
 
 
-def train(args):
+def train(args, console=None):
     """Train as the options say and write what they ask for on the way, or render only. Returns the exit code.
 
     Raises:
       UserError: options, data or checkpoint that cannot be used.
       TrainingFailed: the numbers stay NaN or infinite.
+      Stopped: a signal came while there was nothing to save.
     """
-    console = Console()
+    console = console or Console()
     forward_warnings(console)
-    scene, state, render_kwargs_train, render_kwargs_test, start, grad_vars, optimizer = prepare(args)
-    reports = make_reports(args, scene, render_kwargs_test, console.say)
-    if args.render_only:
-        render_only(args, reports, start)
-        return 0
-
-    log, keeper, health = start_run(args, scene, state, render_kwargs_train, start, optimizer, console)
-    batches = RayBatcher(scene, args.N_rand, args.no_batching, args.precrop_iters, args.precrop_frac,
-                         render_kwargs_train['pixel_centers'], grad_vars[0].device)
     with StopRequest(console.say) as stop:
+        scene, path, state, render_kwargs_train, render_kwargs_test, start, grad_vars, optimizer = prepare(args)
+        reports = make_reports(args, scene, render_kwargs_test, console.say)
+        if args.render_only:
+            render_only(args, reports, start)
+            return 0
+
+        log, keeper, health = start_run(args, scene, path, state, render_kwargs_train, start, optimizer, console)
+        batches = RayBatcher(scene, args.N_rand, args.no_batching, args.precrop_iters, args.precrop_frac,
+                             render_kwargs_train['pixel_centers'], grad_vars[0].device)
+        stop.interruptible = False
+        if start > 0:
+            stop.unless_stopped(reports.write_due, log, start, True)
         for step in log.steps():
             batch_rays, target = batches.draw(step)
             rgb, _, acc, extras = render(scene.H, scene.W, scene.K, args.chunk, batch_rays, **render_kwargs_train)
@@ -494,29 +505,32 @@ def train(args):
             health.watch(step, target, errors, opacities)
             log.step_done(step, errors, lrate, health)
 
-            if keeper.due(step, well=not health.bad_in_a_row) and keeper.save(step):
-                log.wrote('checkpoint', keeper.newest)
+            if keeper.due(step, well=not health.bad_in_a_row):
+                keeper.save(step)
             stop.unless_stopped(reports.write_due, log, step)
             if stop.signal:
                 break
-    if stop.signal and keeper.save(log.step):
-        log.wrote('checkpoint', keeper.newest)
-    log.close()
-    return stop.exit_code
+        log.finish(keeper)
+        return stop.exit_code
 
 
 def main(argv=None):
     args = config_parser().parse_args(argv)
+    console = Console()
     try:
         with warnings.catch_warnings():
-            return train(args)
+            return train(args, console)
     except UserError as error:
         problem, code = str(error), 2
     except OSError as error:
-        problem, code = f'{error.filename}: {error.strerror}', 2
+        problem, code = f'{error.filename}: {error.strerror}' if error.filename else first_line(error), 2
     except TrainingFailed as error:
         problem, code = str(error), 1
-    print(f'run_nerf.py: error: {problem}', file=sys.stderr)
+    except torch.OutOfMemoryError:
+        problem, code = 'out of memory; lower --N_rand (training) or --chunk and --netchunk (rendering)', 1
+    except Stopped as stopped:
+        return stopped.args[0]
+    console.say(f'run_nerf.py: error: {problem}', sys.stderr)
     return code
 
 

@@ -53,10 +53,21 @@ class Scene:
                 **{key: torch.as_tensor(getattr(self, key)) for key in arrays}}
 
 
+    def has_cameras_of(self, camera):
+        """Whether these are the cameras of a checkpoint, where it has any."""
+        if 'poses' not in camera:
+            return True
+        known = {key: np.asarray(camera[key]) for key in ('H', 'W', 'K', 'poses')}
+        return all(value.shape == np.shape(getattr(self, key)) and np.allclose(value, getattr(self, key), atol=1e-4)
+                   for key, value in known.items())
+
+
 def scene_of_checkpoint(args, camera):
     """The scene of a checkpoint, without images: enough to render its path, or that of `--render_poses`."""
     known = {field.name: camera[field.name] for field in fields(Scene) if field.name != 'images'}
     scene = Scene(None, **{key: value.numpy() if torch.is_tensor(value) else value for key, value in known.items()})
+    scene.near = scene.near if args.near is None else args.near
+    scene.far = scene.far if args.far is None else args.far
     if args.render_poses:
         scene.render_poses = read_render_poses(args.render_poses)
     return scene

@@ -1,16 +1,32 @@
 """Stopping a run: the first SIGINT or SIGTERM asks for it, the second does it at once."""
+import contextlib
 import os
 import signal
 
 
-class Stopped(Exception):
-    """The run was asked to stop while it made an output that can be given up."""
+@contextlib.contextmanager
+def held_back():
+    """Signals wait until the block ends: for calls that would leave a child process behind if they were torn apart."""
+    if not hasattr(signal, 'pthread_sigmask'):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Stopped(BaseException):
+    """The run was asked to stop while it did what can be given up. No error: `except Exception` lets it through."""
 
 
 class StopRequest:
     """Catches SIGINT and SIGTERM while it is entered.
 
         with StopRequest(say) as stop:
+            …                              # given up by Stopped, until
+            stop.interruptible = False
             for step in …:
                 …                                    # a step is finished, whatever comes
                 stop.unless_stopped(make_an_output)  # which is given up
@@ -19,7 +35,7 @@ class StopRequest:
     """
 
     def __init__(self, say):
-        self.say, self.signal, self.interruptible = say, None, False
+        self.say, self.signal, self.interruptible = say, None, True
 
     def __enter__(self):
         self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -33,9 +49,9 @@ class StopRequest:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
-        self.say(f'{signal.Signals(number).name}: stopping after this step; once more to stop at once')
+        self.say(f'{signal.Signals(number).name}: stopping; once more to stop at once')
         if self.interruptible:
-            raise Stopped
+            raise Stopped(self.exit_code)
 
     @property
     def exit_code(self):
@@ -44,10 +60,11 @@ class StopRequest:
 
     def unless_stopped(self, make, *arguments):
         """`make(*arguments)`, which the first signal ends at once by `Stopped`; not begun after a signal."""
-        self.interruptible = True
         try:
+            self.interruptible = True
             if self.signal is None:
                 make(*arguments)
+            self.interruptible = False
         except Stopped:
             pass
         finally:

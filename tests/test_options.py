@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from options import config_parser
+from options import config_parser, listed
 
 # Names and defaults of the established code.
 ESTABLISHED = {
@@ -25,7 +25,7 @@ LLFF = ['fern', 'flower', 'fortress', 'horns', 'leaves', 'orchids', 'room', 'tre
 
 
 def parse(*args):
-    return vars(config_parser().parse_args([str(arg) for arg in args]))
+    return dict(listed(config_parser().parse_args([str(arg) for arg in args])))
 
 
 def test_names_and_defaults():

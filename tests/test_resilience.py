@@ -3,6 +3,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,7 @@ def test_second_signal_ends_at_once(tmp_path):
     """While an output is made that does not listen (the first signal is held back), the second one ends the process."""
     script = ("import os, signal, sys, time; sys.path.insert(0, sys.argv[1]); from signals import StopRequest\n"
               "with StopRequest(print) as stop:\n"
+              "    stop.interruptible = False\n"
               "    os.kill(os.getpid(), signal.SIGTERM); print(stop.signal, flush=True)\n"
               "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n")
     done = subprocess.run([sys.executable, '-c', script, str(ROOT)], capture_output=True, text=True, timeout=30)
@@ -222,6 +224,7 @@ def test_training_ends_normally_where_no_file_may_grow(tmp_path):
     code, output = finish(process)
     assert code == 0 and 'Traceback' not in output, output
     assert '000004.tar: not written' in output and 'training goes on' in output and '12 steps done' in output
+    assert 'NOT SAVED' in output
     assert not list(tmp_path.rglob('*.tar')) and not list(tmp_path.rglob('*.part*'))
     assert all(len(iio.imread(path, plugin='FFMPEG')) == 40 for path in tmp_path.rglob('*.mp4'))
 
@@ -310,17 +313,108 @@ def test_a_dead_network_is_found_and_starts_again(tmp_path, capsys, network, nam
     psnrs = {}
     for path in (tmp_path / 'first/demo/000001.tar', tmp_path / 'dead.tar'):
         capsys.readouterr()
-        assert run(*HEALTHY, '--basedir', tmp_path / path.stem, '--N_iters', 800, '--i_print', 800, '--ft_path', path,
-                   '--i_testset', 800) == 0
+        assert run(*HEALTHY, '--basedir', tmp_path / path.stem, '--N_iters', 1500, '--i_print', 800, '--ft_path', path,
+                   '--i_testset', 1500) == 0
         out = capsys.readouterr().out
-        metrics = json.loads((tmp_path / path.stem / 'demo/testset_000800/metrics.json').read_text())
+        metrics = json.loads((tmp_path / path.stem / 'demo/testset_001500/metrics.json').read_text())
         psnrs[path.stem] = metrics['mean']['psnr']
     assert f'the {name} network shows nothing but the background; it starts again with seed' in out
     assert int(out.split(': the ')[0].split('step ')[-1]) <= 1000
     assert psnrs['dead'] > psnrs['000001'] - 1.0 and psnrs['dead'] > 15
-    state = torch.load(tmp_path / 'dead/demo/000800.tar', weights_only=True)
+    state = torch.load(tmp_path / 'dead/demo/001500.tar', weights_only=True)
     assert state['health']['restarts'] >= 1
     assert 'starts again' in (tmp_path / 'dead/demo/log.txt').read_text()
+
+
+def test_slow_learners_are_left_alone(tmp_path, capsys):
+    """A small learning rate on a black background: for long no better than the background, but on its way."""
+    options = ['--no-white_bkgd', '--lrate', 1e-4, '--raw_noise_std', 1]
+    assert run(*HEALTHY, *options, '--basedir', tmp_path, '--N_iters', 1600) == 0
+    assert 'starts again' not in capsys.readouterr().out
+
+
+def test_a_small_thing_in_a_large_picture_is_left_alone(tmp_path, capsys):
+    """An object of a few pixels on white: nearly nothing to see is not nothing."""
+    scene = tmp_path / 'scene'
+    shutil.copytree(ROOT / 'data/demo', scene)
+    for path in scene.rglob('*.png'):
+        image = iio.imread(path)
+        image[:60], image[68:], image[:, :60], image[:, 68:] = 0, 0, 0, 0
+        iio.imwrite(path, image)
+    assert run(*HEALTHY, '--datadir', scene, '--lrate', 5e-4, '--basedir', tmp_path, '--N_iters', 1200) == 0
+    assert capsys.readouterr().out.count('starts again') <= 1  # a network may really die
+
+
+def test_restarts_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('health.CollapseWatch.collapsed', lambda *_: True)
+    assert run(*HEALTHY, '--basedir', tmp_path, '--N_iters', 10) == 0
+    assert capsys.readouterr().out.count('starts again') == 2 * 3
+
+
+def test_outputs_of_the_last_step_that_are_missing_are_made(tmp_path):
+    assert run(*TINY, '--basedir', tmp_path, '--N_iters', 4, *NEVER) == 0
+    assert run(*TINY, '--basedir', tmp_path, '--N_iters', 4, '--i_testset', 4, '--i_video', 2, '--i_img', 10) == 0
+    assert (tmp_path / 'demo/testset_000004/metrics.json').is_file()
+    assert (tmp_path / 'demo/demo_spiral_000004_disp.mp4').is_file()
+
+
+@pytest.mark.parametrize('stdout', ['/dev/full', 'closed pipe'])
+def test_a_console_that_is_gone_does_not_end_training(tmp_path, stdout):
+    if stdout == '/dev/full' and not os.path.exists(stdout):
+        pytest.skip('no such device')
+    command = [sys.executable, str(ROOT / 'run_nerf.py'), *map(str, TINY), *map(str, NEVER), '--basedir', str(tmp_path),
+               '--N_iters', '30', '--i_print', '1']
+    if stdout == '/dev/full':
+        with open(stdout, 'w') as full:
+            code = subprocess.run(command, stdout=full, timeout=120).returncode
+    else:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        process.stdout.close()
+        code = process.wait(120)
+    assert code == 0 and (tmp_path / 'demo/000030.tar').is_file()
+    assert 'step 30/30' in (tmp_path / 'demo/log.txt').read_text()
+
+
+def test_lpips_does_not_disturb_what_training_draws(tmp_path, monkeypatch):
+    """Its network is built in the middle of a run, from random numbers; a stand-in for the package does that too."""
+    (tmp_path / 'lpips.py').write_text('import torch\n\n\nclass LPIPS(torch.nn.Conv2d):\n'
+                                       '    def __init__(self, net, verbose):\n        super().__init__(3, 1, 3)\n\n'
+                                       '    def forward(self, x, y):\n        return super().forward(x - y).mean()\n')
+    for name, path in (('without', None), ('with', tmp_path)):
+        if path:
+            monkeypatch.syspath_prepend(path)
+        assert run(*TINY, '--basedir', tmp_path / name, '--N_iters', 8, '--i_testset', 4, '--i_video', 100) == 0
+    assert_same_parameters(tmp_path / 'without/demo/000008.tar', tmp_path / 'with/demo/000008.tar')
+    metrics = json.loads((tmp_path / 'with/demo/testset_000008/metrics.json').read_text())
+    assert metrics['mean']['lpips'] is not None
+
+
+def test_going_back_stays_with_this_run(tmp_path, monkeypatch, capsys):
+    """Not to a checkpoint that an earlier run left in the folder; to the one that this run started from."""
+    assert run(*TINY, *NEVER, '--basedir', tmp_path, '--N_iters', 50) == 0
+    assert run(*TINY, *NEVER, '--basedir', tmp_path / 'other', '--N_iters', 3) == 0
+    not_finite_at(monkeypatch, set(range(3, 13)))
+    assert run(*TINY, *NEVER, '--basedir', tmp_path, '--N_iters', 12, '--no_reload') == 0
+    assert 'back to the start' in capsys.readouterr().out
+    not_finite_at(monkeypatch, set(range(3, 13)))
+    assert run(*TINY, *NEVER, '--basedir', tmp_path / 'third', '--N_iters', 16,
+               '--ft_path', tmp_path / 'other/demo/000003.tar') == 0
+    assert f'back to {tmp_path / "other/demo/000003.tar"}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_rendering_without_a_traceback(saved, tmp_path, number, code):
+    poses = np.tile(np.eye(4), (100000, 1, 1))
+    poses[:, 2, 3] = 4
+    np.save(tmp_path / 'path.npy', poses)
+    process = start('--render_only', '--ft_path', saved / '000002.tar', '--basedir', tmp_path, '--render_poses',
+                    tmp_path / 'path.npy', '--device', 'cpu')
+    wait_for(tmp_path / 'demo/renderonly_path_000002/003.png', process)
+    process.send_signal(number)
+    exit_code, output = finish(process)
+    assert exit_code == code and 'Traceback' not in output
+    assert not list(tmp_path.rglob('*.part*'))
 
 
 def test_no_restart_leaves_it_alone(tmp_path, capsys):
@@ -383,8 +477,8 @@ def test_out_of_memory_halves_the_chunk(monkeypatch):
     expected = next(render_frames(pose, HWF, K, 4000, chain()))
     monkeypatch.setattr(run_nerf, 'render', small_gpu)
     with pytest.warns(UserWarning, match='out of memory'):
-        frame = next(render_frames(pose, HWF, K, 4000, chain()))
-    assert chunks == [4000, 2000, 1000]
+        frame, _ = render_frames(pose.repeat(2, 0), HWF, K, 4000, chain())
+    assert chunks == [4000, 2000, 1000, 1000]
     np.testing.assert_allclose(frame.rgb, expected.rgb, atol=1e-6)
 
 
