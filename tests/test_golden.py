@@ -194,7 +194,7 @@ def test_old_checkpoint_renders_the_same(old_checkpoint):
     recorded = golden('checkpoint/render.npz')
     H, W, focal = recorded['hwf']
     K = np.array([[focal, 0, 0.5 * W], [0, focal, 0.5 * H], [0, 0, 1]])
-    rgb, disp, acc, _ = next(render_frames(recorded['c2w'][None], recorded['hwf'], K, 4096, kwargs))
+    rgb, disp, acc, *_ = next(render_frames(recorded['c2w'][None], recorded['hwf'], K, 4096, kwargs))
     close(rgb[::2, ::2], recorded['rgb'], 2e-3)
     close(acc[::2, ::2], recorded['acc'], 2e-3)
     expected = np.nan_to_num(recorded['disp'], nan=0.0)
