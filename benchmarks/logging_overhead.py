@@ -1,17 +1,18 @@
-"""What logging, checkpoints and health checks cost: training steps with and without them, alternating in one process.
+"""What logging, checkpoints and health checks cost, beside the training steps of the same run.
 
-    python benchmarks/logging_overhead.py --config configs/demo.txt --i_img 500 --i_print 100 --blocks 5
+    python benchmarks/logging_overhead.py --config configs/demo.txt --i_img 500 --i_print 100 --blocks 2
 
-Takes the options of run_nerf.py, and --blocks: pairs of blocks of --i_img steps, one block with and one without. Prints
-the median seconds of a step for both, and the share that is added. Test views and videos, which are outputs that one asks
-for, are left out.
+Takes the options of run_nerf.py, and --blocks: how often --i_img steps. Prints the seconds of a step, and the share that all
+else adds: the check for finite gradients, the watch for collapse, bar, log, TensorBoard, checkpoints, held-out view.
+Test views and videos, which are outputs that one asks for, are left out.
 """
-import statistics
 import sys
 import tempfile
 import time
 import warnings
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from options import config_parser
@@ -30,9 +31,9 @@ def main():
 def compare(args, blocks):
     args.N_iters = 10 ** 9  # no last step
     console = Console()
-    scene, state, kwargs, kwargs_test, start, grad_vars, optimizer = prepare(args)
+    scene, path, state, kwargs, kwargs_test, start, grad_vars, optimizer = prepare(args)
     reports = make_reports(args, scene, kwargs_test, console.say)
-    log, keeper, health = start_run(args, scene, state, kwargs, start, optimizer, console)
+    log, keeper, health = start_run(args, scene, path, state, kwargs, start, optimizer, console)
     batches = RayBatcher(scene, args.N_rand, args.no_batching, args.precrop_iters, args.precrop_frac,
                          kwargs['pixel_centers'], grad_vars[0].device)
 
@@ -45,31 +46,34 @@ def compare(args, blocks):
         sum(errors.values()).backward()
         return target, errors, opacities, lrate
 
-    seconds = {'bare': [], 'logged': []}
+    def clock():
+        if grad_vars[0].device.type == 'cuda':
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    training = beside = 0.0
     steps = log.steps()
-    for _ in range(blocks):
-        for kind, times in seconds.items():
-            began = time.perf_counter()
-            for _ in range(args.i_img):
-                step = next(steps)
-                target, errors, opacities, lrate = train(step)
-                if kind == 'bare':
-                    optimizer.step()
-                    continue
-                if health.step_is_finite(sum(errors.values())):
-                    optimizer.step()
-                health.watch(step, target, errors, opacities)
-                log.step_done(step, errors, lrate, health)
-                if keeper.due(step):
-                    keeper.save(step)
-            if kind == 'logged':
-                log.attempt('held-out view', reports.view, log, step)
-            times.append((time.perf_counter() - began) / args.i_img)
-    bare, logged = (statistics.median(times) for times in seconds.values())
-    ratios = sorted(b / a for a, b in zip(*seconds.values()))
-    print(f'a step: {bare * 1e3:.2f} ms bare, {logged * 1e3:.2f} ms with all that a run does beside it')
-    print(f'added: {100 * (statistics.median(ratios) - 1):+.2f}% (median of {blocks} pairs; '
-          f'{100 * (ratios[0] - 1):+.2f}% to {100 * (ratios[-1] - 1):+.2f}%)')
+    for count in range(1, blocks * args.i_img + 1):
+        step = next(steps)
+        began = clock()
+        target, errors, opacities, lrate = train(step)
+        trained = clock()
+        finite = health.step_is_finite(sum(errors.values()))
+        checked = clock()
+        if finite:
+            optimizer.step()
+        stepped = clock()
+        health.watch(step, target, errors, opacities)
+        log.step_done(step, errors, lrate, health)
+        if keeper.due(step):
+            keeper.save(step)
+        if count % args.i_img == 0:
+            log.attempt('held-out view', reports.view, log, step)
+        training += trained - began + stepped - checked
+        beside += checked - trained + clock() - stepped
+    steps = blocks * args.i_img
+    print(f'a step: {1e3 * training / steps:.2f} ms; all else: {1e3 * beside / steps:.2f} ms')
+    print(f'added: {100 * beside / training:.2f}%')
 
 
 if __name__ == '__main__':

@@ -23,7 +23,7 @@ def main():
     steps = int(sys.argv.pop(sys.argv.index('--steps') + 1)) if '--steps' in sys.argv else 10
     args = config_parser().parse_args([option for option in sys.argv[1:] if option != '--steps'])
     with tempfile.TemporaryDirectory() as args.basedir:
-        scene, _, kwargs, _, _, grad_vars, optimizer = prepare(args)
+        scene, _, _, kwargs, _, _, grad_vars, optimizer = prepare(args)
     device = grad_vars[0].device
     batches = RayBatcher(scene, args.N_rand, args.no_batching, 0, 1.0, kwargs['pixel_centers'], device)
     seconds = []
