@@ -2,7 +2,7 @@
 
 The keys `global_step`, `network_fn_state_dict`, `network_fine_state_dict` and `optimizer_state_dict` are those of the
 established code, whose files load here. Beside them stand `args`, `camera` (the scene's cameras, bounds and path),
-`random_state`, `health` and `format`.
+`random_state`, `health`, `with_gradient` and `format`.
 """
 import contextlib
 import io
@@ -24,7 +24,7 @@ KEPT_BY_CLOCK = 2     # of the checkpoints that only the clock asked for, the ne
 # Options that may differ between a checkpoint and the run that goes on from it without a word.
 FREE_OPTIONS = {'config', 'expname', 'basedir', 'datadir', 'device', 'N_iters', 'no_reload', 'ft_path', 'chunk', 'netchunk',
                 'render_only', 'render_test', 'render_factor', 'render_poses', 'i_print', 'i_img', 'i_weights', 'i_testset',
-                'i_video', 'save_minutes', 'no_restart', 'testskip', 'pixel_centers', 'given'}
+                'i_video', 'save_minutes', 'no_restart', 'testskip', 'pixel_centers', 'precision', 'backward', 'given'}
 # Options that say what the networks are and how they see: rendering takes those from the checkpoint that are not given.
 NETWORK_OPTIONS = ('netdepth', 'netwidth', 'netdepth_fine', 'netwidth_fine', 'use_viewdirs', 'i_embed', 'multires',
                    'multires_views', 'N_samples', 'N_importance', 'white_bkgd', 'lindisp', 'dataset_type', 'no_ndc',
@@ -63,7 +63,7 @@ def read_checkpoint(path):
     kinds = {'global_step': int, 'network_fn_state_dict': dict}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f'{path}: found no networks in it, expected a checkpoint of a NeRF')
-    for key in ('args', 'camera', 'health'):
+    for key in ('args', 'camera', 'health', 'with_gradient'):
         state[key] = state[key] if isinstance(state.get(key), dict) else {}
     state['steps_done'] = state['global_step'] + (0 if 'format' in state else 1)
     return state
@@ -145,9 +145,18 @@ def restore_random_state(state, seed):
             torch.cuda.set_rng_state(cuda_state, index)
 
 
+def trained_pixel_centers(args, path, state):
+    """Whether the networks of a checkpoint know rays through pixel centres: that goes on, whatever the options say."""
+    pixel_centers = bool(state['camera'].get('pixel_centers', False))
+    if pixel_centers != args.pixel_centers:
+        warnings.warn(f'{path} was trained with rays through pixel {"centres" if pixel_centers else "corners"}; '
+                      'that goes on', stacklevel=3)
+    return pixel_centers
+
+
 # --- writing ----------------------------------------------------------------------------------------------------
 
-def save_checkpoint(path, step, network_fn, network_fine, optimizer, args, camera, health=None):
+def save_checkpoint(path, step, network_fn, network_fine, optimizer, args, camera, health=None, with_gradient=None):
     """Write a checkpoint after `step` steps, whole or not at all.
 
     Args:
@@ -155,6 +164,7 @@ def save_checkpoint(path, step, network_fn, network_fine, optimizer, args, camer
       args: the options.
       camera: what rendering needs of the scene, plain numbers and tensors.
       health: state of the run's `Health`.
+      with_gradient: share of the samples that had a gradient, by network.
     """
     state = {
         'global_step': step,
@@ -164,6 +174,7 @@ def save_checkpoint(path, step, network_fn, network_fine, optimizer, args, camer
         'args': {key: value for key, value in vars(args).items() if isinstance(value, (str, int, float, type(None)))},
         'camera': camera,
         'health': health or {},
+        'with_gradient': with_gradient or {},
         'format': FORMAT,
     }
     if network_fine is not None:
@@ -185,23 +196,32 @@ class CheckpointKeeper:
       write: a function (path, step) that writes one, raising OSError where it cannot.
       say: called with a line where a save fails.
       newest: the checkpoint that the run started from, if any.
+      idle: nothing is ever due: another process saves.
     """
 
-    def __init__(self, folder, every, minutes, last, write, say, newest=None):
+    def __init__(self, folder, every, minutes, last, write, say, newest=None, idle=False):
         self.folder, self.every, self.minutes, self.last, self.write, self.say = folder, every, minutes, last, write, say
         self.saved_at, self.retry_at, self.by_clock, self.newest = time.monotonic(), None, [], newest
-        self.saved_step = None
+        self.saved_step, self.idle = None, idle
+
+    def path(self, step):
+        """Where the checkpoint of a step is."""
+        return self.folder / f'{step:06d}.tar'
+
+    def read_newest(self):
+        """Path and content of the newest checkpoint, or (None, None)."""
+        return self.newest, None if self.newest is None else read_checkpoint(self.newest)
 
     def due(self, step, well=True):
         """Whether a checkpoint should be written after this step; the last step's always, others only if all is well."""
         now = time.monotonic()
         wanted = (step % self.every == 0 or now - self.saved_at > 60 * self.minutes
                   or (self.retry_at is not None and now > self.retry_at))
-        return step == self.last or (wanted and well)
+        return not self.idle and (step == self.last or (wanted and well))
 
     def save(self, step):
         """Write `NNNNNN.tar`; returns its path, or None where that failed, which is said."""
-        path = self.folder / f'{step:06d}.tar'
+        path = self.path(step)
         try:
             self.write(path, step)
         except OSError as error:

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from checkpoints import read_checkpoint, restore, restore_random_state
+from checkpoints import restore, restore_random_state
 
 WINDOW = 100            # steps that are judged together
 BLANK_OPACITY = 1e-4    # a network of less mean opacity is dead; a small object in a large picture has more
@@ -84,13 +84,11 @@ class Health:
       optimizer: theirs.
       seed: a network that is started again gets the next one.
       restart: whether collapsed networks are started again.
-      white_bkgd: the colour behind the scene.
       say: called with a line for each thing that was done.
     """
 
-    def __init__(self, networks, optimizer, seed, restart, white_bkgd, say):
-        self.networks, self.optimizer, self.seed, self.restart = networks, optimizer, seed, restart
-        self.background, self.say = float(white_bkgd), say
+    def __init__(self, networks, optimizer, seed, restart, say):
+        self.networks, self.optimizer, self.seed, self.restart, self.say = networks, optimizer, seed, restart, say
         self.watches = {name: CollapseWatch() for name in networks}
         self.restarts, self.bad_steps, self.bad_in_a_row, self.returns = 0, 0, 0, 0
 
@@ -141,18 +139,17 @@ class Health:
         self.returns, self.bad_in_a_row = self.returns + 1, 0
 
     @torch.no_grad()
-    def watch(self, step, target, errors, opacities):
+    def watch(self, step, errors, opacities, background):
         """Look for collapsed networks, and start them again.
 
         Args:
-          target: colours of the step's rays [N, 3].
-          errors, opacities: {'coarse': …, 'fine': …}: mean squared error, a scalar; accumulated opacity of the rays [N].
+          errors, opacities: of the networks [1 or 2]: mean squared error and mean opacity of the step's rays.
+          background: the error of the background alone, a scalar.
         """
         if not self.restart:
             return
-        background_mse = ((self.background - target) ** 2).mean()
-        for name, watch in self.watches.items():
-            collapsed = watch.collapsed(errors[name], opacities[name].mean(), background_mse)
+        for (name, watch), error, opacity in zip(self.watches.items(), errors, opacities):
+            collapsed = watch.collapsed(error, opacity, background)
             if collapsed and watch.restarts < MOST_RESTARTS:
                 self.restarts += 1
                 start_again(self.networks[name], self.optimizer, self.seed + self.restarts)
@@ -161,17 +158,19 @@ class Health:
                          f'{self.seed + self.restarts}')
 
 
-def go_back(args, keeper, health, optimizer):
+def go_back(args, keeper, health, optimizer, ranks):
     """After too many steps that were not finite: load the newest checkpoint of this run or the one that it started from, or
     start anew where there is none, with a smaller learning rate. Returns the steps done by then."""
-    state = None if keeper.newest is None else read_checkpoint(keeper.newest)
+    path, state = ranks.from_first(keeper.read_newest)
     health.returned()
     if state is None:
         for network in health.networks.values():
             start_again(network, optimizer, args.seed)
     else:
-        restore(keeper.newest, state, health.networks['coarse'], health.networks.get('fine'), optimizer)
+        restore(path, state, health.networks['coarse'], health.networks.get('fine'), optimizer)
         restore_random_state(state, args.seed)
-    health.say(f'{BAD_STEPS} steps in a row were not finite: back to {keeper.newest or "the start"}, '
+    health.say(f'{BAD_STEPS} steps in a row were not finite: back to {path or "the start"}, '
                'with a tenth of the learning rate')
-    return 0 if state is None else state['steps_done']
+    steps_done = 0 if state is None else state['steps_done']
+    ranks.part_ways(args.seed, steps_done)
+    return steps_done

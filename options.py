@@ -157,6 +157,10 @@ def _training_options(parser):
     add('--no_batching', action=BooleanSwitch, default=False, help='draw the rays of a step from one image, not from all')
     add('--precrop_iters', type=whole(0), default=0, help='steps at the start that see the middle of the images only')
     add('--precrop_frac', type=number(above=0, most=1), default=.5, help='how much of the image that middle is')
+    add('--precision', choices=['auto', 'fp32', 'tf32', 'bf16'], default='auto',
+        help='of the networks\' matrix products; auto: bf16 where the device has it, else fp32')
+    add('--backward', choices=['auto', 'sparse', 'plain'], default='auto',
+        help='sparse: keep no activations, go back through samples with a gradient; plain: through all; auto: the cheaper')
     add('--no_reload', action=BooleanSwitch, default=False, help='start anew, whatever checkpoints are there')
     add('--no_restart', action=BooleanSwitch, default=False,
         help='leave a network as it is that shows nothing but the background')

@@ -41,10 +41,12 @@ class Reports:
       mark: a function (poses) that returns the fingerprint of their frames.
       device: what renders.
       say: called with each line for the console.
+      done: called where there is nothing to render for now.
     """
 
-    def __init__(self, args, scene, frames, mark, device, say):
+    def __init__(self, args, scene, frames, mark, device, say, done):
         self.args, self.scene, self.frames, self.mark, self.device, self.say = args, scene, frames, mark, device, say
+        self.done = done
         self.encoder = probe_encoder()
         if self.encoder.name != 'H.264':
             say(f'no H.264 encoder works here: videos are written as {self.encoder.name}')
@@ -127,20 +129,26 @@ class Reports:
             path = log.attempt('video', self.video, prefix)
             if path:
                 log.wrote('video', path)
+        self.done()
 
+    def render_only(self, start):
+        """`--render_only`: the camera path, or the test views, as numbered PNGs and videos.
 
-def render_only(args, reports, start):
-    """`--render_only`: the camera path, or the test views, as numbered PNGs and videos."""
-    scene = reports.scene
-    if min(scene.H, scene.W) < args.render_factor:
-        raise UserError(f'--render_factor: found {args.render_factor}, expected at most the images\' {scene.W}×{scene.H}')
-    poses = scene.poses[scene.i_test] if args.render_test else scene.render_poses
-    folder = Path(args.basedir, args.expname, f'renderonly_{"test" if args.render_test else "path"}_{start:06d}')
-    reports.say(f'{len(poses)} frames after {start} steps, into {folder}')
-    if args.render_test and args.render_factor <= 1:
-        reports.testset(start, make_folder(folder), video=True)
-    else:
-        seconds = [frame.seconds for frame in reports.path(poses, folder) if frame.seconds is not None]
-        reports.say(f'{len(seconds)} frames rendered' + (f', {np.mean(seconds):.2f} s each' if seconds else '')
-                    + (f'; {len(poses) - len(seconds)} were there' if len(seconds) < len(poses) else ''))
-    reports.say(f'images and {video_path("video", reports.encoder)} are in {folder}')
+        Args:
+          start: steps that the networks were trained for.
+        """
+        args, scene = self.args, self.scene
+        if min(scene.H, scene.W) < args.render_factor:
+            raise UserError(f'--render_factor: found {args.render_factor}, expected at most the images\' '
+                            f'{scene.W}×{scene.H}')
+        poses = scene.poses[scene.i_test] if args.render_test else scene.render_poses
+        folder = Path(args.basedir, args.expname, f'renderonly_{"test" if args.render_test else "path"}_{start:06d}')
+        self.say(f'{len(poses)} frames after {start} steps, into {folder}')
+        if args.render_test and args.render_factor <= 1:
+            self.testset(start, make_folder(folder), video=True)
+        else:
+            seconds = [frame.seconds for frame in self.path(poses, folder) if frame.seconds is not None]
+            self.say(f'{len(seconds)} frames rendered' + (f', {np.mean(seconds):.2f} s each' if seconds else '')
+                     + (f'; {len(poses) - len(seconds)} were there' if len(seconds) < len(poses) else ''))
+        self.say(f'images and {video_path("video", self.encoder)} are in {folder}')
+        self.done()

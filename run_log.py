@@ -23,6 +23,7 @@ from outputs import make_folder
 
 BAR = '{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]'
 REFRESH_SECONDS = 1.0  # reading the loss waits for a GPU; the bar does it no more often than this
+QUIET_SECONDS = 3.0    # for the first of several processes to name what has failed
 RETRY_SECONDS = 60.0   # after a failed write to TensorBoard's file
 NETWORKS = ('coarse', 'fine')
 CHARTS = {'PSNR': {'train and held-out': ['Multiline', [f'psnr/{split} {name}' for split in ('train', 'held-out')
@@ -30,14 +31,16 @@ CHARTS = {'PSNR': {'train and held-out': ['Multiline', [f'psnr/{split} {name}' f
 
 
 class Console:
-    """Lines for the console, and the same for a log file once there is one."""
+    """Lines for the console, and the same for a log file once there is one; in silence if `quiet`."""
 
-    def __init__(self):
-        self.early, self.path = [], None
+    def __init__(self, quiet=False):
+        self.early, self.path, self.quiet = [], None, quiet
 
     def say(self, message, file=None):
         """Log a line, and print it above a progress bar. A console that is gone, or a full disk behind it, is no harm."""
         self.log(message)
+        if self.quiet:
+            return
         file = file or sys.stdout
         try:
             tqdm.write(message, file=file)
@@ -49,6 +52,14 @@ class Console:
     def warn(self, message, *_):
         """A warning as one line, in the place of `warnings.showwarning`."""
         self.say(f'run_nerf.py: warning: {message}', sys.stderr)
+
+    def fail(self, problem):
+        """The line that ends a run. A process that is not the first has most likely the same to say: it waits, in which time
+        torchrun ends it if the first one has failed too."""
+        if self.quiet:
+            time.sleep(QUIET_SECONDS)
+            print(f'process {os.environ["RANK"]}: error: {problem}', file=sys.__stderr__)
+        self.say(f'run_nerf.py: error: {problem}', sys.stderr)
 
     def log_to(self, path):
         """From now on to this file too, with the lines that were said before."""
@@ -68,15 +79,27 @@ class Console:
             pass
 
 
+@contextlib.contextmanager
+def speaking_for_all():
+    """A `Console`, which is quiet in all but the first process of torchrun; what argparse has to say is said once too."""
+    quiet = int(os.environ.get('RANK', 0)) > 0
+    if not quiet:
+        yield Console()
+        return
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+        yield Console(quiet)
+
+
 class Board:
-    """TensorBoard's file. Writing to it never ends a run: after a failure it is tried again later, in a new file."""
+    """TensorBoard's file, in `folder`; none if that is None. Writing to it never ends a run: after a failure it is tried
+    again later, in a new file."""
 
     def __init__(self, folder, say):
         self.folder, self.say, self.file, self.not_before = folder, say, None, 0.0
 
     def add(self, step, content):
         """Write a summary protocol buffer."""
-        if time.monotonic() < self.not_before:
+        if self.folder is None or time.monotonic() < self.not_before:
             return
         try:
             if self.file is None:
@@ -111,15 +134,17 @@ class RunLog:
       start: the run goes on after this step.
       device: what computes.
       console: a `Console`.
+      idle: show and write nothing: another process does.
     """
 
-    def __init__(self, args, folder, start, device, console):
+    def __init__(self, args, folder, start, device, console, idle=False):
         self.folder, self.start, self.stop, self.device = folder, start, args.N_iters, device
-        self.every, self.rays_per_step = args.i_print, args.N_rand
-        self.say, self.log, self.board = console.say, console.log, Board(folder, console.say)
-        self.bar = tqdm(total=self.stop, initial=start, desc=args.expname, disable=None, dynamic_ncols=True, bar_format=BAR)
+        self.every, self.rays_per_step, self.idle = args.i_print, args.N_rand, idle
+        self.say, self.log, self.board = console.say, console.log, Board(None if idle else folder, console.say)
+        self.bar = tqdm(total=self.stop, initial=start, desc=args.expname, disable=idle or None, dynamic_ncols=True,
+                        bar_format=BAR)
         self.train_seconds, self.timed_steps, self.refreshed = 0.0, 0, 0.0
-        self.began, self.written, self.step = time.perf_counter(), {}, start
+        self.began, self.written, self.step, self.done = time.perf_counter(), {}, start, start
         options = ''.join(f'    {key} = {value}\n' for key, value in listed(args))
         self.board.add(start, summary.text('options', options))
         self.board.add(start, summary.custom_scalars(CHARTS))
@@ -135,20 +160,20 @@ class RunLog:
 
     def rewind(self, step):
         """Go on after an earlier step."""
-        self.step = step
+        self.step = self.done = step
 
     def step_done(self, step, errors, lrate, health):
         """To be called when a step's update is made.
 
         Args:
-          errors: {'coarse': …, 'fine': …}, mean squared errors, scalar tensors; read only when they are shown.
+          errors: mean squared errors of the networks, [1 or 2]; read only when they are shown.
           lrate: learning rate of the step.
           health: its counts are shown too.
         """
-        now = time.perf_counter()
+        now, self.done = time.perf_counter(), step
         due = step % self.every == 0 or step == self.stop
-        show = due or (not self.bar.disable and now - self.refreshed > REFRESH_SECONDS)
-        found = {name: error.item() for name, error in errors.items()} if show else {}
+        show = not self.idle and (due or (not self.bar.disable and now - self.refreshed > REFRESH_SECONDS))
+        found = dict(zip(NETWORKS, errors.tolist())) if show else {}
         now = time.perf_counter()
         self.train_seconds += now - self.step_start
         self.timed_steps += 1
@@ -195,15 +220,15 @@ class RunLog:
         """Save the last step if that is not done, end TensorBoard's file, and say where everything is."""
         self.board.close()
         remove_parts(self.folder)  # of a video that was given up, an encoder may have written more
-        if self.step > self.start and keeper.saved_step != self.step:
-            keeper.save(self.step)
+        if self.done > self.start and keeper.saved_step != self.done:
+            keeper.save(self.done)
         minutes, seconds = divmod(round(time.perf_counter() - self.began), 60)
         if self.start >= self.stop:
             self.say(f'nothing to do: {self.start} steps are done, and --N_iters is {self.stop}')
         else:
-            self.say(f'{self.step} steps done, {minutes} min {seconds} s')
+            self.say(f'{self.done} steps done, {minutes} min {seconds} s')
         saved = keeper.newest or 'none'
-        if self.step > self.start and keeper.saved_step != self.step:
+        if self.done > self.start and keeper.saved_step != self.done:
             saved = f'{saved}; the steps after it are NOT SAVED'
         places = {'checkpoint': saved, **self.written, 'TensorBoard': f'tensorboard --logdir {self.folder}'}
         for what, where in places.items():
@@ -215,6 +240,11 @@ def memory_gib(device):
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     try:
+        lines = Path('/proc/self/status').read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) / 2 ** 20
+    except (OSError, StopIteration):  # not Linux, whose other figure counts the process that started this one too
+        pass
+    try:
         import resource
     except ImportError:  # Windows
         return float('nan')
@@ -222,7 +252,7 @@ def memory_gib(device):
     return peak / (2 ** 30 if sys.platform == 'darwin' else 2 ** 20)
 
 
-def describe_run(args, scene, device, networks, folder, start):
+def describe_run(args, scene, device, networks, folder, start, processes=1):
     """The few lines that open a run."""
     parameters = [f'{name} {sum(p.numel() for p in network.parameters()):,}' for name, network in networks.items()]
     views = f'{len(scene.i_train)} train, {len(scene.i_val)} val, {len(scene.i_test)} test'
@@ -232,19 +262,19 @@ def describe_run(args, scene, device, networks, folder, start):
         'images': f'{views}, {scene.W}×{scene.H}, near {scene.near:.3g}, far {scene.far:.3g}',
         'rays': f'{args.N_rand} a step from {"one image" if args.no_batching else "all images"}, {samples}',
         'networks': ' + '.join(parameters) + ' parameters',
-        'device': str(device),
+        'device': str(device) if processes == 1 else f'{processes} processes, {device.type} each',
         'logs': f'{folder} ({f"goes on after step {start}" if start else "a new run"})',
     }
     return '\n'.join([args.expname] + [f'  {name:9} {text}' for name, text in lines.items()])
 
 
-def prepare_folder(args, start, device):
-    """Make `<basedir>/<expname>`; leave `args.txt`, `config.txt` and `run.json` there, and no temporary files.
+def prepare_folder(folder, args, start, device):
+    """Make `folder`, `<basedir>/<expname>`; leave `args.txt`, `config.txt` and `run.json` there, and no temporary files.
 
     Raises:
       UserError: it cannot be written.
     """
-    folder = make_folder(Path(args.basedir, args.expname))
+    make_folder(folder)
     remove_parts(folder)
     try:
         write_text(folder / 'args.txt', ''.join(f'{key} = {value}\n' for key, value in listed(args)))
@@ -254,7 +284,6 @@ def prepare_folder(args, start, device):
         write_text(folder / 'run.json', json.dumps(starts, indent=1) + '\n')
     except OSError as error:
         raise UserError(f'{folder}: cannot write there ({error.strerror})') from None
-    return folder
 
 
 def earlier_starts(folder):

@@ -11,6 +11,7 @@ stands in the order in which a ray meets it, from the end of this file to its st
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,26 +19,29 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from accel.sparse_backward import InChunks
 from checkpoints import (
     NETWORK_OPTIONS,
     SCENE_OPTIONS,
-    CheckpointKeeper,
     adopt_options,
     changed_options,
     load_checkpoint,
     restore,
     restore_random_state,
-    save_checkpoint,
+    trained_pixel_centers,
 )
+from devices import network_chunk, pick_device, pick_precision, rays_at_once
 from errors import UserError, first_line
-from health import Health, TrainingFailed, go_back
+from health import TrainingFailed, go_back
 from options import config_parser
 from outputs import Frame, FrameFolder, frames_mark
-from reports import Reports, render_only
-from run_log import Console, RunLog, describe_run, forward_warnings, prepare_folder
+from ranks import RankLost, Ranks
+from reports import Reports
+from run_log import Console, forward_warnings, speaking_for_all
 from run_nerf_helpers import NeRF, get_embedder, get_rays, img2mse, ndc_rays, sample_pdf, uniform_like_numpy
 from scene import RayBatcher, load_scene, scene_of_checkpoint, uses_ndc
 from signals import Stopped, StopRequest
+from training_run import Follower, end_run, start_run
 
 FAR_AWAY = 1e10  # length of the interval behind the last sample of a ray
 EMPTY = 1e-10    # a ray of less opacity has met nothing: its disparity is 0
@@ -56,7 +60,7 @@ def batchify(fn, chunk):
     return fn_in_chunks
 
 
-def run_network(inputs, viewdirs, fn, embed_fn, embeddirs_fn, netchunk=1024 * 64):
+def run_network(inputs, viewdirs, fn, embed_fn, embeddirs_fn, netchunk=1024 * 64, in_chunks=None):
     """Encode points (and directions) and apply the network `fn`, `netchunk` points at a time, encoding included.
 
     Args:
@@ -65,6 +69,7 @@ def run_network(inputs, viewdirs, fn, embed_fn, embeddirs_fn, netchunk=1024 * 64
       fn: network, [N, encoded] -> [N, C].
       embed_fn, embeddirs_fn: encodings of points and of directions.
       netchunk: points in one go.
+      in_chunks: a faster `batchify`, as `accel/sparse_backward.py` has it.
     Returns:
       raw [N_rays, N_samples, C].
     """
@@ -78,7 +83,10 @@ def run_network(inputs, viewdirs, fn, embed_fn, embeddirs_fn, netchunk=1024 * 64
             encoded = torch.cat([encoded, embeddirs_fn(points[:, 3:])], -1)
         return fn(encoded)
 
-    raw = batchify(encode_and_apply, netchunk)(points)
+    if in_chunks is None:
+        raw = batchify(encode_and_apply, netchunk)(points)
+    else:
+        raw = in_chunks(encode_and_apply, netchunk, (fn, embed_fn, embeddirs_fn))(points)
     return raw.reshape(*inputs.shape[:-1], raw.shape[-1])
 
 
@@ -249,33 +257,47 @@ def render_frame(pose, hwf, K, chunk, render_kwargs, render_factor=0):
         H, W, K[:2] = H // render_factor, W // render_factor, K[:2] / render_factor
     device = next(render_kwargs['network_fn'].parameters()).device
     c2w = torch.as_tensor(pose, dtype=torch.float32, device=device)[:3, :4]
+    chunk = rays_at_once(chunk, render_kwargs['N_samples'] + render_kwargs['N_importance'], device)
     began = time.perf_counter()
     rgb, disp, acc, extras = render(H, W, K, chunk=chunk, c2w=c2w, **render_kwargs)
     maps = [None if part is None else part.cpu().numpy() for part in (rgb, disp, acc, extras.get('rgb0'))]
     return Frame(*maps, seconds=time.perf_counter() - began)
 
 
-def render_frames(render_poses, hwf, K, chunk, render_kwargs, render_factor=0, store=None):
-    """Render camera after camera: yields a `Frame` at a time, and keeps none. Where CUDA's memory does not suffice, the
-    chunk is halved from there on.
-
-    Args:
-      render_poses: c2w matrices [N, 3 or 4, 4 or more].
-      store: a `FrameFolder`: frames that it has are not rendered again, and new ones are saved there.
-      others: as in `render_frame`.
-    """
-    progress = tqdm(render_poses, desc='frames', unit='frame', disable=None, leave=False, dynamic_ncols=True)
-    for index, pose in enumerate(progress):
-        frame = stored = store.load(index) if store else None
-        while frame is None:
+def frame_renderer(chunk, render_kwargs):
+    """A function (pose, hwf, K, render_factor) that renders a `Frame`. Where CUDA's memory does not suffice, it halves the
+    chunk from there on."""
+    def render_one(pose, hwf, K, render_factor):
+        nonlocal chunk
+        while True:
             try:
-                frame = render_frame(pose, hwf, K, chunk, render_kwargs, render_factor)
+                return render_frame(pose, hwf, K, chunk, render_kwargs, render_factor)
             except torch.OutOfMemoryError:
                 if chunk <= SMALLEST_CHUNK:
                     raise
                 chunk //= 2
                 warnings.warn(f'out of memory in rendering: going on with --chunk {chunk}', stacklevel=2)
                 torch.cuda.empty_cache()
+    return render_one
+
+
+def render_frames(render_poses, hwf, K, chunk, render_kwargs, render_factor=0, store=None, ranks=None):
+    """Render camera after camera: yields a `Frame` at a time, and keeps none.
+
+    Args:
+      render_poses: c2w matrices [N, 3 or 4, 4 or more].
+      store: a `FrameFolder`: frames that it has are not rendered again, and new ones are saved there.
+      ranks: a `Ranks`: the processes that render, each another frame.
+      others: as in `render_frame`.
+    """
+    ranks, render_one = ranks or Ranks(1), frame_renderer(chunk, render_kwargs)
+    progress = tqdm(render_poses, desc='frames', unit='frame', disable=None, leave=False, dynamic_ncols=True)
+    ahead = []
+    for index, _ in enumerate(progress):
+        frame = stored = store.load(index) if store and not ahead else None
+        if frame is None:
+            ahead = ahead or ranks.each(render_one, render_poses[index:index + ranks.size], hwf, K, render_factor)
+            frame = ahead.pop(0)
         if store and stored is None:
             store.save(index, frame)
         yield frame
@@ -307,24 +329,6 @@ def render_path(render_poses, hwf, K, chunk, render_kwargs, gt_imgs=None, savedi
 
 # --- set-up -----------------------------------------------------------------------------------------------------
 
-def pick_device(name):
-    """The torch device of `--device`.
-
-    Raises:
-      UserError: no such device here.
-    """
-    if str(name) == 'auto':
-        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    try:
-        device = torch.device(name)
-        if device.type == 'meta':
-            raise RuntimeError('a device without memory')
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device {name}: not to be had here ({first_line(error)})') from None
-    return device
-
-
 def create_nerf(args, checkpoint=None):
     """Build networks and optimizer, and load the checkpoint that the options name or the experiment has.
 
@@ -340,6 +344,7 @@ def create_nerf(args, checkpoint=None):
       UserError: a checkpoint that is damaged or fits other networks.
     """
     device = pick_device(args.device)
+    precision = pick_precision(args.precision, device, max(args.netwidth, args.netwidth_fine))
     embed_fn, input_ch = get_embedder(args.multires, args.i_embed)
     embeddirs_fn, input_ch_views = get_embedder(args.multires_views, args.i_embed) if args.use_viewdirs else (None, 0)
 
@@ -347,12 +352,13 @@ def create_nerf(args, checkpoint=None):
         return NeRF(D=depth, W=width, input_ch=input_ch, input_ch_views=input_ch_views,
                     output_ch=5 if args.N_importance > 0 else 4, skips=[4], use_viewdirs=args.use_viewdirs).to(device)
 
-    def network_query_fn(inputs, viewdirs, network_fn):
-        return run_network(inputs, viewdirs, network_fn, embed_fn, embeddirs_fn, netchunk=args.netchunk)
+    def query_fn(precision):
+        return partial(run_network, embed_fn=embed_fn, embeddirs_fn=embeddirs_fn, netchunk=args.netchunk,
+                       in_chunks=InChunks(args.backward, precision, network_chunk))
 
     network_fn = build(args.netdepth, args.netwidth)
     network_fine = build(args.netdepth_fine, args.netwidth_fine) if args.N_importance > 0 else None
-    grad_vars = [*network_fn.parameters(), *(network_fine.parameters() if network_fine is not None else ())]
+    grad_vars = [p for network in (network_fn, network_fine) if network is not None for p in network.parameters()]
     optimizer = torch.optim.Adam(grad_vars, lr=args.lrate, betas=(0.9, 0.999))
 
     start, pixel_centers = 0, args.pixel_centers
@@ -361,36 +367,49 @@ def create_nerf(args, checkpoint=None):
         restore(path, state, network_fn, network_fine, None if args.render_only else optimizer, changed_options(args, state))
         restore_random_state(state, args.seed)
         start = state['steps_done']
-        pixel_centers = bool(state['camera'].get('pixel_centers', False))  # what the networks were trained with
-        if pixel_centers != args.pixel_centers:
-            warnings.warn(f'{path} was trained with rays through pixel {"centres" if pixel_centers else "corners"}; '
-                          'that goes on', stacklevel=2)
+        pixel_centers = trained_pixel_centers(args, path, state)
 
     ndc = uses_ndc(args)
     render_kwargs_train = {
-        'network_query_fn': network_query_fn, 'network_fn': network_fn, 'network_fine': network_fine,
+        'network_query_fn': query_fn(precision), 'network_fn': network_fn, 'network_fine': network_fine,
         'N_samples': args.N_samples, 'N_importance': args.N_importance, 'perturb': args.perturb,
         'raw_noise_std': args.raw_noise_std, 'white_bkgd': args.white_bkgd, 'use_viewdirs': args.use_viewdirs,
         'ndc': ndc, 'lindisp': args.lindisp and not ndc, 'pixel_centers': pixel_centers,
     }
-    render_kwargs_test = {**render_kwargs_train, 'perturb': 0., 'raw_noise_std': 0.}
+    exact = query_fn('fp32' if args.precision == 'auto' else precision)
+    render_kwargs_test = {**render_kwargs_train, 'network_query_fn': exact, 'perturb': 0., 'raw_noise_std': 0.}
     return render_kwargs_train, render_kwargs_test, start, grad_vars, optimizer
 
 
 # --- training ---------------------------------------------------------------------------------------------------
 
-def camera(scene, render_kwargs):
-    """What a renderer needs to know of the scene beside the networks, as plain numbers and tensors for a checkpoint."""
-    known = {key: render_kwargs[key] for key in ('ndc', 'lindisp', 'pixel_centers', 'white_bkgd')}
-    return {**known, **scene.cameras()}
-
-
 def network_outputs(rgb, acc, extras, target):
-    """Of each network, coarse and fine or coarse alone: {name: mean squared error}, {name: opacity [N_rays]}. The sum of the
-    errors is the loss, Eq. 6."""
-    if 'rgb0' not in extras:
-        return {'coarse': img2mse(rgb, target)}, {'coarse': acc}
-    return {'coarse': img2mse(extras['rgb0'], target), 'fine': img2mse(rgb, target)}, {'coarse': extras['acc0'], 'fine': acc}
+    """Of the networks, coarse and fine or coarse alone: mean squared errors and mean opacities, [1 or 2] each. The sum of
+    the errors is the loss, Eq. 6."""
+    outputs = ([(extras['rgb0'], extras['acc0'])] if 'rgb0' in extras else []) + [(rgb, acc)]
+    return (torch.stack([img2mse(rgb, target) for rgb, _ in outputs]), torch.stack([acc.mean() for _, acc in outputs]))
+
+
+def loss_and_gradient(hwf, K, chunk, batch_rays, target, render_kwargs):
+    """Render a batch and go back from its loss, Eq. 6, to the parameters' gradients, which are added to. Large batches go in
+    parts, so that their samples need not be in memory together.
+
+    Args:
+      hwf, K, chunk, render_kwargs: for `render`.
+      batch_rays: [2, N, 3].
+      target: colours [N, 3].
+    Returns:
+      errors, opacities: as of `network_outputs`, without a gradient.
+      background: the error of an empty picture, a scalar.
+    """
+    rays = rays_at_once(len(target), render_kwargs['N_samples'] + render_kwargs['N_importance'], target.device)
+    outputs = 0
+    for part_rays, part_target in zip(batch_rays.split(rays, 1), target.split(rays)):
+        rgb, _, acc, extras = render(*hwf[:2], K, chunk, part_rays, **render_kwargs)
+        part = torch.stack(network_outputs(rgb, acc, extras, part_target)) * (len(part_target) / len(target))
+        part[0].sum().backward()
+        outputs = outputs + part.detach()
+    return *outputs, torch.mean((float(render_kwargs['white_bkgd']) - target) ** 2)
 
 
 def set_learning_rate(optimizer, lrate, lrate_decay, step):
@@ -401,15 +420,15 @@ def set_learning_rate(optimizer, lrate, lrate_decay, step):
     return lrate
 
 
-def prepare(args):
-    """Checkpoint, scene, networks: what both training and rendering need.
+def prepare(args, ranks):
+    """Checkpoint, scene, networks: what both training and rendering need, in each process.
 
     Returns:
       scene, path and state of the checkpoint or None, and what `create_nerf` returns.
     Raises:
       UserError: options, data or checkpoint that cannot be used.
     """
-    path, state = load_checkpoint(args)
+    path, state = ranks.from_first(partial(load_checkpoint, args))
     if args.render_only:
         if state is None:
             raise UserError(f'--render_only: found no checkpoint in {Path(args.basedir, args.expname or "")}; '
@@ -419,7 +438,10 @@ def prepare(args):
             raise UserError(f'{path}: found no name of the experiment in it; give --expname NAME')
     torch.manual_seed(args.seed)
     cameras_suffice = args.render_only and not args.render_test and not changed_options(args, state, SCENE_OPTIONS)
-    scene = scene_of_checkpoint(args, state['camera']) if cameras_suffice and state['camera'] else load_scene(args)
+    if cameras_suffice and state['camera']:
+        scene = scene_of_checkpoint(args, state['camera'])
+    else:
+        scene = ranks.first_before_others(partial(load_scene, args))  # which may make reduced images
     built = create_nerf(args, (path, state))
     for kwargs in built[:2]:
         kwargs.update(near=scene.near, far=scene.far)
@@ -432,37 +454,19 @@ def prepare(args):
     return scene, path, state, *built
 
 
-def make_reports(args, scene, render_kwargs, say):
+def make_reports(args, scene, render_kwargs, say, ranks):
     """What renders the scene to files, with the networks of `render_kwargs`."""
+    if not ranks.first:
+        return Follower(ranks, frame_renderer(args.chunk, render_kwargs))
     factor = args.render_factor if args.render_only else 0
 
     def frames(poses, store=None, stride=1):
         hwf, K = scene.every_nth_pixel(stride, render_kwargs['pixel_centers'])
-        return render_frames(poses, hwf, K, args.chunk, render_kwargs, factor, store)
+        return render_frames(poses, hwf, K, args.chunk, render_kwargs, factor, store, ranks)
 
     def mark(poses):
         return frames_mark(poses, scene.hwf, scene.K, render_kwargs, factor)
-    return Reports(args, scene, frames, mark, next(render_kwargs['network_fn'].parameters()).device, say)
-
-
-def start_run(args, scene, path, state, render_kwargs, start, optimizer, console):
-    """What accompanies a training run: its log, its checkpoints, and the watch over its health."""
-    networks = {'coarse': render_kwargs['network_fn'], 'fine': render_kwargs['network_fine']}
-    networks = {name: network for name, network in networks.items() if network is not None}
-    device = next(networks['coarse'].parameters()).device
-    folder = prepare_folder(args, start, device)
-    console.log_to(folder / 'log.txt')
-    console.say(describe_run(args, scene, device, networks, folder, start))
-
-    health = Health(networks, optimizer, args.seed, not args.no_restart, args.white_bkgd, console.say)
-    if state is not None and state['health']:
-        health.load_state_dict(state['health'])
-
-    def write(path, step):
-        save_checkpoint(path, step, networks['coarse'], networks.get('fine'), optimizer, args, camera(scene, render_kwargs),
-                        health.state_dict())
-    keeper = CheckpointKeeper(folder, args.i_weights, args.save_minutes, args.N_iters, write, console.say, newest=path)
-    return RunLog(args, folder, start, device, console), keeper, health
+    return Reports(args, scene, frames, mark, next(render_kwargs['network_fn'].parameters()).device, say, ranks.release)
 
 
 def train(args, console=None):
@@ -475,63 +479,65 @@ def train(args, console=None):
     """
     console = console or Console()
     forward_warnings(console)
-    with StopRequest(console.say) as stop:
-        scene, path, state, render_kwargs_train, render_kwargs_test, start, grad_vars, optimizer = prepare(args)
-        reports = make_reports(args, scene, render_kwargs_test, console.say)
+    with StopRequest(console.say) as stop, Ranks() as ranks:
+        scene, path, state, render_kwargs_train, render_kwargs_test, start, grad_vars, optimizer = prepare(args, ranks)
+        reports = make_reports(args, scene, render_kwargs_test, console.say, ranks)
         if args.render_only:
-            render_only(args, reports, start)
+            reports.render_only(start)
+            ranks.leave()
             return 0
 
-        log, keeper, health = start_run(args, scene, path, state, render_kwargs_train, start, optimizer, console)
-        batches = RayBatcher(scene, args.N_rand, args.no_batching, args.precrop_iters, args.precrop_frac,
+        log, keeper, health = start_run(args, scene, path, state, render_kwargs_train, start, optimizer, console, ranks)
+        batches = RayBatcher(scene, ranks.share(args.N_rand), args.no_batching, args.precrop_iters, args.precrop_frac,
                              render_kwargs_train['pixel_centers'], grad_vars[0].device)
-        stop.interruptible = False
-        if start > 0:
-            stop.unless_stopped(reports.write_due, log, start, True)
-        for step in log.steps():
-            batch_rays, target = batches.draw(step)
-            rgb, _, acc, extras = render(scene.H, scene.W, scene.K, args.chunk, batch_rays, **render_kwargs_train)
-            errors, opacities = network_outputs(rgb, acc, extras, target)
-            loss = sum(errors.values())
+        ranks.part_ways(args.seed, start)
+        stop.interruptible, stop.patient = False, not ranks.first
+        with ranks.until_lost(console.say, stop):
+            if start > 0:
+                stop.unless_stopped(reports.write_due, log, start, True, otherwise=reports.done)
+            for step in log.steps():
+                batch_rays, target = batches.draw(step)
+                optimizer.zero_grad()
+                measures = loss_and_gradient(scene.hwf, scene.K, args.chunk, batch_rays, target, render_kwargs_train)
+                ranks.average(grad_vars, measures, len(target) / args.N_rand, stop.signal)
+                errors, opacities, background = measures
 
-            lrate = set_learning_rate(optimizer, args.lrate * health.lrate_scale, args.lrate_decay, step - 1)
-            optimizer.zero_grad()
-            loss.backward()
-            if health.step_is_finite(loss):
-                optimizer.step()
-            elif health.must_return:
-                log.rewind(go_back(args, keeper, health, optimizer))
-                continue
-            health.watch(step, target, errors, opacities)
-            log.step_done(step, errors, lrate, health)
+                lrate = set_learning_rate(optimizer, args.lrate * health.lrate_scale, args.lrate_decay, step - 1)
+                if health.step_is_finite(errors.sum()):
+                    optimizer.step()
+                elif health.must_return:
+                    log.rewind(go_back(args, keeper, health, optimizer, ranks))
+                    continue
+                health.watch(step, errors, opacities, background)
+                log.step_done(step, errors, lrate, health)
 
-            if keeper.due(step, well=not health.bad_in_a_row):
-                keeper.save(step)
-            stop.unless_stopped(reports.write_due, log, step)
-            if stop.signal:
-                break
-        log.finish(keeper)
-        return stop.exit_code
+                if keeper.due(step, well=not health.bad_in_a_row):
+                    keeper.save(step)
+                if not ranks.stopping:
+                    stop.unless_stopped(reports.write_due, log, step, otherwise=reports.done)
+                if ranks.end_now(stop):
+                    break
+        return end_run(log, keeper, ranks, stop)
 
 
 def main(argv=None):
-    args = config_parser().parse_args(argv)
-    console = Console()
-    try:
-        with warnings.catch_warnings():
-            return train(args, console)
-    except UserError as error:
-        problem, code = str(error), 2
-    except OSError as error:
-        problem, code = f'{error.filename}: {error.strerror}' if error.filename else first_line(error), 2
-    except TrainingFailed as error:
-        problem, code = str(error), 1
-    except torch.OutOfMemoryError:
-        problem, code = 'out of memory; lower --N_rand (training) or --chunk and --netchunk (rendering)', 1
-    except Stopped as stopped:
-        return stopped.args[0]
-    console.say(f'run_nerf.py: error: {problem}', sys.stderr)
-    return code
+    with speaking_for_all() as console:
+        args = config_parser().parse_args(argv)
+        try:
+            with warnings.catch_warnings():
+                return train(args, console)
+        except UserError as error:
+            problem, code = str(error), 2
+        except OSError as error:
+            problem, code = f'{error.filename}: {error.strerror}' if error.filename else first_line(error), 2
+        except (TrainingFailed, RankLost) as error:
+            problem, code = str(error), 1
+        except torch.OutOfMemoryError:
+            problem, code = 'out of memory; lower --netchunk, and --chunk in rendering', 1
+        except Stopped as stopped:
+            return stopped.args[0]
+        console.fail(problem)
+        return code
 
 
 if __name__ == '__main__':

@@ -65,9 +65,18 @@ class Embedder:
     def embed(self, inputs):
         """`inputs` [..., input_dims] to [..., out_dim]."""
         scaled = inputs[..., None, :] * self.frequencies(inputs)[:, None]         # [..., L, C]
-        waves = torch.stack([fn(scaled) for fn in self.periodic_fns], -2)         # [..., L, 2, C]
-        waves = waves.flatten(-3)                                                 # [..., L * 2 * C]
-        return torch.cat([inputs, waves], -1) if self.include_input else waves
+        if inputs.requires_grad and torch.is_grad_enabled():
+            waves = torch.stack([fn(scaled) for fn in self.periodic_fns], -2)     # [..., L, 2, C]
+            waves = waves.flatten(-3)                                             # [..., L * 2 * C]
+            return torch.cat([inputs, waves], -1) if self.include_input else waves
+
+        encoded = inputs.new_empty(*inputs.shape[:-1], self.out_dim)  # each number is written once, where it belongs
+        first = inputs.shape[-1] if self.include_input else 0
+        encoded[..., :first] = inputs[..., :first]
+        waves = encoded[..., first:].unflatten(-1, (self.num_freqs, len(self.periodic_fns), inputs.shape[-1]))
+        for i, fn in enumerate(self.periodic_fns):
+            waves[..., i, :] = fn(scaled)
+        return encoded
 
     __call__ = embed
 
@@ -81,6 +90,12 @@ def get_embedder(multires, i=0):
 
 
 # --- the network (Fig. 7 of the paper's supplement) -------------------------------------------------------------
+
+def in_float32(layer, h):
+    """A last layer: colour and density are float32, also where autocast has the products of the others in bfloat16."""
+    with torch.autocast(h.device.type, enabled=False):
+        return layer(h.float())
+
 
 class NeRF(nn.Module):
     """The MLP from an encoded position (and direction) to raw colour and density.
@@ -118,17 +133,18 @@ class NeRF(nn.Module):
         input_pts, input_views = torch.split(x, [self.input_ch, self.input_ch_views], dim=-1)
         h = input_pts
         for i, layer in enumerate(self.pts_linears):
-            h = F.relu(layer(h))
+            h = F.relu(layer(h), inplace=True)
             if i in self.skips:
-                h = torch.cat([input_pts, h], -1)
+                h = torch.cat([input_pts.to(h.dtype), h], -1)
         if not self.use_viewdirs:
-            return self.output_linear(h)
+            return in_float32(self.output_linear, h)
 
-        alpha = self.alpha_linear(h)
-        h = torch.cat([self.feature_linear(h), input_views], -1)
+        alpha = in_float32(self.alpha_linear, h)
+        h = self.feature_linear(h)
+        h = torch.cat([h, input_views.to(h.dtype)], -1)
         for layer in self.views_linears:
-            h = F.relu(layer(h))
-        return torch.cat([self.rgb_linear(h), alpha], -1)
+            h = F.relu(layer(h), inplace=True)
+        return torch.cat([in_float32(self.rgb_linear, h), alpha], -1)
 
     def load_weights_from_keras(self, weights):
         """Take over the weights of the paper's TensorFlow model: a list of kernel, bias, kernel, bias, … as Keras'

@@ -181,8 +181,10 @@ class RayBatcher:
     """
 
     def __init__(self, scene, N_rand, no_batching, precrop_iters, precrop_frac, pixel_centers, device):
-        self.images = torch.from_numpy(scene.images[scene.i_train]).to(device)  # [N, H, W, 3] uint8
-        self.poses = torch.from_numpy(scene.poses[scene.i_train]).to(device)    # [N, 3, 4]
+        first, last = min(scene.i_train), max(scene.i_train)  # a slice, which on a CPU is no copy
+        self.images = torch.from_numpy(scene.images[first:last + 1]).to(device)           # [., H, W, 3] uint8
+        self.poses = torch.from_numpy(scene.poses[first:last + 1]).to(device)             # [., 3, 4]
+        self.views = torch.from_numpy(np.asarray(scene.i_train) - first).to(device)       # [N]
         self.K, self.device = scene.K, device
         self.N_rand, self.no_batching = N_rand, no_batching
         self.precrop_iters, self.precrop_frac = precrop_iters, precrop_frac
@@ -200,8 +202,8 @@ class RayBatcher:
         def random(low, high, count=self.N_rand):
             return torch.randint(low, high, (count,), device=self.device)
 
-        N, H, W, _ = self.images.shape
-        view = random(0, N, 1).expand(self.N_rand) if self.no_batching else random(0, N)
+        N, (H, W) = len(self.views), self.images.shape[1:3]
+        view = self.views[random(0, N, 1).expand(self.N_rand) if self.no_batching else random(0, N)]
         y, x = random(*self.window(H, step)), random(*self.window(W, step))
         dtype = self.poses.dtype
         rays = pixel_rays(x.to(dtype) + self.shift, y.to(dtype) + self.shift, self.K, self.poses[view])

@@ -36,6 +36,7 @@ class StopRequest:
 
     def __init__(self, say):
         self.say, self.signal, self.interruptible = say, None, True
+        self.interrupted = self.patient = False
 
     def __enter__(self):
         self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -47,6 +48,8 @@ class StopRequest:
 
     def _handle(self, number, _):
         if self.signal is not None:
+            if int(os.environ.get('WORLD_SIZE', 1)) > 1:  # torchrun sends its own, and in the end one that cannot be caught
+                return
             os._exit(128 + number)
         self.signal = number
         self.say(f'{signal.Signals(number).name}: stopping; once more to stop at once')
@@ -58,14 +61,17 @@ class StopRequest:
         """What a shell expects of a process that a signal ended; 0 if none came."""
         return 128 + self.signal if self.signal else 0
 
-    def unless_stopped(self, make, *arguments):
-        """`make(*arguments)`, which the first signal ends at once by `Stopped`; not begun after a signal."""
+    def unless_stopped(self, make, *arguments, otherwise=None):
+        """`make(*arguments)`, which the first signal ends at once by `Stopped`: `interrupted` is true then. Not begun after
+        a signal: `otherwise()` in its place. With `patient` set, a signal neither ends nor prevents it."""
         try:
-            self.interruptible = True
-            if self.signal is None:
+            self.interruptible = not self.patient
+            if self.signal is None or self.patient:
                 make(*arguments)
+            elif otherwise is not None:
+                otherwise()
             self.interruptible = False
         except Stopped:
-            pass
+            self.interrupted = True
         finally:
             self.interruptible = False

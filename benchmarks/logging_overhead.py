@@ -16,9 +16,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from options import config_parser
+from ranks import Ranks
 from run_log import Console
-from run_nerf import make_reports, network_outputs, prepare, render, set_learning_rate, start_run
+from run_nerf import loss_and_gradient, make_reports, prepare, set_learning_rate
 from scene import RayBatcher
+from training_run import start_run
 
 
 def main():
@@ -30,21 +32,18 @@ def main():
 
 def compare(args, blocks):
     args.N_iters = 10 ** 9  # no last step
-    console = Console()
-    scene, path, state, kwargs, kwargs_test, start, grad_vars, optimizer = prepare(args)
-    reports = make_reports(args, scene, kwargs_test, console.say)
-    log, keeper, health = start_run(args, scene, path, state, kwargs, start, optimizer, console)
+    console, ranks = Console(), Ranks(1)
+    scene, path, state, kwargs, kwargs_test, start, grad_vars, optimizer = prepare(args, ranks)
+    reports = make_reports(args, scene, kwargs_test, console.say, ranks)
+    log, keeper, health = start_run(args, scene, path, state, kwargs, start, optimizer, console, ranks)
     batches = RayBatcher(scene, args.N_rand, args.no_batching, args.precrop_iters, args.precrop_frac,
                          kwargs['pixel_centers'], grad_vars[0].device)
 
     def train(step):
         rays, target = batches.draw(step)
-        rgb, _, acc, extras = render(scene.H, scene.W, scene.K, args.chunk, rays, **kwargs)
-        errors, opacities = network_outputs(rgb, acc, extras, target)
-        lrate = set_learning_rate(optimizer, args.lrate, args.lrate_decay, step)
         optimizer.zero_grad()
-        sum(errors.values()).backward()
-        return target, errors, opacities, lrate
+        measures = loss_and_gradient(scene.hwf, scene.K, args.chunk, rays, target, kwargs)
+        return measures, set_learning_rate(optimizer, args.lrate, args.lrate_decay, step)
 
     def clock():
         if grad_vars[0].device.type == 'cuda':
@@ -56,14 +55,14 @@ def compare(args, blocks):
     for count in range(1, blocks * args.i_img + 1):
         step = next(steps)
         began = clock()
-        target, errors, opacities, lrate = train(step)
+        (errors, *others), lrate = train(step)
         trained = clock()
-        finite = health.step_is_finite(sum(errors.values()))
+        finite = health.step_is_finite(errors.sum())
         checked = clock()
         if finite:
             optimizer.step()
         stepped = clock()
-        health.watch(step, target, errors, opacities)
+        health.watch(step, errors, *others)
         log.step_done(step, errors, lrate, health)
         if keeper.due(step):
             keeper.save(step)

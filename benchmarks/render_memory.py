@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from load_blender import pose_spherical
 from options import config_parser
+from ranks import Ranks
 from run_nerf import create_nerf, make_reports
 from scene import Scene
 
@@ -37,7 +38,7 @@ def main():
         path = np.stack([pose_spherical(angle, -30, 4)[:3] for angle in np.linspace(0, 360, options.frames)])
         K = np.array([[options.size, 0, options.size / 2], [0, options.size, options.size / 2], [0, 0, 1.0]])
         scene = Scene(None, options.size, options.size, path, K, 2.0, 6.0, path, *[np.arange(0)] * 3)
-        reports = make_reports(SimpleNamespace(**vars(args)), scene, kwargs, print)
+        reports = make_reports(SimpleNamespace(**vars(args)), scene, kwargs, print, Ranks(1))
         for index, _ in enumerate(reports.path(path, Path(folder, 'frames')), 1):
             if index in (1, 2, 5) or index % 10 == 0:
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

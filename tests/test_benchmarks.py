@@ -7,7 +7,9 @@ TINY = ['--config', ROOT / 'configs/demo.txt', '--datadir', ROOT / 'data/demo', 
 
 
 @pytest.mark.parametrize('script, options, printed', [
-    ('step_time.py', [*TINY, '--steps', 2], 's a step'),
+    ('step.py', [*TINY, '--steps', 2, '--warmup', 2], 'sparse fp32'),
+    ('render.py', [*TINY, '--frames', 1, '--rows', 8], 'established'),
+    ('quality.py', [*TINY, '--N_iters', 4, '--seeds', 0, '--evaluations', 2, '--views', 1], 'means at the end'),
     ('logging_overhead.py', [*TINY, '--i_img', 10, '--i_print', 5, '--blocks', 2], 'added:'),
     ('render_memory.py', ['--frames', 2, '--size', 32], '2 frames of 32×32: peak')])
 def test_benchmark(script, options, printed):

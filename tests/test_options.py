@@ -19,7 +19,7 @@ ESTABLISHED = {
     'i_testset': 50000, 'i_video': 50000,
 }
 OURS = {'N_iters': 200000, 'seed': 0, 'device': 'auto', 'near': None, 'far': None, 'pixel_centers': False,
-        'render_poses': None, 'no_restart': False, 'save_minutes': 10.0}
+        'render_poses': None, 'no_restart': False, 'save_minutes': 10.0, 'precision': 'auto', 'backward': 'auto'}
 BLENDER = ['chair', 'drums', 'ficus', 'hotdog', 'lego', 'materials', 'mic', 'ship']
 LLFF = ['fern', 'flower', 'fortress', 'horns', 'leaves', 'orchids', 'room', 'trex']
 

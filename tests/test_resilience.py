@@ -432,7 +432,7 @@ def not_finite_at(monkeypatch, steps):
     def spoiled(*args):
         errors, opacities = original(*args)
         if next(calls) in steps:
-            errors['fine'] = errors['fine'] * float('nan')
+            errors = errors * torch.tensor([1, float('nan')])
         return errors, opacities
     monkeypatch.setattr(run_nerf, 'network_outputs', spoiled)
 
@@ -454,7 +454,7 @@ def test_ten_in_a_row_go_back_once_with_a_smaller_rate(tmp_path, monkeypatch, ca
     assert f'back to {tmp_path / "demo" / back_to if i_weights == 4 else back_to}' in out and '20 steps done' in out
     state = torch.load(tmp_path / 'demo/000020.tar', weights_only=True)
     assert state['health']['returns'] == 1
-    assert state['optimizer_state_dict']['param_groups'][0]['lr'] < 1e-3  # a tenth of 8e-3
+    assert state['optimizer_state_dict']['param_groups'][0]['lr'] < 1.2e-3  # a tenth of 1.2e-2
 
 
 def test_training_that_cannot_go_on_says_so(tmp_path, monkeypatch, capsys):

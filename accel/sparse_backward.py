@@ -1,0 +1,136 @@
+"""Networks on many points: no activations are kept, and backward goes through those points alone that have a gradient.
+
+Where the density before its ReLU is not positive, a sample is transparent, and the gradients of its colour and of its
+density are exactly zero. In training that is soon true of most samples. So forward keeps nothing but its inputs. Backward is
+handed the gradient of `raw`, takes the points where it is not zero, applies the network to them once more, and goes back
+through that. The gradient is the same. With F the cost of forward and p the share of such points, a step costs F(1 + 3p),
+where the plain way costs 3F; and its memory depends on the size of a chunk alone.
+"""
+import contextlib
+import weakref
+
+import torch
+from torch import nn
+
+CHEAPER_BELOW = 2 / 3      # share of points with gradient: F(1 + 3p) < 3F
+CHUNK_SIZES = 16           # lengths that a chunk may have
+PLAIN_BYTES = 512 * 2**20  # the plain way may keep activations of this size
+
+
+class InChunks:
+    """What `run_network` takes for `in_chunks`: a function of points, applied chunk by chunk.
+
+    Args:
+      backward: 'sparse', as above; 'plain', which keeps all activations; 'auto': sparse, unless so many points had a
+        gradient in the step before that the plain way is cheaper, and its activations are small.
+      precision: 'bf16' for matrix products of bfloat16 numbers in the hidden layers.
+      most: the most points in a chunk, a function of the networks' width and the device; None for no limit.
+    """
+
+    def __init__(self, backward='auto', precision='fp32', most=None):
+        self.backward, self.precision, self.most = backward, precision, most
+        self.shares = weakref.WeakKeyDictionary()  # of points that had a gradient, by network
+
+    def __call__(self, fn, chunk, modules):
+        """`fn` [N, C_in] -> [N, C_out] in chunks of at most `chunk` points; `modules` hold the parameters that it uses, the
+        network first."""
+        network, parameters = modules[0], trained_parameters(modules)
+        device = next(network.parameters()).device
+        if self.most is not None:
+            chunk = min(chunk, self.most(width(network), device))
+
+        def fn_in_precision(points):
+            with torch.autocast(device.type, torch.bfloat16) if self.precision == 'bf16' else contextlib.nullcontext():
+                return fn(points).float()
+
+        def fn_in_chunks(points):
+            if not torch.is_grad_enabled() or not (parameters or points.requires_grad):
+                return in_order(fn_in_precision, points, chunk)
+            if self.is_plain(network, len(points)):
+                return torch.cat([fn_in_precision(part) for part in points.split(chunk)])
+            return SparseBackward.apply(fn_in_precision, chunk, self.shares, network, points, *parameters)
+        return fn_in_chunks
+
+    def state_dict(self, networks):
+        """What a run that goes on needs to take the same ways: {name: share} of `networks`, a dict by name."""
+        return {name: self.shares[network] for name, network in networks.items() if network in self.shares}
+
+    def load_state_dict(self, state, networks):
+        self.shares.update({networks[name]: share for name, share in state.items() if name in networks})
+
+    def is_plain(self, network, N):
+        """Whether `N` points are to go through `network` the plain way."""
+        if self.backward != 'auto':
+            return self.backward == 'plain'
+        share = self.shares.pop(network, 0.0)  # after a plain step, which does not count, a sparse one counts anew
+        return share > CHEAPER_BELOW and 4 * N * activations(network) < PLAIN_BYTES
+
+
+def trained_parameters(modules):
+    """The parameters of those `modules` that have any, as far as they are trained."""
+    return [p for module in modules if isinstance(module, nn.Module) for p in module.parameters() if p.requires_grad]
+
+
+def width(network):
+    """Output channels of the widest layer."""
+    return max((layer.out_features for layer in network.modules() if isinstance(layer, nn.Linear)), default=1)
+
+
+def activations(network):
+    """How many numbers autograd keeps for a point in `network`: about the inputs and outputs of its layers."""
+    return sum(layer.in_features + layer.out_features for layer in network.modules() if isinstance(layer, nn.Linear))
+
+
+def in_order(fn, points, chunk):
+    """`fn` on `chunk` points at a time, into one tensor that is made once."""
+    if len(points) <= chunk:
+        return fn(points)
+    first = fn(points[:chunk])
+    out = first.new_empty(len(points), *first.shape[1:])
+    out[:chunk] = first
+    for start in range(chunk, len(points), chunk):
+        out[start:start + chunk] = fn(points[start:start + chunk])
+    return out
+
+
+def padded(part, chunk):
+    """Indices of one of few lengths: `part`, then its last one again. oneDNN compiles a kernel for each new number of rows
+    and keeps hundreds of them, which costs more time and memory than a few rows too many."""
+    step = max(1, chunk // CHUNK_SIZES)
+    return torch.cat([part, part[-1:].expand(-len(part) % step)])
+
+
+class SparseBackward(torch.autograd.Function):
+    """`fn` on all points, chunk by chunk; see the head of this file. The parameters are inputs, so that autograd asks for
+    their gradients."""
+
+    @staticmethod
+    def forward(ctx, fn, chunk, shares, network, points, *parameters):
+        ctx.fn, ctx.chunk, ctx.shares, ctx.network = fn, chunk, shares, network
+        ctx.save_for_backward(points, *parameters)
+        return in_order(fn, points, chunk)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_raw):
+        points, *parameters = ctx.saved_tensors
+        live = (grad_raw != 0).any(-1).nonzero().squeeze(-1)  # NaN is not 0: it goes on
+        ctx.shares[ctx.network] = len(live) / max(len(points), 1)
+        to_points = ctx.needs_input_grad[4]
+        grad_points = torch.zeros_like(points) if to_points else None
+        sums = [torch.zeros_like(p) for p in parameters]
+        for part in live.split(ctx.chunk) if len(live) else ():
+            rows = padded(part, ctx.chunk)
+            inputs = points[rows].detach().requires_grad_(to_points)
+            with torch.enable_grad():
+                raw = ctx.fn(inputs)
+            grad = grad_raw[rows]
+            grad[len(part):] = 0
+            wanted = [*parameters, inputs] if to_points else parameters
+            grads = torch.autograd.grad(raw, wanted, grad, allow_unused=True)
+            if to_points:
+                grads, grad_points[part] = grads[:-1], grads[-1][:len(part)]
+            found = [(total, grad) for total, grad in zip(sums, grads) if grad is not None]
+            if found:
+                torch._foreach_add_([total for total, _ in found], [grad for _, grad in found])
+        return None, None, None, None, grad_points, *sums
