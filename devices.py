@@ -71,6 +71,12 @@ def pick_precision(name, device, width):
     return name
 
 
+def rendering_precision(name, device, width):
+    """The precision of rendering for `--precision`: what it names, else float32, screened where that is faster."""
+    fast = pick_precision(name, device, width)
+    return fast if name != 'auto' else 'screened' if fast == 'bf16' else 'fp32'
+
+
 def network_chunk(width, device):
     """The most points to send through layers of `width` channels at once."""
     activations = CUDA_ACTIVATIONS if device.type == 'cuda' else CPU_ACTIVATIONS

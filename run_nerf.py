@@ -30,7 +30,7 @@ from checkpoints import (
     restore_random_state,
     trained_pixel_centers,
 )
-from devices import network_chunk, pick_device, pick_precision, rays_at_once
+from devices import network_chunk, pick_device, pick_precision, rays_at_once, rendering_precision
 from errors import UserError, first_line
 from health import TrainingFailed, go_back
 from options import config_parser
@@ -344,7 +344,7 @@ def create_nerf(args, checkpoint=None):
       UserError: a checkpoint that is damaged or fits other networks.
     """
     device = pick_device(args.device)
-    precision = pick_precision(args.precision, device, max(args.netwidth, args.netwidth_fine))
+    width = max(args.netwidth, args.netwidth_fine)
     embed_fn, input_ch = get_embedder(args.multires, args.i_embed)
     embeddirs_fn, input_ch_views = get_embedder(args.multires_views, args.i_embed) if args.use_viewdirs else (None, 0)
 
@@ -371,12 +371,13 @@ def create_nerf(args, checkpoint=None):
 
     ndc = uses_ndc(args)
     render_kwargs_train = {
-        'network_query_fn': query_fn(precision), 'network_fn': network_fn, 'network_fine': network_fine,
+        'network_query_fn': query_fn(pick_precision(args.precision, device, width)),
+        'network_fn': network_fn, 'network_fine': network_fine,
         'N_samples': args.N_samples, 'N_importance': args.N_importance, 'perturb': args.perturb,
         'raw_noise_std': args.raw_noise_std, 'white_bkgd': args.white_bkgd, 'use_viewdirs': args.use_viewdirs,
         'ndc': ndc, 'lindisp': args.lindisp and not ndc, 'pixel_centers': pixel_centers,
     }
-    exact = query_fn('fp32' if args.precision == 'auto' else precision)
+    exact = query_fn(rendering_precision(args.precision, device, width))
     render_kwargs_test = {**render_kwargs_train, 'network_query_fn': exact, 'perturb': 0., 'raw_noise_std': 0.}
     return render_kwargs_train, render_kwargs_test, start, grad_vars, optimizer
 

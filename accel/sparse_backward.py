@@ -6,14 +6,18 @@ handed the gradient of `raw`, takes the points where it is not zero, applies the
 through that. The gradient is the same. With F the cost of forward and p the share of such points, a step costs F(1 + 3p),
 where the plain way costs 3F; and its memory depends on the size of a chunk alone.
 """
-import contextlib
+import math
 import weakref
+from functools import partial
 
 import torch
 from torch import nn
 
 CHEAPER_BELOW = 2 / 3      # share of points with gradient: F(1 + 3p) < 3F
 CHUNK_SIZES = 16           # lengths that a chunk may have
+DENSITY = 3                # its place in `raw`
+FIRST_MARGIN = 0.5         # of the density before its ReLU
+SAFETY = 3.0               # the margin is more than so many times any error seen, at first twice that
 PLAIN_BYTES = 512 * 2**20  # the plain way may keep activations of this size
 
 
@@ -23,13 +27,15 @@ class InChunks:
     Args:
       backward: 'sparse', as above; 'plain', which keeps all activations; 'auto': sparse, unless so many points had a
         gradient in the step before that the plain way is cheaper, and its activations are small.
-      precision: 'bf16' for matrix products of bfloat16 numbers in the hidden layers.
+      precision: 'bf16' for matrix products of bfloat16 numbers in the hidden layers; 'screened' for those in float32 of all
+        points that are not surely transparent, see `Screen`: for rendering, without noise on the density.
       most: the most points in a chunk, a function of the networks' width and the device; None for no limit.
     """
 
     def __init__(self, backward='auto', precision='fp32', most=None):
         self.backward, self.precision, self.most = backward, precision, most
         self.shares = weakref.WeakKeyDictionary()  # of points that had a gradient, by network
+        self.screen = Screen()
 
     def __call__(self, fn, chunk, modules):
         """`fn` [N, C_in] -> [N, C_out] in chunks of at most `chunk` points; `modules` hold the parameters that it uses, the
@@ -39,12 +45,15 @@ class InChunks:
         if self.most is not None:
             chunk = min(chunk, self.most(width(network), device))
 
-        def fn_in_precision(points):
-            with torch.autocast(device.type, torch.bfloat16) if self.precision == 'bf16' else contextlib.nullcontext():
+        def fn_in_bf16(points):
+            with torch.autocast(device.type, torch.bfloat16):
                 return fn(points).float()
 
         def fn_in_chunks(points):
+            fn_in_precision = fn_in_bf16 if self.precision == 'bf16' else fn
             if not torch.is_grad_enabled() or not (parameters or points.requires_grad):
+                if self.precision == 'screened':
+                    fn_in_precision = partial(self.screen, network, fn, fn_in_bf16)
                 return in_order(fn_in_precision, points, chunk)
             if self.is_plain(network, len(points)):
                 return torch.cat([fn_in_precision(part) for part in points.split(chunk)])
@@ -64,6 +73,35 @@ class InChunks:
             return self.backward == 'plain'
         share = self.shares.pop(network, 0.0)  # after a plain step, which does not count, a sparse one counts anew
         return share > CHEAPER_BELOW and 4 * N * activations(network) < PLAIN_BYTES
+
+
+class Screen:
+    """Networks in float32 on those points alone that may be opaque.
+
+    Where the density before its ReLU is negative, a sample has exactly no weight, whatever its colour. bfloat16 products,
+    which cost a fraction, show where it is negative by more than their error. How large that is, the points show for which
+    both are known: the margin follows it, and where it comes too near, all points are done in float32. So `raw` differs
+    from the float32 one at transparent samples only, and what is composited from it does not.
+    """
+
+    def __init__(self):
+        self.errors = weakref.WeakKeyDictionary()  # the largest seen, by network
+
+    def __call__(self, network, fn, fn_in_bf16, points):
+        largest = self.errors.get(network)
+        margin = FIRST_MARGIN if largest is None else 2 * SAFETY * largest
+        raw = fn_in_bf16(points)
+        maybe = (~(raw[:, DENSITY] <= -margin)).nonzero().squeeze(-1)  # NaN too
+        if len(maybe) == 0:
+            return raw
+        exact = fn(points[maybe])
+        error = (exact[:, DENSITY] - raw[maybe, DENSITY]).abs().max().item()
+        if math.isfinite(error):
+            self.errors[network] = max(error, largest or 0.0)
+        if not SAFETY * error <= margin:
+            return fn(points)
+        raw[maybe] = exact
+        return raw
 
 
 def trained_parameters(modules):

@@ -19,7 +19,7 @@ from devices import has_fast_bf16, network_chunk
 from run_log import memory_gib
 from run_nerf import render, render_frame
 
-WAYS = {'established': None, 'fp32': 'fp32', 'bf16': 'bf16'}
+WAYS = {'established': None, 'fp32': 'fp32', 'screened': 'screened', 'bf16': 'bf16'}
 
 
 def main():
@@ -32,7 +32,7 @@ def main():
     rows = own.rows or H
     K = scene.K.copy()
     K[1, 2] -= (H - rows) / 2  # the middle of the frame
-    ways = [way for way in WAYS if way != 'bf16' or has_fast_bf16(device)]
+    ways = [way for way in WAYS if way not in ('screened', 'bf16') or has_fast_bf16(device)]
 
     def frame(way):
         pose = torch.as_tensor(scene.poses[scene.i_test[0]], device=device)

@@ -5,7 +5,7 @@ from conftest import GOLDEN, needs_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accel.sparse_backward import InChunks
+from accel.sparse_backward import InChunks, Screen
 from devices import CPU_ACTIVATIONS, POINTS_AT_ONCE, network_chunk, pick_precision, rays_at_once
 from errors import UserError
 from options import config_parser
@@ -221,6 +221,50 @@ def test_bf16_is_for_the_products_alone():
     assert (grad - grad_bf16).norm() < 0.05 * grad.norm()
 
 
+@pytest.mark.parametrize('scale', [1.0, 300.0])
+@torch.no_grad()
+def test_what_is_screened_renders_as_float32(scale):
+    """Fewer points go through the network in float32, and pictures do not show it, whatever the scale of the density."""
+    built, embed_fn, embeddirs_fn = networks(width=64)
+    for network in built:
+        network.alpha_linear.weight *= 40 * scale
+        network.alpha_linear.bias -= 3 * scale
+    counts, pictures = [], []
+    for precision in ('fp32', 'screened'):
+        in_chunks, seen = InChunks('auto', precision), []
+        hooks = [network.rgb_linear.register_forward_hook(
+            lambda _, inputs, __, seen=seen: seen.append(len(inputs[0])) if inputs[0].dtype == torch.float32 else None)
+            for network in built]
+
+        def query(points, viewdirs, network, in_chunks=in_chunks):
+            return run_network(points, viewdirs, network, embed_fn, embeddirs_fn, 500, in_chunks)
+        torch.manual_seed(0)
+        for _ in range(3):
+            out = render_rays(rays(200), built[0], query, N_samples=16, N_importance=16, network_fine=built[1])
+        counts.append(sum(seen))
+        pictures.append(out)
+        for hook in hooks:
+            hook.remove()
+    for key in ('rgb_map', 'acc_map', 'disp_map', 'rgb0'):
+        assert torch.allclose(pictures[0][key], pictures[1][key], atol=1e-5), key
+    assert 0.1 < pictures[0]['acc_map'].mean() < 0.999, 'neither empty nor full'
+
+
+def test_where_bf16_errs_too_much_all_is_done_in_float32():
+    screen, network = Screen(), torch.nn.Linear(1, 1)
+    exact = torch.linspace(-2, 2, 41)[:, None].expand(41, 4)
+    points, asked = torch.arange(41), []
+
+    def fn(points):
+        asked.append(len(points))
+        return exact[points]
+    raw = screen(network, fn, lambda points: exact[points] + 0.01, points)
+    assert torch.equal(raw.relu(), exact.relu()) and asked == [26]
+    raw = screen(network, fn, lambda points: exact[points] + 1.0, points)
+    assert torch.equal(raw, exact) and asked[-1] == 41 and screen.errors[network] == pytest.approx(1.0)
+    assert torch.equal(screen(network, fn, lambda points: exact[points] * float('nan'), points), exact)
+
+
 def test_precision_of_a_device(monkeypatch):
     cpu = torch.device('cpu')
     assert pick_precision('fp32', cpu, 256) == 'fp32' and pick_precision('bf16', cpu, 8) == 'bf16'
@@ -234,7 +278,7 @@ def test_precision_of_a_device(monkeypatch):
 
 def test_rendering_is_exact_unless_a_precision_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr('devices.has_fast_bf16', lambda device: True)
-    for name, training, rendering in (('auto', 'bf16', 'fp32'), ('bf16', 'bf16', 'bf16'), ('fp32', 'fp32', 'fp32')):
+    for name, training, rendering in (('auto', 'bf16', 'screened'), ('bf16', 'bf16', 'bf16'), ('fp32', 'fp32', 'fp32')):
         args = config_parser().parse_args(['--expname', 'x', '--basedir', str(tmp_path), '--device', 'cpu',
                                            '--netwidth', '128', '--precision', name])
         train, test, *_ = create_nerf(args)
