@@ -1,0 +1,124 @@
+"""Multiresolution hash encoding (Müller et al., "Instant Neural Graphics Primitives", SIGGRAPH 2022).
+
+A point is looked up in grids of growing resolution. Each grid's corners hold a few trained numbers, interpolated between
+the eight around the point; grids finer than the table has room for share its entries by a hash. What comes from all levels
+is the encoding.
+"""
+import ctypes
+import math
+
+import torch
+from torch import nn
+
+from accel.compiled import compiled
+
+COARSEST = 16                      # cells along a side of the first level
+PRIMES = (1, 2654435761, 805459861)
+FEATURES = (1, 2, 4, 8)            # what the compiled kernel knows
+
+
+class HashGrid(nn.Module):
+    """Points [..., 3] in the box `aabb` to their encoding [..., n_levels * n_features].
+
+    Args:
+      n_levels: grids; their resolutions grow geometrically from COARSEST to
+      finest_res: cells along a side of the last.
+      log2_hashmap_size: log2 of the most entries of a level.
+      n_features: numbers of an entry, one of FEATURES.
+    """
+
+    def __init__(self, n_levels=16, finest_res=2048, log2_hashmap_size=19, n_features=2):
+        super().__init__()
+        growth = (finest_res / COARSEST) ** (1 / max(n_levels - 1, 1))
+        resolution = [math.floor(COARSEST * growth ** level + 1e-6) for level in range(n_levels)]
+        sizes = [min((r + 1) ** 3, 2 ** log2_hashmap_size) for r in resolution]
+        offset = [sum(sizes[:level]) for level in range(n_levels + 1)]
+        self.register_buffer('resolution', torch.tensor(resolution), persistent=False)
+        self.register_buffer('offset', torch.tensor(offset), persistent=False)
+        self.register_buffer('aabb', torch.tensor([[-1.0, -1, -1], [1, 1, 1]]))
+        self.out_dim = n_levels * n_features
+        self.table = nn.Parameter(torch.empty(offset[-1], n_features))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.uniform_(self.table, -1e-4, 1e-4)
+
+    def forward(self, points):
+        unit = (points - self.aabb[0]) / (self.aabb[1] - self.aabb[0])
+        flat = unit.reshape(-1, 3)
+        if flat.device.type == 'cpu' and not flat.requires_grad and compiled('hash_grid') is not None:
+            encoded = CompiledEncoding.apply(flat.contiguous(), self.table, self.resolution, self.offset)
+        else:
+            encoded = encode(flat, self.table, self.resolution, self.offset)
+        return encoded.reshape(*points.shape[:-1], self.out_dim)
+
+
+def encode(unit, table, resolution, offset):
+    """The plain twin, all levels at once.
+
+    Args:
+      unit: points [N, 3]; outside of [0, 1] they count as on the border, NaN as 0.
+      table: entries of all levels [E, F].
+      resolution: cells along a side of each level [L].
+      offset: first entry of each level, and the end [L + 1].
+    Returns:
+      [N, L * F].
+    """
+    N, L = len(unit), len(resolution)
+    side = resolution[:, None]                                                     # [L, 1]
+    scaled = unit.nan_to_num(0).clamp(0, 1)[:, None] * side                                      # [N, L, 3]
+    cell = torch.minimum(scaled.floor(), (side - 1).to(scaled.dtype))
+    fraction = scaled - cell
+    up = torch.stack(torch.meshgrid(*[torch.arange(2, device=unit.device)] * 3, indexing='ij'), -1).reshape(8, 3)
+    corner = cell.long()[:, :, None] + up                                          # [N, L, 8, 3]
+    weight = torch.where(up == 1, fraction[:, :, None], 1 - fraction[:, :, None]).prod(-1)  # [N, L, 8]
+
+    size = (offset[1:] - offset[:-1])[:, None]                                     # [L, 1]
+    x, y, z = corner.unbind(-1)
+    dense = (z * (side + 1) + y) * (side + 1) + x
+    hashed = (x * PRIMES[0] ^ y * PRIMES[1] ^ z * PRIMES[2]) & (size - 1)          # the lower bits, as of 32-bit numbers
+    entry = torch.where((side + 1) ** 3 <= size, dense, hashed) + offset[:-1, None]
+    return (weight[..., None] * table[entry]).sum(2).reshape(N, L * table.shape[1])
+
+
+class CompiledEncoding(torch.autograd.Function):
+    """`encode` by `hash_grid.c`, without a gradient of the points."""
+
+    @staticmethod
+    def forward(ctx, unit, table, resolution, offset):
+        ctx.save_for_backward(unit, resolution, offset)
+        ctx.shape = table.shape
+        encoded = unit.new_empty(len(unit), len(resolution) * table.shape[1])
+        call('encode', unit, table, encoded, ctx.shape[1], resolution, offset)
+        return encoded
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_encoded):
+        unit, resolution, offset = ctx.saved_tensors
+        grad = grad_encoded.new_zeros(ctx.shape)
+        call('gradient', unit, grad_encoded.contiguous(), grad, ctx.shape[1], resolution, offset)
+        return None, grad, None, None
+
+
+def call(function, unit, source, target, features, resolution, offset):
+    """A function of hash_grid.c, which all take the same arguments."""
+    assert source.dtype == target.dtype == unit.dtype == torch.float32 and features in FEATURES
+    tensors = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (unit, source.contiguous(), target)]
+    numbers = [ctypes.c_int64(number) for number in (len(unit), len(resolution), features)]
+    grids = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (resolution, offset)]
+    getattr(compiled('hash_grid'), function)(*tensors, *numbers, *grids)
+
+
+def spherical_harmonics(directions):
+    """Unit vectors [..., 3] to the 16 real spherical harmonics up to degree 3."""
+    x, y, z = directions.unbind(-1)
+    xx, yy, zz = x * x, y * y, z * z
+    return torch.stack([
+        torch.full_like(x, 0.28209479177387814),
+        -0.48860251190291987 * y, 0.48860251190291987 * z, -0.48860251190291987 * x,
+        1.0925484305920792 * x * y, -1.0925484305920792 * y * z, 0.31539156525252005 * (3 * zz - 1),
+        -1.0925484305920792 * x * z, 0.5462742152960396 * (xx - yy),
+        -0.5900435899266435 * y * (3 * xx - yy), 2.890611442640554 * x * y * z, -0.4570457994644658 * y * (5 * zz - 1),
+        0.3731763325901154 * z * (5 * zz - 3), -0.4570457994644658 * x * (5 * zz - 1),
+        1.445305721320277 * z * (xx - yy), -0.5900435899266435 * x * (xx - 3 * yy)], -1)
