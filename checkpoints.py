@@ -27,7 +27,8 @@ FREE_OPTIONS = {'config', 'expname', 'basedir', 'datadir', 'device', 'N_iters', 
                 'i_video', 'save_minutes', 'no_restart', 'testskip', 'pixel_centers', 'precision', 'backward', 'given'}
 # Options that say what the networks are and how they see: rendering takes those from the checkpoint that are not given.
 NETWORK_OPTIONS = ('netdepth', 'netwidth', 'netdepth_fine', 'netwidth_fine', 'use_viewdirs', 'i_embed', 'multires',
-                   'multires_views', 'N_samples', 'N_importance', 'white_bkgd', 'lindisp', 'dataset_type', 'no_ndc',
+                   'multires_views', 'i_embed_views', 'n_levels', 'n_features', 'log2_hashmap_size', 'finest_res',
+                   'occupancy_grid', 'N_samples', 'N_importance', 'white_bkgd', 'lindisp', 'dataset_type', 'no_ndc',
                    'half_res', 'factor', 'spherify', 'near', 'far', 'pixel_centers', 'datadir', 'expname', 'seed',
                    'llffhold', 'testskip')
 # Options that decide the image size and the cameras.
@@ -171,7 +172,7 @@ def save_checkpoint(path, step, network_fn, network_fine, optimizer, args, camer
         'network_fn_state_dict': network_fn.state_dict(),
         'optimizer_state_dict': optimizer.state_dict(),
         'random_state': {'cpu': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state_all()},
-        'args': {key: value for key, value in vars(args).items() if isinstance(value, (str, int, float, type(None)))},
+        'args': {key: value for key, value in vars(args).items() if isinstance(value, (str, int, float, list, type(None)))},
         'camera': camera,
         'health': health or {},
         'with_gradient': with_gradient or {},

@@ -243,12 +243,18 @@ def load_blender_data(basedir, half_res=False, testskip=1):
 
 
 def load_blender_images(frames, half_res, white_bkgd):
-    """8-bit RGB images [N, H, W, 3] of `frames`, composited on white or black, and K [3, 3] in their pixels."""
+    """8-bit RGB images [N, H, W, 3] of `frames`, composited on white or black; their alpha [N, H, W], None where none is
+    transparent; and K [3, 3] in their pixels."""
     def to_rgb(image):
-        return np.round(255 * composite(image, white_bkgd)).astype(np.uint8)
+        alpha = np.round(255 * image[..., 3]).astype(np.uint8) if image.shape[-1] == 4 else None
+        return np.round(255 * composite(image, white_bkgd)).astype(np.uint8), alpha
 
     images, K = _read_all(frames, half_res, to_rgb)
-    return np.stack(images), K
+    images, alphas = zip(*images)
+    if all(alpha is None or alpha.min() == 255 for alpha in alphas):
+        return np.stack(images), None, K
+    opaque = np.full_like(images[0][..., 0], 255)
+    return np.stack(images), np.stack([opaque if alpha is None else alpha for alpha in alphas]), K
 
 
 def path_around(frames):

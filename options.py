@@ -58,6 +58,11 @@ class OneLineParser(configargparse.ArgumentParser):
             self.error('no experiment: give --config FILE (configs/demo.txt is there) or --expname NAME')
         if args.N_importance > 0 and args.N_samples < 3:
             self.error(f'argument --N_samples: found {args.N_samples}, expected at least 3 with --N_importance')
+        if args.occupancy_grid and args.N_importance > 0:
+            self.error(f'argument --N_importance: found {args.N_importance}, expected 0 with --occupancy_grid, which takes '
+                       'the place of the coarse network')
+        if args.aabb is not None and not all(low < high for low, high in zip(args.aabb[:3], args.aabb[3:])):
+            self.error(f'argument --aabb: found {" ".join(f"{x:g}" for x in args.aabb)}, expected X0 < X1, Y0 < Y1, Z0 < Z1')
         if args.near is not None and args.far is not None and args.near >= args.far:
             self.error(f'arguments --near, --far: found {args.near} and {args.far}, expected near < far')
 
@@ -132,6 +137,10 @@ def _data_options(parser):
     add('--llffhold', type=whole(0), default=8, help='llff and transforms.json: hold out every n-th image as test view')
     add('--near', type=number(least=0), help='distance of the first sample, in units of rays_d; from the data if not given')
     add('--far', type=number(above=0), help='distance of the last sample; from the data if not given')
+    add('--aabb', type=number(), nargs=6, metavar=('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1'),
+        help='box of hash grids and occupancy grid, lower and upper corner (in NDC where rays are); from the data if not given')
+    add('--random_bkgd', action=BooleanSwitch, default=False,
+        help='blender: train with all backgrounds, in the mean, rather than with one; the images need alpha')
     add('--pixel_centers', action=BooleanSwitch, default=False,
         help='rays through pixel centres rather than corners; a checkpoint remembers it')
 
@@ -143,7 +152,14 @@ def _network_options(parser):
     add('--netdepth_fine', type=whole(1), default=8, help='layers of the fine network')
     add('--netwidth_fine', type=whole(2), default=256, help='channels of a layer of the fine network')
     add('--use_viewdirs', action=BooleanSwitch, default=False, help='let the colour depend on the view direction')
-    add('--i_embed', type=int, choices=[0, -1], default=0, help='encoding: 0 positional, -1 none')
+    add('--i_embed', type=int, choices=[1, 0, -1], default=0,
+        help='encoding: 0 positional, 1 trained hash grids with small networks behind, -1 none')
+    add('--i_embed_views', type=int, choices=[2, 0, -1], default=None,
+        help='of directions: 0 positional, 2 spherical harmonics, -1 none; as --i_embed if not given, 2 with hash grids')
+    add('--n_levels', type=whole(1, 64), default=16, help='hash grids: how many, each finer than the one before')
+    add('--n_features', type=int, choices=[1, 2, 4, 8], default=2, help='hash grids: numbers of an entry')
+    add('--log2_hashmap_size', type=whole(4, 28), default=19, help='hash grids: log2 of the entries of a grid, at most')
+    add('--finest_res', type=whole(16, 2 ** 20), default=2048, help='hash grids: cells along a side of the finest')
     add('--multires', type=whole(1), default=10, help='frequencies of the encoding of positions')
     add('--multires_views', type=whole(1), default=4, help='frequencies of the encoding of directions')
 
@@ -154,6 +170,10 @@ def _training_options(parser):
     add('--N_rand', type=whole(1), default=32 * 32 * 4, help='rays of a step')
     add('--lrate', type=number(above=0), default=5e-4, help='learning rate at the start')
     add('--lrate_decay', type=whole(1), default=250, help='the learning rate falls to a tenth in so many thousand steps')
+    add('--occupancy_grid', action=BooleanSwitch, default=False,
+        help='one network, sampled in those cells of the box that hold something, in N_samples steps along its diagonal')
+    add('--N_rand_samples', type=whole(1), default=2 ** 18,
+        help='with --occupancy_grid: samples of a step, to which the number of rays is adapted; N_rand is the most rays')
     add('--no_batching', action=BooleanSwitch, default=False, help='draw the rays of a step from one image, not from all')
     add('--precrop_iters', type=whole(0), default=0, help='steps at the start that see the middle of the images only')
     add('--precrop_frac', type=number(above=0, most=1), default=.5, help='how much of the image that middle is')

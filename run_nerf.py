@@ -19,6 +19,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from accel.grid_rays import render_rays_in_grid
+from accel.hash_grid import HashGrid
+from accel.hash_nerf import HASH_ADAM, HashNeRF
+from accel.occupancy import OccupancyGrid
 from accel.sparse_backward import InChunks
 from checkpoints import (
     NETWORK_OPTIONS,
@@ -39,9 +43,9 @@ from ranks import RankLost, Ranks
 from reports import Reports
 from run_log import Console, forward_warnings, speaking_for_all
 from run_nerf_helpers import NeRF, get_embedder, get_rays, img2mse, ndc_rays, sample_pdf, uniform_like_numpy
-from scene import RayBatcher, load_scene, scene_of_checkpoint, uses_ndc
+from scene import load_scene, scene_of_checkpoint, uses_ndc
 from signals import Stopped, StopRequest
-from training_run import Follower, end_run, start_run
+from training_run import Follower, end_run, fit_to_scene, start_run, training_batches
 
 FAR_AWAY = 1e10  # length of the interval behind the last sample of a ray
 EMPTY = 1e-10    # a ray of less opacity has met nothing: its disparity is 0
@@ -200,9 +204,9 @@ def render_rays(ray_batch, network_fn, network_query_fn, N_samples, retraw=False
     return ret
 
 
-def batchify_rays(rays_flat, chunk=1024 * 32, **kwargs):
-    """`render_rays` on `chunk` rays at a time; the results are joined, key by key."""
-    parts = [render_rays(rays, **kwargs) for rays in rays_flat.split(chunk)]
+def batchify_rays(rays_flat, chunk=1024 * 32, ray_renderer=render_rays, **kwargs):
+    """`render_rays`, or what takes its place, on `chunk` rays at a time; the results are joined, key by key."""
+    parts = [ray_renderer(rays, **kwargs) for rays in rays_flat.split(chunk)]
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -240,6 +244,11 @@ def render(H, W, K, chunk=1024 * 32, rays=None, c2w=None, ndc=True, near=0., far
     return [results.pop('rgb_map'), results.pop('disp_map'), results.pop('acc_map'), results]
 
 
+def samples_of_a_ray(render_kwargs):
+    """How many samples are composited together; where a grid chooses them, it takes care of that itself."""
+    return 1 if hasattr(render_kwargs['network_fn'], 'occupancy') else render_kwargs['N_samples'] + render_kwargs['N_importance']
+
+
 # --- frames -----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -257,7 +266,7 @@ def render_frame(pose, hwf, K, chunk, render_kwargs, render_factor=0):
         H, W, K[:2] = H // render_factor, W // render_factor, K[:2] / render_factor
     device = next(render_kwargs['network_fn'].parameters()).device
     c2w = torch.as_tensor(pose, dtype=torch.float32, device=device)[:3, :4]
-    chunk = rays_at_once(chunk, render_kwargs['N_samples'] + render_kwargs['N_importance'], device)
+    chunk = rays_at_once(chunk, samples_of_a_ray(render_kwargs), device)
     began = time.perf_counter()
     rgb, disp, acc, extras = render(H, W, K, chunk=chunk, c2w=c2w, **render_kwargs)
     maps = [None if part is None else part.cpu().numpy() for part in (rgb, disp, acc, extras.get('rgb0'))]
@@ -345,21 +354,30 @@ def create_nerf(args, checkpoint=None):
     """
     device = pick_device(args.device)
     width = max(args.netwidth, args.netwidth_fine)
-    embed_fn, input_ch = get_embedder(args.multires, args.i_embed)
-    embeddirs_fn, input_ch_views = get_embedder(args.multires_views, args.i_embed) if args.use_viewdirs else (None, 0)
+    hashed = args.i_embed == 1  # a network that encodes its input itself
+    i_views = args.i_embed_views if args.i_embed_views is not None else 2 if hashed else args.i_embed
+    embed_fn, input_ch = get_embedder(args.multires, -1 if hashed else args.i_embed)
+    embeddirs_fn, input_ch_views = get_embedder(args.multires_views, i_views) if args.use_viewdirs else (None, 0)
 
     def build(depth, width):
-        return NeRF(D=depth, W=width, input_ch=input_ch, input_ch_views=input_ch_views,
-                    output_ch=5 if args.N_importance > 0 else 4, skips=[4], use_viewdirs=args.use_viewdirs).to(device)
+        if hashed:
+            grid = HashGrid(args.n_levels, args.finest_res, args.log2_hashmap_size, args.n_features)
+            network = HashNeRF(grid, input_ch_views)
+        else:
+            network = NeRF(D=depth, W=width, input_ch=input_ch, input_ch_views=input_ch_views, skips=[4],
+                           output_ch=5 if args.N_importance > 0 else 4, use_viewdirs=args.use_viewdirs)
+        if args.occupancy_grid:
+            network.occupancy = OccupancyGrid()
+        return network.to(device)
 
     def query_fn(precision):
         return partial(run_network, embed_fn=embed_fn, embeddirs_fn=embeddirs_fn, netchunk=args.netchunk,
-                       in_chunks=InChunks(args.backward, precision, network_chunk))
+                       in_chunks=InChunks(args.backward, precision, None if hashed else network_chunk))
 
     network_fn = build(args.netdepth, args.netwidth)
     network_fine = build(args.netdepth_fine, args.netwidth_fine) if args.N_importance > 0 else None
     grad_vars = [p for network in (network_fn, network_fine) if network is not None for p in network.parameters()]
-    optimizer = torch.optim.Adam(grad_vars, lr=args.lrate, betas=(0.9, 0.999))
+    optimizer = torch.optim.Adam(grad_vars, lr=args.lrate, **(HASH_ADAM if hashed else {'betas': (0.9, 0.999)}))
 
     start, pixel_centers = 0, args.pixel_centers
     path, state = load_checkpoint(args) if checkpoint is None else checkpoint
@@ -371,24 +389,34 @@ def create_nerf(args, checkpoint=None):
 
     ndc = uses_ndc(args)
     render_kwargs_train = {
+        'ray_renderer': render_rays_in_grid if args.occupancy_grid else render_rays,
         'network_query_fn': query_fn(pick_precision(args.precision, device, width)),
         'network_fn': network_fn, 'network_fine': network_fine,
         'N_samples': args.N_samples, 'N_importance': args.N_importance, 'perturb': args.perturb,
         'raw_noise_std': args.raw_noise_std, 'white_bkgd': args.white_bkgd, 'use_viewdirs': args.use_viewdirs,
         'ndc': ndc, 'lindisp': args.lindisp and not ndc, 'pixel_centers': pixel_centers,
     }
-    exact = query_fn(rendering_precision(args.precision, device, width))
+    exact = query_fn('fp32' if hashed and args.precision == 'auto' else rendering_precision(args.precision, device, width))
     render_kwargs_test = {**render_kwargs_train, 'network_query_fn': exact, 'perturb': 0., 'raw_noise_std': 0.}
     return render_kwargs_train, render_kwargs_test, start, grad_vars, optimizer
 
 
 # --- training ---------------------------------------------------------------------------------------------------
 
-def network_outputs(rgb, acc, extras, target):
+def img2mse_any_bkgd(rgb, acc, target, bkgd):
+    """The mean of `img2mse` over all backgrounds b, uniform in [0, 1]^3: each error e on `bkgd` becomes e + (b - bkgd) a
+    there, where a is what the opacity lacks. `target` is [N, 4], colour on `bkgd` (1 or 0) and alpha."""
+    e, a = rgb - target[:, :3], (target[:, 3:] - acc[:, None])
+    return torch.mean(e ** 2 + (1 - 2 * bkgd) * e * a + a ** 2 / 3)
+
+
+def network_outputs(rgb, acc, extras, target, bkgd=0.):
     """Of the networks, coarse and fine or coarse alone: mean squared errors and mean opacities, [1 or 2] each. The sum of
-    the errors is the loss, Eq. 6."""
+    the errors is the loss, Eq. 6; over all backgrounds where `target` has alpha, [N, 4]."""
     outputs = ([(extras['rgb0'], extras['acc0'])] if 'rgb0' in extras else []) + [(rgb, acc)]
-    return (torch.stack([img2mse(rgb, target) for rgb, _ in outputs]), torch.stack([acc.mean() for _, acc in outputs]))
+    errors = [img2mse(rgb, target) if target.shape[-1] == 3 else img2mse_any_bkgd(rgb, acc, target, bkgd)
+              for rgb, acc in outputs]
+    return torch.stack(errors), torch.stack([acc.mean() for _, acc in outputs])
 
 
 def loss_and_gradient(hwf, K, chunk, batch_rays, target, render_kwargs):
@@ -398,19 +426,20 @@ def loss_and_gradient(hwf, K, chunk, batch_rays, target, render_kwargs):
     Args:
       hwf, K, chunk, render_kwargs: for `render`.
       batch_rays: [2, N, 3].
-      target: colours [N, 3].
+      target: colours [N, 3], or colours on the background of `render_kwargs` and alpha [N, 4].
     Returns:
       errors, opacities: as of `network_outputs`, without a gradient.
       background: the error of an empty picture, a scalar.
     """
-    rays = rays_at_once(len(target), render_kwargs['N_samples'] + render_kwargs['N_importance'], target.device)
+    rays, bkgd = rays_at_once(len(target), samples_of_a_ray(render_kwargs), target.device), float(render_kwargs['white_bkgd'])
     outputs = 0
     for part_rays, part_target in zip(batch_rays.split(rays, 1), target.split(rays)):
         rgb, _, acc, extras = render(*hwf[:2], K, chunk, part_rays, **render_kwargs)
-        part = torch.stack(network_outputs(rgb, acc, extras, part_target)) * (len(part_target) / len(target))
+        part = torch.stack(network_outputs(rgb, acc, extras, part_target, bkgd)) * (len(part_target) / len(target))
         part[0].sum().backward()
         outputs = outputs + part.detach()
-    return *outputs, torch.mean((float(render_kwargs['white_bkgd']) - target) ** 2)
+    empty = torch.full_like(target[:, :3], bkgd)
+    return *outputs, network_outputs(empty, torch.zeros_like(target[:, 0]), {}, target, bkgd)[0].sum()
 
 
 def set_learning_rate(optimizer, lrate, lrate_decay, step):
@@ -446,7 +475,9 @@ def prepare(args, ranks):
     built = create_nerf(args, (path, state))
     for kwargs in built[:2]:
         kwargs.update(near=scene.near, far=scene.far)
-    if state is not None:
+    if state is None:
+        fit_to_scene(built[0], scene, args.aabb)
+    else:
         changed = changed_options(args, state, NETWORK_OPTIONS if args.render_only else None)
         if not args.render_only and not scene.has_cameras_of(state['camera']):
             changed.append('another scene')
@@ -489,8 +520,7 @@ def train(args, console=None):
             return 0
 
         log, keeper, health = start_run(args, scene, path, state, render_kwargs_train, start, optimizer, console, ranks)
-        batches = RayBatcher(scene, ranks.share(args.N_rand), args.no_batching, args.precrop_iters, args.precrop_frac,
-                             render_kwargs_train['pixel_centers'], grad_vars[0].device)
+        batches = training_batches(args, scene, render_kwargs_train, ranks)
         ranks.part_ways(args.seed, start)
         stop.interruptible, stop.patient = False, not ranks.first
         with ranks.until_lost(console.say, stop):
@@ -500,7 +530,7 @@ def train(args, console=None):
                 batch_rays, target = batches.draw(step)
                 optimizer.zero_grad()
                 measures = loss_and_gradient(scene.hwf, scene.K, args.chunk, batch_rays, target, render_kwargs_train)
-                ranks.average(grad_vars, measures, len(target) / args.N_rand, stop.signal)
+                ranks.average(grad_vars, measures, batches.share, stop.signal)
                 errors, opacities, background = measures
 
                 lrate = set_learning_rate(optimizer, args.lrate * health.lrate_scale, args.lrate_decay, step - 1)

@@ -81,10 +81,27 @@ class Embedder:
     __call__ = embed
 
 
+def spherical_harmonics(directions):
+    """Unit vectors [..., 3] to the 16 real spherical harmonics up to degree 3."""
+    x, y, z = directions.unbind(-1)
+    xx, yy, zz = x * x, y * y, z * z
+    return torch.stack([
+        torch.full_like(x, 0.28209479177387814),
+        -0.48860251190291987 * y, 0.48860251190291987 * z, -0.48860251190291987 * x,
+        1.0925484305920792 * x * y, -1.0925484305920792 * y * z, 0.31539156525252005 * (3 * zz - 1),
+        -1.0925484305920792 * x * z, 0.5462742152960396 * (xx - yy),
+        -0.5900435899266435 * y * (3 * xx - yy), 2.890611442640554 * x * y * z, -0.4570457994644658 * y * (5 * zz - 1),
+        0.3731763325901154 * z * (5 * zz - 3), -0.4570457994644658 * x * (5 * zz - 1),
+        1.445305721320277 * z * (xx - yy), -0.5900435899266435 * x * (xx - 3 * yy)], -1)
+
+
 def get_embedder(multires, i=0):
-    """The encoding of a 3-vector and its size: positional with `multires` frequencies for i = 0, none for i = -1."""
+    """The encoding of a 3-vector and its size: positional with `multires` frequencies for i = 0, none for i = -1, for unit
+    vectors spherical harmonics for i = 2."""
     if i == -1:
         return nn.Identity(), 3
+    if i == 2:
+        return spherical_harmonics, 16
     embedder = Embedder(max_freq_log2=multires - 1, num_freqs=multires)
     return embedder.embed, embedder.out_dim
 

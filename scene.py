@@ -19,6 +19,7 @@ class Scene:
     """What training and rendering need to know of a scene.
 
     images: uint8 [N, H, W, 3], composited; None for a scene known from a checkpoint alone.  H, W: their size.
+    alphas: uint8 [N, H, W], where the images have alpha and an option uses it.
     poses: float32 [N, 3, 4] c2w.  K: float64 [3, 3] in pixels.  near, far: bounds along a ray, in units of rays_d.
     render_poses: float32 [M, 3, 4].  i_train, i_val, i_test: indices.
     """
@@ -33,6 +34,7 @@ class Scene:
     i_train: np.ndarray
     i_val: np.ndarray
     i_test: np.ndarray
+    alphas: np.ndarray | None = None
 
     @property
     def hwf(self):
@@ -64,7 +66,7 @@ class Scene:
 
 def scene_of_checkpoint(args, camera):
     """The scene of a checkpoint, without images: enough to render its path, or that of `--render_poses`."""
-    known = {field.name: camera[field.name] for field in fields(Scene) if field.name != 'images'}
+    known = {field.name: camera[field.name] for field in fields(Scene) if field.name not in ('images', 'alphas')}
     scene = Scene(None, **{key: value.numpy() if torch.is_tensor(value) else value for key, value in known.items()})
     scene.near = scene.near if args.near is None else args.near
     scene.far = scene.far if args.far is None else args.far
@@ -121,10 +123,13 @@ def warn_of_misfits(args, scene):
 
 def _blender_scene(args):
     frames = read_frames(args.datadir, args.testskip, args.llffhold)
-    images, K = load_blender_images(frames, args.half_res, args.white_bkgd)
+    images, alphas, K = load_blender_images(frames, args.half_res, args.white_bkgd)
+    if not (args.random_bkgd or args.occupancy_grid or args.i_embed == 1):
+        alphas = None
     i_train, i_val, i_test = frames.i_split
     render_poses = path_around(frames)[:, :3]
-    return Scene(images, *images.shape[1:3], frames.poses[:, :3], K, 2.0, 6.0, render_poses, i_train, i_val, i_test)
+    return Scene(images, *images.shape[1:3], frames.poses[:, :3], K, 2.0, 6.0, render_poses, i_train, i_val, i_test,
+                 alphas)
 
 
 def _llff_scene(args):
@@ -178,15 +183,23 @@ class RayBatcher:
       precrop_iters, precrop_frac: up to this step only the middle of the images is seen, this much of each side.
       pixel_centers: rays through pixel centres.
       device: where batches are made.
+      with_alpha: colours are followed by the pixel's alpha.
+
+    Raises:
+      UserError: no image has alpha.
     """
 
-    def __init__(self, scene, N_rand, no_batching, precrop_iters, precrop_frac, pixel_centers, device):
+    def __init__(self, scene, N_rand, no_batching, precrop_iters, precrop_frac, pixel_centers, device, with_alpha=False):
         first, last = min(scene.i_train), max(scene.i_train)  # a slice, which on a CPU is no copy
         self.images = torch.from_numpy(scene.images[first:last + 1]).to(device)           # [., H, W, 3] uint8
         self.poses = torch.from_numpy(scene.poses[first:last + 1]).to(device)             # [., 3, 4]
+        if with_alpha and scene.alphas is None:
+            raise UserError('--random_bkgd: found no image with transparent pixels, expected images with alpha')
+        self.alphas = torch.from_numpy(scene.alphas[first:last + 1]).to(device) if with_alpha else None  # [., H, W] uint8
         self.views = torch.from_numpy(np.asarray(scene.i_train) - first).to(device)       # [N]
         self.K, self.device = scene.K, device
         self.N_rand, self.no_batching = N_rand, no_batching
+        self.share = 1.0  # of the rays of a step, where other processes draw the others
         self.precrop_iters, self.precrop_frac = precrop_iters, precrop_frac
         self.shift = 0.5 if pixel_centers else 0.0
 
@@ -198,7 +211,8 @@ class RayBatcher:
         return max(0, side // 2 - half), min(side, side // 2 + half)
 
     def draw(self, step):
-        """Rays [2, N_rand, 3] (origins, directions) and their colours [N_rand, 3] for training step `step` ≥ 1."""
+        """Rays [2, N_rand, 3] (origins, directions) and their colours [N_rand, 3] for training step `step` ≥ 1;
+        with alpha [N_rand, 4]."""
         def random(low, high, count=self.N_rand):
             return torch.randint(low, high, (count,), device=self.device)
 
@@ -207,4 +221,7 @@ class RayBatcher:
         y, x = random(*self.window(H, step)), random(*self.window(W, step))
         dtype = self.poses.dtype
         rays = pixel_rays(x.to(dtype) + self.shift, y.to(dtype) + self.shift, self.K, self.poses[view])
-        return torch.stack(rays), self.images[view, y, x].to(dtype) / 255
+        colors = self.images[view, y, x]
+        if self.alphas is not None:
+            colors = torch.cat([colors, self.alphas[view, y, x][:, None]], -1)
+        return torch.stack(rays), colors.to(dtype) / 255

@@ -2,15 +2,47 @@
 import sys
 from pathlib import Path
 
+from accel.bounds import find_bounds
+from accel.grid_rays import GridBatches
+from accel.hash_grid import HashGrid
+from accel.occupancy import RESOLUTION as OCCUPANCY_RESOLUTION
+from accel.occupancy import OccupancyGrid
 from checkpoints import CheckpointKeeper, save_checkpoint
 from health import Health
 from run_log import RunLog, describe_run, prepare_folder
+from scene import RayBatcher
 
 
 def camera(scene, render_kwargs):
     """What a renderer needs to know of the scene beside the networks, as plain numbers and tensors for a checkpoint."""
     known = {key: render_kwargs[key] for key in ('ndc', 'lindisp', 'pixel_centers', 'white_bkgd')}
     return {**known, **scene.cameras()}
+
+
+def fit_to_scene(render_kwargs, scene, aabb=None):
+    """Give new networks with a hash encoding or an occupancy grid the box of the scene.
+
+    Args:
+      render_kwargs: with the networks.
+      aabb: the box, where it is known: six numbers.
+    """
+    networks = [network for network in (render_kwargs['network_fn'], render_kwargs['network_fine']) if network is not None]
+    grids = [module for network in networks for module in network.modules() if isinstance(module, (HashGrid, OccupancyGrid))]
+    if grids:
+        box, possible = find_bounds(scene, render_kwargs['ndc'], OCCUPANCY_RESOLUTION, aabb)
+    for grid in grids:
+        grid.restrict(box, *([possible] if isinstance(grid, OccupancyGrid) else []))
+
+
+def training_batches(args, scene, render_kwargs, ranks):
+    """What draws the rays of each step, in this process."""
+    share = ranks.share(args.N_rand)
+    batches = RayBatcher(scene, share, args.no_batching, args.precrop_iters, args.precrop_frac,
+                         render_kwargs['pixel_centers'], next(render_kwargs['network_fn'].parameters()).device, args.random_bkgd)
+    batches.share = share / args.N_rand
+    if not args.occupancy_grid:
+        return batches
+    return GridBatches(batches, render_kwargs, args.N_rand_samples * batches.share, args.seed)
 
 
 def start_run(args, scene, path, state, render_kwargs, start, optimizer, console, ranks):

@@ -92,7 +92,7 @@ static inline __attribute__((always_inline)) void gradient_level(const float *x,
     }
 }
 
-/* Adds to grad, which has the table's layout. A level belongs to one thread: no two write to an entry, and the order of the
+/* grad has the table's layout; what is there is overwritten. A level belongs to one thread: no two write to an entry, and the order of the
  * sum does not depend on their number. */
 void gradient(const float *x, const float *grad_out, float *grad, int64_t N, int64_t levels, int64_t F,
               const int64_t *resolution, const int64_t *offset)
@@ -102,6 +102,7 @@ void gradient(const float *x, const float *grad_out, float *grad, int64_t N, int
         float *to = grad + offset[l] * F;
         const float *from = grad_out + l * F;
         int64_t size = offset[l + 1] - offset[l];
+        memset(to, 0, size * F * sizeof(float));
         switch (F) {
         case 1: gradient_level(x, from, to, N, levels * F, 1, resolution[l], size); break;
         case 2: gradient_level(x, from, to, N, levels * F, 2, resolution[l], size); break;

@@ -4,13 +4,12 @@ A point is looked up in grids of growing resolution. Each grid's corners hold a 
 the eight around the point; grids finer than the table has room for share its entries by a hash. What comes from all levels
 is the encoding.
 """
-import ctypes
 import math
 
 import torch
 from torch import nn
 
-from accel.compiled import compiled
+from accel.compiled import call, compiled
 
 COARSEST = 16                      # cells along a side of the first level
 PRIMES = (1, 2654435761, 805459861)
@@ -42,6 +41,10 @@ class HashGrid(nn.Module):
 
     def reset_parameters(self):
         nn.init.uniform_(self.table, -1e-4, 1e-4)
+
+    def restrict(self, aabb):
+        """Take the box `aabb` [2, 3]."""
+        self.aabb.copy_(torch.as_tensor(aabb))
 
     def forward(self, points):
         unit = (points - self.aabb[0]) / (self.aabb[1] - self.aabb[0])
@@ -86,39 +89,18 @@ class CompiledEncoding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, unit, table, resolution, offset):
+        assert unit.dtype == table.dtype == torch.float32 and table.shape[1] in FEATURES
         ctx.save_for_backward(unit, resolution, offset)
         ctx.shape = table.shape
         encoded = unit.new_empty(len(unit), len(resolution) * table.shape[1])
-        call('encode', unit, table, encoded, ctx.shape[1], resolution, offset)
+        call('hash_grid', 'encode', unit, table, encoded, len(unit), len(resolution), table.shape[1], resolution, offset)
         return encoded
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_encoded):
         unit, resolution, offset = ctx.saved_tensors
-        grad = grad_encoded.new_zeros(ctx.shape)
-        call('gradient', unit, grad_encoded.contiguous(), grad, ctx.shape[1], resolution, offset)
+        grad = grad_encoded.new_empty(ctx.shape)
+        call('hash_grid', 'gradient', unit, grad_encoded.contiguous(), grad, len(unit), len(resolution), ctx.shape[1],
+             resolution, offset)
         return None, grad, None, None
-
-
-def call(function, unit, source, target, features, resolution, offset):
-    """A function of hash_grid.c, which all take the same arguments."""
-    assert source.dtype == target.dtype == unit.dtype == torch.float32 and features in FEATURES
-    tensors = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (unit, source.contiguous(), target)]
-    numbers = [ctypes.c_int64(number) for number in (len(unit), len(resolution), features)]
-    grids = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (resolution, offset)]
-    getattr(compiled('hash_grid'), function)(*tensors, *numbers, *grids)
-
-
-def spherical_harmonics(directions):
-    """Unit vectors [..., 3] to the 16 real spherical harmonics up to degree 3."""
-    x, y, z = directions.unbind(-1)
-    xx, yy, zz = x * x, y * y, z * z
-    return torch.stack([
-        torch.full_like(x, 0.28209479177387814),
-        -0.48860251190291987 * y, 0.48860251190291987 * z, -0.48860251190291987 * x,
-        1.0925484305920792 * x * y, -1.0925484305920792 * y * z, 0.31539156525252005 * (3 * zz - 1),
-        -1.0925484305920792 * x * z, 0.5462742152960396 * (xx - yy),
-        -0.5900435899266435 * y * (3 * xx - yy), 2.890611442640554 * x * y * z, -0.4570457994644658 * y * (5 * zz - 1),
-        0.3731763325901154 * z * (5 * zz - 3), -0.4570457994644658 * x * (5 * zz - 1),
-        1.445305721320277 * z * (xx - yy), -0.5900435899266435 * x * (xx - 3 * yy)], -1)

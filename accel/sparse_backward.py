@@ -138,6 +138,16 @@ def padded(part, chunk):
     return torch.cat([part, part[-1:].expand(-len(part) % step)])
 
 
+def summed(sums, grads):
+    """`sums` with `grads` added, where None stands for zero."""
+    if sums is None:
+        return list(grads)
+    both = [(total, grad) for total, grad in zip(sums, grads) if total is not None and grad is not None]
+    if both:
+        torch._foreach_add_([total for total, _ in both], [grad for _, grad in both])
+    return [grad if total is None else total for total, grad in zip(sums, grads)]
+
+
 class SparseBackward(torch.autograd.Function):
     """`fn` on all points, chunk by chunk; see the head of this file. The parameters are inputs, so that autograd asks for
     their gradients."""
@@ -156,7 +166,7 @@ class SparseBackward(torch.autograd.Function):
         ctx.shares[ctx.network] = len(live) / max(len(points), 1)
         to_points = ctx.needs_input_grad[4]
         grad_points = torch.zeros_like(points) if to_points else None
-        sums = [torch.zeros_like(p) for p in parameters]
+        sums = None
         for part in live.split(ctx.chunk) if len(live) else ():
             rows = padded(part, ctx.chunk)
             inputs = points[rows].detach().requires_grad_(to_points)
@@ -168,7 +178,5 @@ class SparseBackward(torch.autograd.Function):
             grads = torch.autograd.grad(raw, wanted, grad, allow_unused=True)
             if to_points:
                 grads, grad_points[part] = grads[:-1], grads[-1][:len(part)]
-            found = [(total, grad) for total, grad in zip(sums, grads) if grad is not None]
-            if found:
-                torch._foreach_add_([total for total, _ in found], [grad for _, grad in found])
-        return None, None, None, None, grad_points, *sums
+            sums = summed(sums, grads)
+        return None, None, None, None, grad_points, *(sums or [torch.zeros_like(p) for p in parameters])

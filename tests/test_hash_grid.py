@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accel.compiled import compiled
-from accel.hash_grid import FEATURES, PRIMES, HashGrid, encode, spherical_harmonics
+from accel.hash_grid import FEATURES, PRIMES, HashGrid, encode
+from run_nerf_helpers import spherical_harmonics
 
 needs_compiler = pytest.mark.skipif(compiled('hash_grid') is None, reason='no C compiler')
 
