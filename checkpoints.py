@@ -24,7 +24,8 @@ KEPT_BY_CLOCK = 2     # of the checkpoints that only the clock asked for, the ne
 # Options that may differ between a checkpoint and the run that goes on from it without a word.
 FREE_OPTIONS = {'config', 'expname', 'basedir', 'datadir', 'device', 'N_iters', 'no_reload', 'ft_path', 'chunk', 'netchunk',
                 'render_only', 'render_test', 'render_factor', 'render_poses', 'i_print', 'i_img', 'i_weights', 'i_testset',
-                'i_video', 'save_minutes', 'no_restart', 'testskip', 'pixel_centers', 'precision', 'backward', 'given'}
+                'i_video', 'save_minutes', 'no_restart', 'testskip', 'pixel_centers', 'precision', 'backward', 'given',
+                'exact_render'}
 # Options that say what the networks are and how they see: rendering takes those from the checkpoint that are not given.
 NETWORK_OPTIONS = ('netdepth', 'netwidth', 'netdepth_fine', 'netwidth_fine', 'use_viewdirs', 'i_embed', 'multires',
                    'multires_views', 'i_embed_views', 'n_levels', 'n_features', 'log2_hashmap_size', 'finest_res',

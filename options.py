@@ -138,7 +138,7 @@ def _data_options(parser):
     add('--near', type=number(least=0), help='distance of the first sample, in units of rays_d; from the data if not given')
     add('--far', type=number(above=0), help='distance of the last sample; from the data if not given')
     add('--aabb', type=number(), nargs=6, metavar=('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1'),
-        help='box of hash grids and occupancy grid, lower and upper corner (in NDC where rays are); from the data if not given')
+        help='box of hash grids and occupancy grid, lower and upper corner, in NDC where rays are; else found from the data')
     add('--random_bkgd', action=BooleanSwitch, default=False,
         help='blender: train with all backgrounds, in the mean, rather than with one; the images need alpha')
     add('--pixel_centers', action=BooleanSwitch, default=False,
@@ -193,6 +193,8 @@ def _rendering_options(parser):
     add('--N_importance', type=whole(0), default=0, help='additional fine samples a ray')
     add('--perturb', type=number(least=0), default=1., help='0 for no jitter of the samples, 1 for jitter')
     add('--raw_noise_std', type=number(least=0), default=0., help='noise added to the density in training')
+    add('--exact_render', action=BooleanSwitch, default=False,
+        help='render every sample of every ray, also those that cannot be seen')
     add('--chunk', type=whole(1), default=1024 * 32, help='rays in one go; less if memory runs out')
     add('--netchunk', type=whole(1), default=1024 * 64, help='points through a network in one go; less if memory runs out')
 

@@ -84,6 +84,7 @@ def frames_mark(render_poses, hwf, K, render_kwargs, render_factor=0):
     numbers = np.array([0 if setting is None else setting for setting in [*settings, *hwf, render_factor]], np.float64)
     query = getattr(render_kwargs['network_query_fn'], 'keywords', {})
     digest = hashlib.sha256(getattr(query.get('in_chunks'), 'precision', '').encode())
+    digest.update(str(getattr(render_kwargs.get('ray_renderer'), '__name__', 'fast')).encode())
     for array in (np.asarray(render_poses, np.float32), np.asarray(K, np.float64), numbers, *weights):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

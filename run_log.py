@@ -139,11 +139,11 @@ class RunLog:
 
     def __init__(self, args, folder, start, device, console, idle=False):
         self.folder, self.start, self.stop, self.device = folder, start, args.N_iters, device
-        self.every, self.rays_per_step, self.idle = args.i_print, args.N_rand, idle
+        self.every, self.idle = args.i_print, idle
         self.say, self.log, self.board = console.say, console.log, Board(None if idle else folder, console.say)
         self.bar = tqdm(total=self.stop, initial=start, desc=args.expname, disable=idle or None, dynamic_ncols=True,
                         bar_format=BAR)
-        self.train_seconds, self.timed_steps, self.refreshed = 0.0, 0, 0.0
+        self.train_seconds, self.timed_steps, self.timed_rays, self.refreshed = 0.0, 0, 0.0, 0.0
         self.began, self.written, self.step, self.done = time.perf_counter(), {}, start, start
         options = ''.join(f'    {key} = {value}\n' for key, value in listed(args))
         self.board.add(start, summary.text('options', options))
@@ -162,10 +162,11 @@ class RunLog:
         """Go on after an earlier step."""
         self.step = self.done = step
 
-    def step_done(self, step, errors, lrate, health):
+    def step_done(self, step, rays, errors, lrate, health):
         """To be called when a step's update is made.
 
         Args:
+          rays: how many the step had, in all processes.
           errors: mean squared errors of the networks, [1 or 2]; read only when they are shown.
           lrate: learning rate of the step.
           health: its counts are shown too.
@@ -176,23 +177,23 @@ class RunLog:
         found = dict(zip(NETWORKS, errors.tolist())) if show else {}
         now = time.perf_counter()
         self.train_seconds += now - self.step_start
-        self.timed_steps += 1
+        self.timed_steps, self.timed_rays = self.timed_steps + 1, self.timed_rays + rays
         if not show:
             return
         self.refreshed = now
-        seconds = self.train_seconds / self.timed_steps
+        seconds, rate = self.train_seconds / self.timed_steps, self.timed_rays / self.train_seconds
         psnrs = {name: -10 * float(np.log10(max(mse, 1e-10))) for name, mse in found.items()}
         loss, last = sum(found.values()), list(psnrs.values())[-1]
-        shown = f'loss {loss:.4f}, PSNR {last:.2f}, {self.rays_per_step / seconds:,.0f} rays/s'
+        shown = f'loss {loss:.4f}, PSNR {last:.2f}, {rate:,.0f} rays/s'
         self.bar.set_postfix_str(shown)
         if due:
             (self.say if self.bar.disable else self.log)(f'step {step}/{self.stop}: {shown}')
             self.scalars(step, {
                 'train/loss': loss, 'train/learning rate': lrate, **{f'psnr/train {name}': x for name, x in psnrs.items()},
-                'speed/rays per second': self.rays_per_step / seconds, 'speed/seconds per step': seconds,
+                'speed/rays per second': rate, 'speed/seconds per step': seconds,
                 'health/memory, GiB': memory_gib(self.device), 'health/restarts': health.restarts,
                 'health/steps left out': health.bad_steps})
-            self.train_seconds, self.timed_steps = 0.0, 0
+            self.train_seconds, self.timed_steps, self.timed_rays = 0.0, 0, 0.0
 
     def scalars(self, step, values):
         """A dict of numbers to TensorBoard."""
@@ -257,10 +258,14 @@ def describe_run(args, scene, device, networks, folder, start, processes=1):
     parameters = [f'{name} {sum(p.numel() for p in network.parameters()):,}' for name, network in networks.items()]
     views = f'{len(scene.i_train)} train, {len(scene.i_val)} val, {len(scene.i_test)} test'
     samples = f'{args.N_samples} coarse' + (f' + {args.N_importance} fine' if args.N_importance else '') + ' samples'
+    rays = f'{args.N_rand} a step'
+    if args.occupancy_grid:
+        samples = f'{args.N_samples} steps along the diagonal of the box'
+        rays = f'{args.N_rand_samples} samples a step, up to {args.N_rand} rays'
     lines = {
         'scene': f'{args.datadir} ({args.dataset_type})',
         'images': f'{views}, {scene.W}×{scene.H}, near {scene.near:.3g}, far {scene.far:.3g}',
-        'rays': f'{args.N_rand} a step from {"one image" if args.no_batching else "all images"}, {samples}',
+        'rays': f'{rays} from {"one image" if args.no_batching else "all images"}, {samples}',
         'networks': ' + '.join(parameters) + ' parameters',
         'device': str(device) if processes == 1 else f'{processes} processes, {device.type} each',
         'logs': f'{folder} ({f"goes on after step {start}" if start else "a new run"})',

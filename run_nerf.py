@@ -12,7 +12,6 @@ import sys
 import time
 import warnings
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,16 +23,7 @@ from accel.hash_grid import HashGrid
 from accel.hash_nerf import HASH_ADAM, HashNeRF
 from accel.occupancy import OccupancyGrid
 from accel.sparse_backward import InChunks
-from checkpoints import (
-    NETWORK_OPTIONS,
-    SCENE_OPTIONS,
-    adopt_options,
-    changed_options,
-    load_checkpoint,
-    restore,
-    restore_random_state,
-    trained_pixel_centers,
-)
+from checkpoints import changed_options, load_checkpoint, restore, restore_random_state, trained_pixel_centers
 from devices import network_chunk, pick_device, pick_precision, rays_at_once, rendering_precision
 from errors import UserError, first_line
 from health import TrainingFailed, go_back
@@ -43,9 +33,9 @@ from ranks import RankLost, Ranks
 from reports import Reports
 from run_log import Console, forward_warnings, speaking_for_all
 from run_nerf_helpers import NeRF, get_embedder, get_rays, img2mse, ndc_rays, sample_pdf, uniform_like_numpy
-from scene import load_scene, scene_of_checkpoint, uses_ndc
+from scene import uses_ndc
 from signals import Stopped, StopRequest
-from training_run import Follower, end_run, fit_to_scene, start_run, training_batches
+from training_run import Follower, end_run, find_start, fit_to_scene, render_fast, start_run, training_batches
 
 FAR_AWAY = 1e10  # length of the interval behind the last sample of a ray
 EMPTY = 1e-10    # a ray of less opacity has met nothing: its disparity is 0
@@ -206,6 +196,8 @@ def render_rays(ray_batch, network_fn, network_query_fn, N_samples, retraw=False
 
 def batchify_rays(rays_flat, chunk=1024 * 32, ray_renderer=render_rays, **kwargs):
     """`render_rays`, or what takes its place, on `chunk` rays at a time; the results are joined, key by key."""
+    if hasattr(ray_renderer, 'choose'):
+        ray_renderer = ray_renderer.choose(rays_flat, **kwargs)
     parts = [ray_renderer(rays, **kwargs) for rays in rays_flat.split(chunk)]
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
@@ -246,7 +238,8 @@ def render(H, W, K, chunk=1024 * 32, rays=None, c2w=None, ndc=True, near=0., far
 
 def samples_of_a_ray(render_kwargs):
     """How many samples are composited together; where a grid chooses them, it takes care of that itself."""
-    return 1 if hasattr(render_kwargs['network_fn'], 'occupancy') else render_kwargs['N_samples'] + render_kwargs['N_importance']
+    chosen_by_grid = hasattr(render_kwargs['network_fn'], 'occupancy')
+    return 1 if chosen_by_grid else render_kwargs['N_samples'] + render_kwargs['N_importance']
 
 
 # --- frames -----------------------------------------------------------------------------------------------------
@@ -431,7 +424,8 @@ def loss_and_gradient(hwf, K, chunk, batch_rays, target, render_kwargs):
       errors, opacities: as of `network_outputs`, without a gradient.
       background: the error of an empty picture, a scalar.
     """
-    rays, bkgd = rays_at_once(len(target), samples_of_a_ray(render_kwargs), target.device), float(render_kwargs['white_bkgd'])
+    bkgd = float(render_kwargs['white_bkgd'])
+    rays = rays_at_once(len(target), samples_of_a_ray(render_kwargs), target.device)
     outputs = 0
     for part_rays, part_target in zip(batch_rays.split(rays, 1), target.split(rays)):
         rgb, _, acc, extras = render(*hwf[:2], K, chunk, part_rays, **render_kwargs)
@@ -458,31 +452,13 @@ def prepare(args, ranks):
     Raises:
       UserError: options, data or checkpoint that cannot be used.
     """
-    path, state = ranks.from_first(partial(load_checkpoint, args))
-    if args.render_only:
-        if state is None:
-            raise UserError(f'--render_only: found no checkpoint in {Path(args.basedir, args.expname or "")}; '
-                            'train first, or give --ft_path FILE')
-        adopt_options(args, state)
-        if not args.expname:
-            raise UserError(f'{path}: found no name of the experiment in it; give --expname NAME')
-    torch.manual_seed(args.seed)
-    cameras_suffice = args.render_only and not args.render_test and not changed_options(args, state, SCENE_OPTIONS)
-    if cameras_suffice and state['camera']:
-        scene = scene_of_checkpoint(args, state['camera'])
-    else:
-        scene = ranks.first_before_others(partial(load_scene, args))  # which may make reduced images
+    path, state, scene = find_start(args, ranks)
     built = create_nerf(args, (path, state))
     for kwargs in built[:2]:
         kwargs.update(near=scene.near, far=scene.far)
+    render_fast(args, scene, built[1], render_rays)
     if state is None:
         fit_to_scene(built[0], scene, args.aabb)
-    else:
-        changed = changed_options(args, state, NETWORK_OPTIONS if args.render_only else None)
-        if not args.render_only and not scene.has_cameras_of(state['camera']):
-            changed.append('another scene')
-        if changed:
-            warnings.warn(f'options differ from those of {path}: {", ".join(changed)}', stacklevel=2)
     return scene, path, state, *built
 
 
@@ -540,7 +516,7 @@ def train(args, console=None):
                     log.rewind(go_back(args, keeper, health, optimizer, ranks))
                     continue
                 health.watch(step, errors, opacities, background)
-                log.step_done(step, errors, lrate, health)
+                log.step_done(step, len(target) / batches.share, errors, lrate, health)
 
                 if keeper.due(step, well=not health.bad_in_a_row):
                     keeper.save(step)

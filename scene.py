@@ -126,6 +126,8 @@ def _blender_scene(args):
     images, alphas, K = load_blender_images(frames, args.half_res, args.white_bkgd)
     if not (args.random_bkgd or args.occupancy_grid or args.i_embed == 1):
         alphas = None
+    elif args.random_bkgd and alphas is None:
+        warnings.warn(f'{args.datadir}: no image has transparent pixels: --random_bkgd changes nothing', stacklevel=2)
     i_train, i_val, i_test = frames.i_split
     render_poses = path_around(frames)[:, :3]
     return Scene(images, *images.shape[1:3], frames.poses[:, :3], K, 2.0, 6.0, render_poses, i_train, i_val, i_test,
@@ -183,18 +185,14 @@ class RayBatcher:
       precrop_iters, precrop_frac: up to this step only the middle of the images is seen, this much of each side.
       pixel_centers: rays through pixel centres.
       device: where batches are made.
-      with_alpha: colours are followed by the pixel's alpha.
-
-    Raises:
-      UserError: no image has alpha.
+      with_alpha: colours are followed by the pixel's alpha, where the images have it.
     """
 
     def __init__(self, scene, N_rand, no_batching, precrop_iters, precrop_frac, pixel_centers, device, with_alpha=False):
         first, last = min(scene.i_train), max(scene.i_train)  # a slice, which on a CPU is no copy
         self.images = torch.from_numpy(scene.images[first:last + 1]).to(device)           # [., H, W, 3] uint8
         self.poses = torch.from_numpy(scene.poses[first:last + 1]).to(device)             # [., 3, 4]
-        if with_alpha and scene.alphas is None:
-            raise UserError('--random_bkgd: found no image with transparent pixels, expected images with alpha')
+        with_alpha = with_alpha and scene.alphas is not None
         self.alphas = torch.from_numpy(scene.alphas[first:last + 1]).to(device) if with_alpha else None  # [., H, W] uint8
         self.views = torch.from_numpy(np.asarray(scene.i_train) - first).to(device)       # [N]
         self.K, self.device = scene.K, device

@@ -1,22 +1,70 @@
 """What accompanies a training run: its log, its checkpoints, and the watch over its health."""
 import sys
+import warnings
+from functools import partial
 from pathlib import Path
 
-from accel.bounds import find_bounds
+import numpy as np
+import torch
+
+from accel.bounds import box_of_rays, find_bounds
+from accel.fast_rays import FastRays
 from accel.grid_rays import GridBatches
 from accel.hash_grid import HashGrid
 from accel.occupancy import RESOLUTION as OCCUPANCY_RESOLUTION
 from accel.occupancy import OccupancyGrid
-from checkpoints import CheckpointKeeper, save_checkpoint
+from accel.sparse_backward import InChunks
+from checkpoints import (
+    NETWORK_OPTIONS,
+    SCENE_OPTIONS,
+    CheckpointKeeper,
+    adopt_options,
+    changed_options,
+    load_checkpoint,
+    save_checkpoint,
+)
+from devices import has_fast_bf16, network_chunk
+from errors import UserError
 from health import Health
 from run_log import RunLog, describe_run, prepare_folder
-from scene import RayBatcher
+from scene import RayBatcher, load_scene, scene_of_checkpoint
 
 
 def camera(scene, render_kwargs):
     """What a renderer needs to know of the scene beside the networks, as plain numbers and tensors for a checkpoint."""
     known = {key: render_kwargs[key] for key in ('ndc', 'lindisp', 'pixel_centers', 'white_bkgd')}
     return {**known, **scene.cameras()}
+
+
+def find_start(args, ranks):
+    """The checkpoint to start from and the scene, in each process.
+
+    Returns:
+      path and state of the checkpoint, or None for both; a `Scene`.
+    Raises:
+      UserError: options, data or checkpoint that cannot be used.
+    """
+    path, state = ranks.from_first(partial(load_checkpoint, args))
+    if args.render_only:
+        if state is None:
+            raise UserError(f'--render_only: found no checkpoint in {Path(args.basedir, args.expname or "")}; '
+                            'train first, or give --ft_path FILE')
+        adopt_options(args, state)
+        if not args.expname:
+            raise UserError(f'{path}: found no name of the experiment in it; give --expname NAME')
+    torch.manual_seed(args.seed)
+    cameras_suffice = args.render_only and not args.render_test and not changed_options(args, state, SCENE_OPTIONS)
+    if cameras_suffice and state['camera']:
+        scene = scene_of_checkpoint(args, state['camera'])
+    else:
+        scene = ranks.first_before_others(partial(load_scene, args))  # which may make reduced images
+    if state is not None:
+        changed = changed_options(args, state, NETWORK_OPTIONS if args.render_only else None)
+        if not args.render_only and not scene.has_cameras_of(state['camera']):
+            changed.append('another scene')
+        if changed:
+            warnings.warn(f'options differ from those of {path}: {", ".join(changed)}', stacklevel=2)
+    return path, state, scene
 
 
 def fit_to_scene(render_kwargs, scene, aabb=None):
@@ -34,11 +82,29 @@ def fit_to_scene(render_kwargs, scene, aabb=None):
         grid.restrict(box, *([possible] if isinstance(grid, OccupancyGrid) else []))
 
 
+def render_fast(args, scene, render_kwargs, render_rays, say=warnings.warn):
+    """Let `render_kwargs` leave out what cannot be seen, unless the options say otherwise or a grid does so already.
+
+    Args:
+      render_rays: the function of run_nerf.py.
+      say: called with a line where that is not precise enough.
+    """
+    if args.exact_render or args.occupancy_grid:
+        return
+    query, device = render_kwargs['network_query_fn'], next(render_kwargs['network_fn'].parameters()).device
+    names = ['bf16'] if args.precision == 'auto' and has_fast_bf16(device) else []
+    names += ['fp32'] if args.precision == 'auto' else [query.keywords['in_chunks'].precision]
+    queries = [partial(query, in_chunks=InChunks(args.backward, name, network_chunk)) for name in names]
+    poses = np.concatenate([scene.poses, scene.render_poses[:, :3, :4]]).astype(np.float32)
+    box = box_of_rays(scene, render_kwargs['ndc'], poses)
+    render_kwargs['ray_renderer'] = FastRays(render_rays, queries, box, say)
+
+
 def training_batches(args, scene, render_kwargs, ranks):
     """What draws the rays of each step, in this process."""
-    share = ranks.share(args.N_rand)
+    share, device = ranks.share(args.N_rand), next(render_kwargs['network_fn'].parameters()).device
     batches = RayBatcher(scene, share, args.no_batching, args.precrop_iters, args.precrop_frac,
-                         render_kwargs['pixel_centers'], next(render_kwargs['network_fn'].parameters()).device, args.random_bkgd)
+                         render_kwargs['pixel_centers'], device, args.random_bkgd)
     batches.share = share / args.N_rand
     if not args.occupancy_grid:
         return batches

@@ -7,13 +7,15 @@ from run_nerf_helpers import ndc_rays, pixel_rays
 MARGIN = 0.01         # of each side, added to a box
 COARSEST = 32         # cells along a side, where a smaller box is searched
 OFTEN = 0.25          # of the views that see the cell which most see
+MOSTLY = 0.5          # of the views that see a cell, if only a part: something is there
 DIVISIONS = 2         # of those that are left, each in eight
 
 
-def box_of_rays(scene, ndc):
-    """The box [2, 3] of what the training views see between near and far, in normalised device coordinates with `ndc`."""
+def box_of_rays(scene, ndc, poses):
+    """The box [2, 3] of what cameras `poses` [N, 3, 4] see between near and far, in normalised device coordinates with
+    `ndc`."""
     x, y = torch.meshgrid(torch.tensor([0.0, scene.W]), torch.tensor([0.0, scene.H]), indexing='xy')
-    c2w = torch.from_numpy(scene.poses[scene.i_train])[:, None, None]
+    c2w = torch.from_numpy(poses)[:, None, None]
     rays_o, rays_d = pixel_rays(x.expand(len(c2w), 2, 2), y.expand(len(c2w), 2, 2), scene.K, c2w)
     if ndc:
         rays_o, rays_d = ndc_rays(scene.H, scene.W, scene.K[0, 0], 1.0, rays_o, rays_d)
@@ -34,7 +36,7 @@ def cells_of(aabb, resolution):
 
 
 def in_hull(scene, centers, half):
-    """Which cells the images' alpha leaves: some training view has a pixel there, between near and far, that is not wholly
+    """Which cells the images' alpha leaves: the training views have pixels there, between near and far, that are not wholly
     transparent, and none that sees all of the cell has only transparent ones. Cells that few views see, against those
     that most do, are left out: behind an object that all cameras look at, there is a shadow in which anything could be.
 
@@ -46,8 +48,7 @@ def in_hull(scene, centers, half):
       [N] bool.
     """
     radius = torch.linalg.vector_norm(half).item()
-    left, opaque = torch.arange(len(centers)), torch.zeros(len(centers), dtype=torch.bool)
-    views = torch.zeros(len(centers))
+    left, opaque, views = torch.arange(len(centers)), torch.zeros(len(centers)), torch.zeros(len(centers))
     K = torch.as_tensor(scene.K, dtype=torch.float32)
     focal, limits = K.diagonal()[:2].max(), torch.tensor([scene.W, scene.H])
     for view in scene.i_train:
@@ -62,13 +63,13 @@ def in_hull(scene, centers, half):
         (x0, y0), (x1, y1) = (torch.minimum(side[touches].clamp(min=0), limits).long().T for side in (low, high.ceil()))
         counts = sums_of_corner(scene.alphas[view] > 0)
         here = counts[y1, x1] - counts[y0, x1] - counts[y1, x0] + counts[y0, x0] > 0
-        opaque[left[touches[here]]] = True
+        opaque[left[touches[here]]] += 1
         views[left[touches]] += 1
         wholly = ((near > scene.near) & (far < scene.far) & (low > 0) & (high < limits)).all(-1)
         wholly[touches[here]] = False
         left = left[~wholly]
     hull = torch.zeros(len(centers), dtype=torch.bool)
-    hull[left] = opaque[left]
+    hull[left] = opaque[left] > MOSTLY * views[left]
     return hull & (views > OFTEN * views[hull].amax()) if hull.any() else hull
 
 
@@ -108,7 +109,10 @@ def find_bounds(scene, ndc, resolution, aabb=None):
       resolution: G.
       aabb: the box, where it is known.
     """
-    box = box_of_rays(scene, ndc) if aabb is None else torch.tensor(aabb, dtype=torch.float32).view(2, 3)
+    if aabb is None:
+        box = box_of_rays(scene, ndc, scene.poses[scene.i_train])
+    else:
+        box = torch.tensor(aabb, dtype=torch.float32).view(2, 3)
     if scene.alphas is None or ndc:
         return box, None
     if aabb is None:

@@ -29,10 +29,15 @@ def call(name, function, *arguments):
     """Call `function` of `<name>.c`: tensors and None as pointers, whole numbers as int64_t, others as float. Tensors are
     contiguous, on the CPU, and kept by the caller."""
     kinds = {int: ctypes.c_int64, float: ctypes.c_float}
-    assert all(argument.is_contiguous() and argument.device.type == 'cpu' for argument in arguments if hasattr(argument, 'data_ptr'))
-    getattr(compiled(name), function)(*[
-        ctypes.c_void_p(argument.data_ptr()) if hasattr(argument, 'data_ptr')
-        else ctypes.c_void_p() if argument is None else kinds[type(argument)](argument) for argument in arguments])
+
+    def converted(argument):
+        if argument is None:
+            return ctypes.c_void_p()
+        if not hasattr(argument, 'data_ptr'):
+            return kinds[type(argument)](argument)
+        assert argument.is_contiguous() and argument.device.type == 'cpu'
+        return ctypes.c_void_p(argument.data_ptr())
+    getattr(compiled(name), function)(*[converted(argument) for argument in arguments])
 
 
 def library(source):

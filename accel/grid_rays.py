@@ -52,7 +52,8 @@ def render_rays_in_grid(ray_batch, network_fn, network_query_fn, N_samples, retr
 def _until_opaque(grid, query, rays_o, rays_d, lattice, count, length):
     """`composite` of rays, a few samples further at a time, those that light still passes; [N_rays, 5]."""
     out, passed = length.new_zeros(len(length), 5), torch.zeros_like(length)
-    begin, alive = torch.zeros_like(count), (count > 0).nonzero()[:, 0]
+    alive = (count > 0).nonzero()[:, 0]
+    begin = torch.zeros_like(alive)
     at_once = SAMPLES_AT_ONCE.get(length.device.type, SAMPLES_AT_ONCE['cuda'])
     while len(alive):
         most = max(4, at_once // len(alive))

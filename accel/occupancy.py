@@ -12,6 +12,7 @@ from accel.compiled import call, compiled
 
 RESOLUTION = 128             # cells along a side of the grid
 BLOCK = 8                    # as in occupancy.c
+MARGIN = 0.25                # of that: cells that have shown no more are empty, since a look sees one point of a cell
 DECAY = 0.8                 # of what was seen of a cell, with each look at it
 THRESHOLD = 0.01             # optical depth of a step in an occupied cell; less where the mean is less
 EVERY = 16                   # steps of training between looks
@@ -62,7 +63,8 @@ class OccupancyGrid(nn.Module):
         return torch.linalg.vector_norm(self.aabb[1] - self.aabb[0]).item() / steps
 
     def points_in(self, cells, within):
-        """Points [M, 3] in `cells` [M], numbered as in `opacity.flatten()`, at `within` [M, 3], in [0, 1], of each."""
+        """Points [M, 3] in `cells` [M], numbered as in `opacity.flatten()`, at `within`, [M, 3] or a number in
+        [0, 1], of each."""
         G = self.resolution
         place = torch.stack([cells // (G * G), cells // G % G, cells % G], -1) + within
         return self.aabb[0] + place * ((self.aabb[1] - self.aabb[0]) / G)
@@ -95,9 +97,16 @@ class OccupancyGrid(nn.Module):
         """Which cells are occupied, as far as is known. All possible ones, where none would be."""
         possible = self.opacity > IMPOSSIBLE
         mean = self.opacity.clamp(min=0).sum() / possible.sum().clamp(min=1)
-        self.occupied.copy_(possible & (self.opacity > mean.clamp(max=THRESHOLD)))
+        self.occupied.copy_(possible & (self.opacity > MARGIN * mean.clamp(max=THRESHOLD)))
         if not self.occupied.any():
             self.occupied.copy_(possible)
+
+    def holds(self, points):
+        """Whether points [..., 3] are in occupied cells, or outside of the box, where nothing is known; [...]."""
+        places = (points - self.aabb[0]) * (self.resolution / (self.aabb[1] - self.aabb[0]))
+        inside = ((places >= 0) & (places <= self.resolution)).all(-1)
+        x, y, z = places.clamp(0, self.resolution - 1).long().unbind(-1)
+        return self.occupied[x, y, z] | ~inside
 
     # --- rays ---
 
@@ -136,6 +145,18 @@ class OccupancyGrid(nn.Module):
         if rays_o.device.type == 'cpu' and compiled('occupancy') is not None:
             return self._march_compiled(rays_o, rays_d, lattice, count, begin, most)
         return self.march_plain(rays_o, rays_d, lattice, count, begin, most)
+
+    def meets(self, ray_batch):
+        """Whether rays [N, 8 or more] (origin, direction, near, far) pass an occupied cell, looked at twice in each, or
+        leave the box; [N]."""
+        rays_o, rays_d = ray_batch[:, 0:3].contiguous(), ray_batch[:, 3:6].contiguous()
+        near, far = ray_batch[:, 6], ray_batch[:, 7]
+        step = ((self.aabb[1] - self.aabb[0]).amin() / (2 * self.resolution)).item()
+        lattice, count = self.lattice(rays_o, rays_d, near, far, step, torch.zeros_like(near))
+        _, _, first, _ = self.march(rays_o, rays_d, lattice, count, most=1)
+        ends = [rays_o + rays_d * t[:, None] for t in (near, far)]
+        outside = [((end < self.aabb[0]) | (end > self.aabb[1])).any(-1) for end in ends]
+        return (first.diff() > 0) | outside[0] | outside[1]
 
     def march_plain(self, rays_o, rays_d, lattice, count, begin, most):
         """The plain twin."""

@@ -76,6 +76,6 @@ class CompiledComposite(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
         raw, t, length, first = ctx.saved_tensors
-        grad_raw = torch.zeros_like(raw)
-        call('occupancy', 'composite_gradient', raw, t, length, first, len(length), MOST_PASSED, grad_out.contiguous(), grad_raw)
+        grad_raw, grad_out = torch.zeros_like(raw), grad_out.contiguous()
+        call('occupancy', 'composite_gradient', raw, t, length, first, len(length), MOST_PASSED, grad_out, grad_raw)
         return grad_raw, None, None, None

@@ -63,7 +63,7 @@ def compare(args, blocks):
             optimizer.step()
         stepped = clock()
         health.watch(step, errors, *others)
-        log.step_done(step, errors, lrate, health)
+        log.step_done(step, args.N_rand, errors, lrate, health)
         if keeper.due(step):
             keeper.save(step)
         if count % args.i_img == 0:

@@ -19,8 +19,11 @@ ESTABLISHED = {
     'i_testset': 50000, 'i_video': 50000,
 }
 OURS = {'N_iters': 200000, 'seed': 0, 'device': 'auto', 'near': None, 'far': None, 'pixel_centers': False,
-        'render_poses': None, 'no_restart': False, 'save_minutes': 10.0, 'precision': 'auto', 'backward': 'auto'}
+        'render_poses': None, 'no_restart': False, 'save_minutes': 10.0, 'precision': 'auto', 'backward': 'auto',
+        'i_embed_views': None, 'n_levels': 16, 'n_features': 2, 'log2_hashmap_size': 19, 'finest_res': 2048,
+        'occupancy_grid': False, 'N_rand_samples': 2 ** 18, 'aabb': None, 'random_bkgd': False, 'exact_render': False}
 BLENDER = ['chair', 'drums', 'ficus', 'hotdog', 'lego', 'materials', 'mic', 'ship']
+FAST = ['lego_fast', 'fern_fast', 'demo_fast', 'fast']
 LLFF = ['fern', 'flower', 'fortress', 'horns', 'leaves', 'orchids', 'room', 'trex']
 
 
@@ -89,9 +92,17 @@ def test_llff_configs(scene):
     assert {key: paper[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize('name', FAST)
+def test_fast_configs(name):
+    found = parse('--config', ROOT / f'configs/{name}.txt')
+    expected = {'i_embed': 1, 'occupancy_grid': True, 'pixel_centers': True, 'no_batching': False, 'N_importance': 0,
+                'random_bkgd': name != 'fern_fast'}
+    assert {key: found[key] for key in expected} == expected
+
+
 def test_no_two_configs_share_an_experiment():
     names = [parse('--config', path)['expname'] for path in (ROOT / 'configs').rglob('*.txt')]
-    assert len(names) == len(set(names)) == 2 * 16 + 1
+    assert len(names) == len(set(names)) == 2 * 16 + 1 + len(FAST)
 
 
 def test_readme_lists_every_option():
