@@ -32,10 +32,28 @@ from outputs import Frame, FrameFolder, frames_mark
 from ranks import RankLost, Ranks
 from reports import Reports
 from run_log import Console, forward_warnings, speaking_for_all
-from run_nerf_helpers import NeRF, get_embedder, get_rays, img2mse, ndc_rays, sample_pdf, uniform_like_numpy
+from run_nerf_helpers import (
+    NeRF,
+    get_embedder,
+    get_rays,
+    img2mse,
+    img2mse_any_bkgd,
+    ndc_rays,
+    sample_pdf,
+    uniform_like_numpy,
+)
 from scene import uses_ndc
 from signals import Stopped, StopRequest
-from training_run import Follower, end_run, find_start, fit_to_scene, render_fast, start_run, training_batches
+from training_run import (
+    Follower,
+    end_run,
+    find_start,
+    fit_to_scene,
+    name_changes,
+    render_fast,
+    start_run,
+    training_batches,
+)
 
 FAR_AWAY = 1e10  # length of the interval behind the last sample of a ray
 EMPTY = 1e-10    # a ray of less opacity has met nothing: its disparity is 0
@@ -396,13 +414,6 @@ def create_nerf(args, checkpoint=None):
 
 # --- training ---------------------------------------------------------------------------------------------------
 
-def img2mse_any_bkgd(rgb, acc, target, bkgd):
-    """The mean of `img2mse` over all backgrounds b, uniform in [0, 1]^3: each error e on `bkgd` becomes e + (b - bkgd) a
-    there, where a is what the opacity lacks. `target` is [N, 4], colour on `bkgd` (1 or 0) and alpha."""
-    e, a = rgb - target[:, :3], (target[:, 3:] - acc[:, None])
-    return torch.mean(e ** 2 + (1 - 2 * bkgd) * e * a + a ** 2 / 3)
-
-
 def network_outputs(rgb, acc, extras, target, bkgd=0.):
     """Of the networks, coarse and fine or coarse alone: mean squared errors and mean opacities, [1 or 2] each. The sum of
     the errors is the loss, Eq. 6; over all backgrounds where `target` has alpha, [N, 4]."""
@@ -459,6 +470,8 @@ def prepare(args, ranks):
     render_fast(args, scene, built[1], render_rays)
     if state is None:
         fit_to_scene(built[0], scene, args.aabb)
+    else:
+        name_changes(args, scene, path, state)
     return scene, path, state, *built
 
 
@@ -467,6 +480,8 @@ def make_reports(args, scene, render_kwargs, say, ranks):
     if not ranks.first:
         return Follower(ranks, frame_renderer(args.chunk, render_kwargs))
     factor = args.render_factor if args.render_only else 0
+    if hasattr(render_kwargs['ray_renderer'], 'say'):
+        render_kwargs['ray_renderer'].say = say
 
     def frames(poses, store=None, stride=1):
         hwf, K = scene.every_nth_pixel(stride, render_kwargs['pixel_centers'])

@@ -23,6 +23,13 @@ def img2mse(x, y):
     return torch.mean((x - y) ** 2)
 
 
+def img2mse_any_bkgd(rgb, acc, target, bkgd):
+    """The mean of `img2mse` over all backgrounds b, uniform in [0, 1]^3: each error e on `bkgd` becomes e + (b - bkgd) a
+    there, where a is what the opacity lacks. `target` is [N, 4], colour on `bkgd` (1 or 0) and alpha."""
+    e, a = rgb - target[:, :3], (target[:, 3:] - acc[:, None])
+    return torch.mean(e ** 2 + (1 - 2 * bkgd) * e * a + a ** 2 / 3)
+
+
 def mse2psnr(x):
     """Peak signal-to-noise ratio in dB of a mean squared error, for a signal in [0, 1]."""
     return -10 * torch.log10(x)

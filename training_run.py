@@ -4,7 +4,6 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from accel.bounds import box_of_rays, find_bounds
@@ -58,13 +57,16 @@ def find_start(args, ranks):
         scene = scene_of_checkpoint(args, state['camera'])
     else:
         scene = ranks.first_before_others(partial(load_scene, args))  # which may make reduced images
-    if state is not None:
-        changed = changed_options(args, state, NETWORK_OPTIONS if args.render_only else None)
-        if not args.render_only and not scene.has_cameras_of(state['camera']):
-            changed.append('another scene')
-        if changed:
-            warnings.warn(f'options differ from those of {path}: {", ".join(changed)}', stacklevel=2)
     return path, state, scene
+
+
+def name_changes(args, scene, path, state):
+    """Warn of what is other than in the checkpoint."""
+    changed = changed_options(args, state, NETWORK_OPTIONS if args.render_only else None)
+    if not args.render_only and not scene.has_cameras_of(state['camera']):
+        changed.append('another scene')
+    if changed:
+        warnings.warn(f'options differ from those of {path}: {", ".join(changed)}', stacklevel=3)
 
 
 def fit_to_scene(render_kwargs, scene, aabb=None):
@@ -82,12 +84,11 @@ def fit_to_scene(render_kwargs, scene, aabb=None):
         grid.restrict(box, *([possible] if isinstance(grid, OccupancyGrid) else []))
 
 
-def render_fast(args, scene, render_kwargs, render_rays, say=warnings.warn):
+def render_fast(args, scene, render_kwargs, render_rays):
     """Let `render_kwargs` leave out what cannot be seen, unless the options say otherwise or a grid does so already.
 
     Args:
       render_rays: the function of run_nerf.py.
-      say: called with a line where that is not precise enough.
     """
     if args.exact_render or args.occupancy_grid:
         return
@@ -95,9 +96,8 @@ def render_fast(args, scene, render_kwargs, render_rays, say=warnings.warn):
     names = ['bf16'] if args.precision == 'auto' and has_fast_bf16(device) else []
     names += ['fp32'] if args.precision == 'auto' else [query.keywords['in_chunks'].precision]
     queries = [partial(query, in_chunks=InChunks(args.backward, name, network_chunk)) for name in names]
-    poses = np.concatenate([scene.poses, scene.render_poses[:, :3, :4]]).astype(np.float32)
-    box = box_of_rays(scene, render_kwargs['ndc'], poses)
-    render_kwargs['ray_renderer'] = FastRays(render_rays, queries, box, say)
+    box = box_of_rays(scene, render_kwargs['ndc'], scene.poses)
+    render_kwargs['ray_renderer'] = FastRays(render_rays, queries, box)
 
 
 def training_batches(args, scene, render_kwargs, ranks):

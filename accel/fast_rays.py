@@ -16,7 +16,8 @@ from accel.packed import MOST_PASSED
 
 TOLERANCE = 0.1           # largest difference of a colour channel, and
 MEAN_TOLERANCE = 0.003    # root mean square: 0.04 dB of a picture that is right to 30 dB
-CHECKED = 1024            # rays of a frame that are rendered both ways
+CHECKED = 1024            # rays of a frame that are rendered both ways, one in CHECKED_SHARE at most
+CHECKED_SHARE = 16
 LEAST_ALPHA = 1e-4        # opacity of a coarse sample; cells with less are empty
 FINEST = 64               # cells along a side, for large images
 DIVIDED = 4               # each of those that hold anything, so often along each side
@@ -55,7 +56,7 @@ class FastRays:
         if version != self.baked:
             self.grids = {network: self.bake(network, resolution, rays_flat, **kwargs) for network in networks}
             self.baked = version
-        some = rays_flat[torch.linspace(0, len(rays_flat) - 1, min(CHECKED, len(rays_flat))).long()]
+        some = rays_flat[torch.linspace(0, len(rays_flat) - 1, min(CHECKED, len(rays_flat) // CHECKED_SHARE + 1)).long()]
         exact = self.render_rays(some, **kwargs)['rgb_map']
         for query in self.queries:
             fast = partial(self.fast, query)

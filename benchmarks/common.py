@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from options import config_parser  # noqa: E402
 from ranks import Ranks  # noqa: E402
-from run_nerf import batchify, prepare  # noqa: E402
-from scene import RayBatcher  # noqa: E402
+from run_nerf import batchify, prepare, render_rays  # noqa: E402
+from training_run import training_batches  # noqa: E402
 
 PRODUCT = 4096  # side of the matrices whose product shows what the machine reaches
 
@@ -41,8 +41,9 @@ def built(args):
     return scene, kwargs, kwargs_test, start, parameters, optimizer
 
 
-def batches_of(args, scene, kwargs, device):
-    return RayBatcher(scene, args.N_rand, args.no_batching, 0, 1.0, kwargs['pixel_centers'], device)
+def batches_of(args, scene, kwargs):
+    args.precrop_iters = 0
+    return training_batches(args, scene, kwargs, Ranks(1))
 
 
 def established(kwargs):
@@ -57,7 +58,7 @@ def established(kwargs):
             encoded.append(embeddirs_fn(viewdirs[:, None].expand(inputs.shape).reshape(-1, 3)))
         raw = batchify(network_fn, 1024 * 64)(torch.cat(encoded, -1))
         return raw.reshape(*inputs.shape[:-1], raw.shape[-1])
-    return {**kwargs, 'network_query_fn': network_query_fn}
+    return {**kwargs, 'network_query_fn': network_query_fn, 'ray_renderer': render_rays}
 
 
 def clock(device):

