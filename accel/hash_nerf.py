@@ -8,6 +8,7 @@ from run_nerf_helpers import in_float32
 HIDDEN = 64         # channels of a layer
 FEATURES = 16       # what the density's MLP hands on to the colour's; its first number is the density
 MOST_LOG_DENSITY = 15.0
+FIRST_LOG_DENSITY = 2.0  # at the start: a thin fog finds surfaces later, and on photos taken from the front hardly at all
 # Entries get a gradient in few steps: a small eps lets each make its way. One pass over a large table in place of ten.
 HASH_ADAM = {'betas': (0.9, 0.99), 'eps': 1e-15, 'fused': True}
 
@@ -47,7 +48,7 @@ class HashNeRF(nn.Module):
         points, views = x[:, :3], x[:, 3:]
         h = F.relu(self.density_linears[0](self.encoding(points)), inplace=True)
         h = in_float32(self.density_linears[1], h)
-        density = TruncatedExp.apply(h[:, :1])
+        density = TruncatedExp.apply(h[:, :1] + FIRST_LOG_DENSITY)
         h = torch.cat([h, views], -1)
         for layer in self.rgb_linears[:-1]:
             h = F.relu(layer(h), inplace=True)
