@@ -12,9 +12,9 @@ from accel.compiled import call, compiled
 
 RESOLUTION = 128             # cells along a side of the grid
 BLOCK = 8                    # as in occupancy.c
-MARGIN = 0.25                # of that: cells that have shown no more are empty, since a look sees one point of a cell
-DECAY = 0.8                 # of what was seen of a cell, with each look at it; the paper's 0.95 is for longer runs
+DECAY = 0.8                  # of what was seen of a cell, with each look at it; the paper's 0.95 is for longer runs
 THRESHOLD = 0.01             # optical depth of a step in an occupied cell; less where the mean is less
+MARGIN = 0.25                # of that: cells that have shown no more are empty, since a look sees one point of a cell
 EVERY = 16                   # steps of training between looks
 ALL_CELLS_UNTIL = 256        # steps in which every cell is looked at
 MOST_CELLS = 2 ** 17         # in one look, later: half anywhere, half among the occupied
