@@ -414,12 +414,16 @@ def create_nerf(args, checkpoint=None):
 
 # --- training ---------------------------------------------------------------------------------------------------
 
+def color_error(rgb, acc, target, bkgd):
+    """Mean squared error of colours [N, 3] with opacity [N] on `bkgd`; over all backgrounds where `target` has alpha."""
+    return img2mse(rgb, target) if target.shape[-1] == 3 else img2mse_any_bkgd(rgb, acc, target, bkgd)
+
+
 def network_outputs(rgb, acc, extras, target, bkgd=0.):
     """Of the networks, coarse and fine or coarse alone: mean squared errors and mean opacities, [1 or 2] each. The sum of
-    the errors is the loss, Eq. 6; over all backgrounds where `target` has alpha, [N, 4]."""
+    the errors is the loss, Eq. 6; `target` is [N, 3], or with alpha [N, 4]."""
     outputs = ([(extras['rgb0'], extras['acc0'])] if 'rgb0' in extras else []) + [(rgb, acc)]
-    errors = [img2mse(rgb, target) if target.shape[-1] == 3 else img2mse_any_bkgd(rgb, acc, target, bkgd)
-              for rgb, acc in outputs]
+    errors = [color_error(rgb, acc, target, bkgd) for rgb, acc in outputs]
     return torch.stack(errors), torch.stack([acc.mean() for _, acc in outputs])
 
 
@@ -443,8 +447,8 @@ def loss_and_gradient(hwf, K, chunk, batch_rays, target, render_kwargs):
         part = torch.stack(network_outputs(rgb, acc, extras, part_target, bkgd)) * (len(part_target) / len(target))
         part[0].sum().backward()
         outputs = outputs + part.detach()
-    empty = torch.full_like(target[:, :3], bkgd)
-    return *outputs, network_outputs(empty, torch.zeros_like(target[:, 0]), {}, target, bkgd)[0].sum()
+    empty = torch.full_like(target[:, :3], bkgd), torch.zeros_like(target[:, 0])
+    return *outputs, color_error(*empty, target, bkgd)
 
 
 def set_learning_rate(optimizer, lrate, lrate_decay, step):

@@ -94,6 +94,7 @@ class FastRays:
 
         small = OccupancyGrid(resolution * DIVIDED).to(rays.device)
         small.restrict(self.box.to(rays.device))
+        small.opacity = small.opacity.new_empty(0)  # of so many cells it would be large, and nothing looks at it
         inner = lattice_points([DIVIDED] * 3, rays.device).long()
         cells = (holds.nonzero()[:, None] * DIVIDED + inner).reshape(-1, 3)
         found = torch.cat([opaque(large.aabb[0] + (part + 0.5) * (side / DIVIDED)) for part in cells.split(POINTS_AT_ONCE)])

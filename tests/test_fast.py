@@ -223,6 +223,13 @@ def test_a_network_that_changes_is_baked_anew(ball):
     np.testing.assert_allclose(frame(fast).rgb, frame(exact).rgb, atol=2e-4)
 
 
+def test_networks_that_show_nothing(ball):
+    exact, fast, _ = ball
+    for network in (fast['network_fn'], fast['network_fine']):
+        torch.nn.init.constant_(network.hardness, 0.0)
+    assert (frame(fast).rgb == 1).all() and (frame(exact).rgb == 1).all()
+
+
 def test_where_it_would_differ_it_is_exact(ball, monkeypatch):
     exact, fast, _ = ball
     said = []

@@ -81,10 +81,11 @@ def test_gradients_of_two_are_those_of_one(tmp_path):
 
 ALL_SAVE = '''
 import sys
+from pathlib import Path
 import run_nerf
 end = run_nerf.end_run
 def end_run(log, keeper, ranks, stop):
-    keeper.write({folder!r} / run_nerf.Path(f'rank{{ranks.index}}.tar'), log.done)
+    keeper.write({folder!r} / Path(f'rank{{ranks.index}}.tar'), log.done)
     return end(log, keeper, ranks, stop)
 run_nerf.end_run = end_run
 sys.exit(run_nerf.main())
