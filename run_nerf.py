@@ -484,12 +484,17 @@ def make_reports(args, scene, render_kwargs, say, ranks):
     if not ranks.first:
         return Follower(ranks, frame_renderer(args.chunk, render_kwargs))
     factor = args.render_factor if args.render_only else 0
-    if hasattr(render_kwargs['ray_renderer'], 'say'):
-        render_kwargs['ray_renderer'].say = say
+    ray_renderer = render_kwargs['ray_renderer']
+    if hasattr(ray_renderer, 'say'):
+        ray_renderer.say = say
 
-    def frames(poses, store=None, stride=1):
+    def frames(poses, store=None, stride=None):
+        """All of the pictures; or every `stride`-th pixel of them, of both networks."""
+        if stride is None:
+            return render_frames(poses, scene.hwf, scene.K, args.chunk, render_kwargs, factor, store, ranks)
         hwf, K = scene.every_nth_pixel(stride, render_kwargs['pixel_centers'])
-        return render_frames(poses, hwf, K, args.chunk, render_kwargs, factor, store, ranks)
+        exact = {**render_kwargs, 'ray_renderer': getattr(ray_renderer, 'render_rays', ray_renderer)}
+        return render_frames(poses, hwf, K, args.chunk, exact)
 
     def mark(poses):
         return frames_mark(poses, scene.hwf, scene.K, render_kwargs, factor)

@@ -1,10 +1,12 @@
-"""Faster rendering of trained networks: samples that cannot be seen are left out.
+"""Faster rendering of trained networks: samples that cannot be seen are left out, near ones are asked for together.
 
 The density of each network is baked into a grid. Rays keep the samples that they would have, but the networks are asked for
-those alone that lie in cells which hold something, and not for those behind what is opaque. Of each frame CHECKED rays are
-rendered exactly too: where they differ by more than TOLERANCE, or MEAN_TOLERANCE in the mean, a more precise way is taken,
-and in the end the exact one.
+those alone that lie in cells which hold something, and not for those behind what is opaque. The coarse network, which places
+the fine samples, is asked as exactly as otherwise; the fine one with cheaper products, and once for all samples within a
+fraction of a cell. Of each frame CHECKED rays are rendered exactly too: where they differ by more than TOLERANCE, or
+MEAN_TOLERANCE in the mean, a more precise way is taken, and in the end the exact one.
 """
+import itertools
 import math
 from functools import partial
 
@@ -17,23 +19,25 @@ from accel.packed import MOST_PASSED
 TOLERANCE = 0.1           # largest difference of a colour channel, and
 MEAN_TOLERANCE = 0.003    # root mean square: 0.04 dB of a picture that is right to 30 dB
 CHECKED = 1024            # rays of a frame that are rendered both ways, one in CHECKED_SHARE at most
-CHECKED_SHARE = 16
+CHECKED_SHARE = 64
 LEAST_ALPHA = 1e-4        # opacity of a coarse sample; cells with less are empty
 FINEST = 64               # cells along a side, for large images
 DIVIDED = 4               # each of those that hold anything, so often along each side
 BAKING = 8                # points that are looked at for each large cell, about
-GROUP = 32                # samples of a ray that are asked for together
 POINTS_AT_ONCE = 2 ** 18  # in baking
+TOGETHER = 0.35, 0.2, 0.1, 0.0  # of a small cell: samples of a ray in an interval of that length are asked for together
+PARTS = 4                 # of a ray's samples: what is in one is asked for before it is known whether the next is seen
 ROUND = 256               # oneDNN compiles kernels for each new number of points: there are few numbers
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 TRANSPARENT = -1.0        # density before its ReLU
 
 
 class FastRays:
-    """What takes the place of `render_rays`.
+    """What takes the place of `render_rays`. It gives the maps of the last network only.
 
     Args:
       render_rays: the function of run_nerf.py.
-      queries: network_query_fn to use, the fastest first.
+      queries: network_query_fn to use, the fastest first; the last one is as precise as otherwise.
       box: [2, 3] where rays are; what lies outside is not left out.
       say: called with a line where something is chosen.
     """
@@ -56,15 +60,15 @@ class FastRays:
         if version != self.baked:
             self.grids = {network: self.bake(network, resolution, rays_flat, **kwargs) for network in networks}
             self.baked = version
-        some = rays_flat[torch.linspace(0, len(rays_flat) - 1, min(CHECKED, len(rays_flat) // CHECKED_SHARE + 1)).long()]
+        some = rays_flat[spread(len(rays_flat), min(CHECKED, len(rays_flat) // CHECKED_SHARE + 1))]
         exact = self.render_rays(some, **kwargs)['rgb_map']
-        for query in self.queries:
-            fast = partial(self.fast, query)
+        for query, together in itertools.product(self.queries, TOGETHER):
+            fast = partial(self.fast, query, together)
             difference = fast(some, **kwargs)['rgb_map'] - exact
             largest, mean = difference.abs().max().item(), difference.square().mean().sqrt().item()
             if largest <= TOLERANCE and mean <= MEAN_TOLERANCE:
                 return fast
-            if query not in self.said:
+            if not together and query not in self.said:
                 self.said.add(query)
                 less = 'with float32' if query is not self.queries[-1] else 'exactly'
                 self.say(f'fast rendering: pixels would differ by up to {largest:.3f}, {mean:.4f} in the mean, more than '
@@ -104,45 +108,79 @@ class FastRays:
         return small
 
     @torch.no_grad()
-    def fast(self, query, ray_batch, network_fn, network_query_fn, network_fine=None, white_bkgd=False, **kwargs):
-        """`render_rays` of those rays that meet anything; the others show the background."""
-        networks = [network for network in (network_fn, network_fine) if network is not None]
-        meets = torch.zeros(len(ray_batch), dtype=torch.bool, device=ray_batch.device)
+    def fast(self, query, together, ray_batch, network_fn, network_query_fn, network_fine=None, white_bkgd=False, **kwargs):
+        """`render_rays` of those rays on which the last network, asked with `query`, holds anything; the others show the
+        background."""
+        last = network_fine or network_fn
         views = ray_batch[:, -3:] if ray_batch.shape[-1] > 8 else None
-        ends = ray_batch[:, None, 0:3] + ray_batch[:, None, 3:6] * ray_batch[:, None, 7:8]  # the interval there is endless
-        for network in networks:
-            meets |= self.grids[network].meets(ray_batch) | (query(ends, views, network)[:, 0, 3] > 0)
-        out = {'rgb_map': ray_batch.new_full([len(ray_batch), 3], float(white_bkgd))}
-        out.update({key: ray_batch.new_zeros(len(ray_batch)) for key in ('disp_map', 'acc_map')})
-        if kwargs.get('N_importance'):
-            out.update({key + '0': out[f'{key}_map'].clone() for key in ('rgb', 'disp', 'acc')})
-            out['z_std'] = out['acc_map'].clone()
-        if meets.any():
-            found = self.render_rays(ray_batch[meets], network_fn, self.asking(query), network_fine=network_fine,
-                                     white_bkgd=white_bkgd, **kwargs)
-            for key, value in found.items():
-                out[key][meets] = value
+        ends = ray_batch[:, None, 0:3] + ray_batch[:, None, 3:6] * ray_batch[:, None, 7:8]
+        ends = network_query_fn(ends, views, last)[:, 0, :4]  # the interval there is endless: any density is opaque
+        meets = self.grids[last].meets(ray_batch) | (ends[:, 3] > 0)
+        out = {key: ray_batch.new_zeros(len(ray_batch)) for key in ('disp_map', 'acc_map')}
+        out['rgb_map'] = ray_batch.new_full([len(ray_batch), 3], float(white_bkgd))
+        if not meets.any():
+            return out
+
+        def ask(pts, viewdirs, network):
+            if network is last:
+                return self.ask(query, together, pts, viewdirs, network, ends[meets])
+            return self.ask(self.queries[-1], 0.0, pts, viewdirs, network)
+        found = self.render_rays(ray_batch[meets], network_fn, ask, network_fine=network_fine,
+                                 white_bkgd=white_bkgd, **kwargs)
+        for key, value in out.items():
+            value[meets] = found[key]
         return out
 
-    def asking(self, query):
-        """A network_query_fn that asks `query` for what may be seen."""
-        def network_query_fn(pts, viewdirs, network):
-            N, S = pts.shape[:2]
-            wanted = self.grids[network].holds(pts)                                       # [N, S]
-            wanted[:, -1] = True
-            intervals = torch.linalg.vector_norm(pts[:, 1:] - pts[:, :-1], dim=-1)
-            intervals = torch.cat([intervals, torch.zeros_like(intervals[:, :1])], -1)
-            raw, passed = pts.new_full([N, S, 4], TRANSPARENT), pts.new_zeros(N)
-            for start in range(0, S, GROUP):
-                group = slice(start, start + GROUP)
-                ray, sample = (wanted[:, group] & (passed <= MOST_PASSED)[:, None]).nonzero(as_tuple=True)
-                if len(ray):
-                    ray, sample = (F.pad(index, (0, -len(ray) % ROUND), value=index[-1].item()) for index in (ray, sample))
-                    views = None if viewdirs is None else viewdirs[ray]
-                    raw[ray, start + sample] = query(pts[ray, start + sample][:, None], views, network)[:, 0, :4]
-                    passed += (torch.relu(raw[:, group, 3]) * intervals[:, group]).sum(-1)
-            return raw
-        return network_query_fn
+    def ask(self, query, together, pts, viewdirs, network, ends=TRANSPARENT):
+        """raw [N, S, 4] of `pts` [N, S, 3], TRANSPARENT where nothing can be seen. `query` is asked for the others, the last
+        ones excepted, which are `ends`."""
+        (N, S), grid = pts.shape[:2], self.grids[network]
+        wanted = grid.holds(pts)                                                      # [N, S]
+        wanted[:, -1] = False
+        intervals = torch.linalg.vector_norm(pts[:, 1:] - pts[:, :-1], dim=-1)
+        if together:
+            side = (grid.aabb[1] - grid.aabb[0]).amin() / grid.resolution
+            stretch = (F.pad(intervals.cumsum(-1), (1, 0)) / (together * side)).int()
+        intervals = F.pad(intervals, (0, 1))
+        raw, passed = pts.new_full([N, S, 4], TRANSPARENT), pts.new_zeros(N)
+        raw[:, -1] = ends
+        size = math.ceil(S / PARTS)
+        for begin in range(0, S, size):
+            part = slice(begin, begin + size)
+            ray, sample = (wanted[:, part] & (passed <= MOST_PASSED)[:, None]).nonzero(as_tuple=True)
+            if len(ray) == 0:
+                continue
+            sample += begin
+            places, views, of_sample = pts[ray, sample], ray, slice(None)
+            if together:
+                places, first, of_sample = means(ray, stretch[ray, sample], places, intervals[ray, sample])
+                views = ray[first]
+            M = len(places)
+            places, views = F.pad(places, (0, 0, 0, -M % ROUND)), F.pad(views, (0, -M % ROUND))
+            found = query(places[:, None], None if viewdirs is None else viewdirs[views], network)[:M, 0, :4]
+            raw[ray, sample] = found[of_sample]
+            passed += (torch.relu(raw[:, part, 3]) * intervals[:, part]).sum(-1)
+        return raw
+
+
+def means(ray, stretch, places, weights):
+    """Means of `places` [M, 3] by `weights` [M], of those neighbours that are in one `stretch` [M] of one `ray` [M].
+
+    Returns:
+      means [G, 3]; whether a place is the first of its group [M]; the group of each place [M].
+    """
+    first = torch.ones_like(ray, dtype=torch.bool)
+    first[1:] = (ray[1:] != ray[:-1]) | (stretch[1:] != stretch[:-1])
+    group = first.cumsum(0) - 1
+    weights = weights.clamp(min=1e-9)[:, None]
+    sums = torch.segment_reduce(torch.cat([places * weights, weights], -1), 'sum', lengths=group.bincount(), axis=0)
+    return sums[:, :3] / sums[:, 3:], first, group
+
+
+def spread(N, count):
+    """`count` indices below `N`, one in each of as many equal parts; in an image they are not in a few columns alone."""
+    i = torch.arange(count, dtype=torch.float64)
+    return ((i + i * GOLDEN_RATIO % 1) * (N / count)).long()
 
 
 def lattice_points(shape, device):

@@ -40,6 +40,7 @@ class OccupancyGrid(nn.Module):
         self.register_buffer('opacity', torch.zeros([resolution] * 3))
         self.register_buffer('occupied', torch.ones([resolution] * 3, dtype=torch.bool))
         self.register_buffer('samples_of_a_ray', torch.zeros(()))
+        self._blocks = None
 
     def reset_parameters(self):
         """All possible cells are occupied again."""
@@ -57,6 +58,16 @@ class OccupancyGrid(nn.Module):
     @property
     def resolution(self):
         return len(self.occupied)
+
+    def blocks(self):
+        """Which blocks of BLOCK³ cells hold an occupied one; the last ones are cut off by the grid's end."""
+        version = self.occupied.data_ptr(), self.occupied._version
+        if self._blocks is None or self._blocks[0] != version:
+            blocks = nn.functional.pad(self.occupied, [0, -self.resolution % BLOCK] * 3)
+            for axis in (2, 1, 0):
+                blocks = blocks.unflatten(axis, (-1, BLOCK)).any(axis + 1)
+            self._blocks = version, blocks.contiguous()
+        return self._blocks[1]
 
     def step_length(self, steps):
         """The length of a step, if the box's diagonal is `steps` long."""
@@ -184,9 +195,7 @@ class OccupancyGrid(nn.Module):
     def _march_compiled(self, rays_o, rays_d, lattice, count, begin, most):
         N, G = len(count), self.resolution
         scale = G / (self.aabb[1] - self.aabb[0])
-        padded = torch.nn.functional.pad(self.occupied, [0, -G % BLOCK] * 3)
-        blocks = padded.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-        blocks = blocks.any(5).any(3).any(1)
+        blocks = self.blocks()
         rays = torch.cat([rays_o, rays_d], -1)
         found, resume, first = torch.empty_like(count), torch.empty_like(count), count.new_zeros(N + 1)
         grid = (self.occupied, blocks, G, self.aabb[0], scale)

@@ -54,7 +54,8 @@ class InChunks:
             if not torch.is_grad_enabled() or not (parameters or points.requires_grad):
                 if self.precision == 'screened':
                     fn_in_precision = partial(self.screen, network, fn, fn_in_bf16)
-                return in_order(fn_in_precision, points, chunk)
+                with torch.autocast(device.type, enabled=False):  # weights are cast once, not for each chunk
+                    return in_order(fn_in_precision, points, chunk)
             if self.is_plain(network, len(points)):
                 return torch.cat([fn_in_precision(part) for part in points.split(chunk)])
             return SparseBackward.apply(fn_in_precision, chunk, self.shares, network, points, *parameters)
