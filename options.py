@@ -194,7 +194,8 @@ def _rendering_options(parser):
     add('--perturb', type=number(least=0), default=1., help='0 for no jitter of the samples, 1 for jitter')
     add('--raw_noise_std', type=number(least=0), default=0., help='noise added to the density in training')
     add('--exact_render', action=BooleanSwitch, default=False,
-        help='render every sample of every ray, also those that cannot be seen')
+        help='ask the networks for every sample of every ray, also where nothing can be seen; those with an '
+             'occupancy grid are asked in its occupied cells in any case')
     add('--chunk', type=whole(1), default=1024 * 32, help='rays in one go; less if memory runs out')
     add('--netchunk', type=whole(1), default=1024 * 64, help='points through a network in one go; less if memory runs out')
 

@@ -36,16 +36,17 @@ class Reports:
     Args:
       args: the options.
       scene: a `Scene`.
-      frames: a function (poses, store=None, stride=1) that yields a `Frame` for each pose; `store` is a `FrameFolder` or
-        None; with a stride, of every n-th pixel both ways.
+      frames: a function (poses, store=None) that yields a `Frame` for each pose; `store` is a `FrameFolder` or None.
+      held_out: a function (pose, stride) that returns a `Frame` of every n-th pixel both ways, of both networks.
       mark: a function (poses) that returns the fingerprint of their frames.
       device: what renders.
       say: called with each line for the console.
       done: called where there is nothing to render for now.
     """
 
-    def __init__(self, args, scene, frames, mark, device, say, done):
-        self.args, self.scene, self.frames, self.mark, self.device, self.say = args, scene, frames, mark, device, say
+    def __init__(self, args, scene, frames, held_out, mark, device, say, done):
+        self.args, self.scene, self.frames, self.held_out, self.mark = args, scene, frames, held_out, mark
+        self.device, self.say = device, say
         self.done = done
         self.encoder = probe_encoder()
         if self.encoder.name != 'H.264':
@@ -61,7 +62,7 @@ class Reports:
         affordable = 3 * VIEW_SHARE * self.args.i_img * self.args.N_rand
         stride = math.ceil(math.sqrt(scene.H * scene.W / affordable))
         target = scene.images[view][::stride, ::stride]
-        frame = next(self.frames(scene.poses[[view]], stride=stride))
+        frame = self.held_out(scene.poses[view], stride)
         by_network = {'coarse': frame.rgb} if frame.rgb0 is None else {'coarse': frame.rgb0, 'fine': frame.rgb}
         log.scalars(step, {f'psnr/held-out {name}': psnr(to8b(rgb), target) for name, rgb in by_network.items()})
         log.image(step, PANEL, panel(frame, target / 255))

@@ -263,8 +263,8 @@ def samples_of_a_ray(render_kwargs):
 # --- frames -----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def render_frame(pose, hwf, K, chunk, render_kwargs, render_factor=0):
-    """Render the image of one camera into a `Frame`.
+def render_frame(pose, hwf, K, chunk, render_kwargs, render_factor=0, stride=1):
+    """Render the image of one camera into a `Frame`, or every `stride`-th of its pixels, both ways.
 
     Args:
       pose: c2w [3 or 4, 4 or more].
@@ -279,19 +279,20 @@ def render_frame(pose, hwf, K, chunk, render_kwargs, render_factor=0):
     c2w = torch.as_tensor(pose, dtype=torch.float32, device=device)[:3, :4]
     chunk = rays_at_once(chunk, samples_of_a_ray(render_kwargs), device)
     began = time.perf_counter()
-    rgb, disp, acc, extras = render(H, W, K, chunk=chunk, c2w=c2w, **render_kwargs)
+    rays = [part[::stride, ::stride] for part in get_rays(H, W, K, c2w, render_kwargs.get('pixel_centers', False))]
+    rgb, disp, acc, extras = render(H, W, K, chunk=chunk, rays=rays, **render_kwargs)
     maps = [None if part is None else part.cpu().numpy() for part in (rgb, disp, acc, extras.get('rgb0'))]
     return Frame(*maps, seconds=time.perf_counter() - began)
 
 
 def frame_renderer(chunk, render_kwargs):
-    """A function (pose, hwf, K, render_factor) that renders a `Frame`. Where CUDA's memory does not suffice, it halves the
-    chunk from there on."""
-    def render_one(pose, hwf, K, render_factor):
+    """A function (pose, hwf, K, render_factor, stride) that renders a `Frame`. Where CUDA's memory does not suffice, it
+    halves the chunk from there on."""
+    def render_one(pose, hwf, K, render_factor, stride=1):
         nonlocal chunk
         while True:
             try:
-                return render_frame(pose, hwf, K, chunk, render_kwargs, render_factor)
+                return render_frame(pose, hwf, K, chunk, render_kwargs, render_factor, stride)
             except torch.OutOfMemoryError:
                 if chunk <= SMALLEST_CHUNK:
                     raise
@@ -488,17 +489,17 @@ def make_reports(args, scene, render_kwargs, say, ranks):
     if hasattr(ray_renderer, 'say'):
         ray_renderer.say = say
 
-    def frames(poses, store=None, stride=None):
-        """All of the pictures; or every `stride`-th pixel of them, of both networks."""
-        if stride is None:
-            return render_frames(poses, scene.hwf, scene.K, args.chunk, render_kwargs, factor, store, ranks)
-        hwf, K = scene.every_nth_pixel(stride, render_kwargs['pixel_centers'])
+    def frames(poses, store=None):
+        return render_frames(poses, scene.hwf, scene.K, args.chunk, render_kwargs, factor, store, ranks)
+
+    def held_out(pose, stride):
         exact = {**render_kwargs, 'ray_renderer': getattr(ray_renderer, 'render_rays', ray_renderer)}
-        return render_frames(poses, hwf, K, args.chunk, exact)
+        return frame_renderer(args.chunk, exact)(pose, scene.hwf, scene.K, 0, stride)
 
     def mark(poses):
         return frames_mark(poses, scene.hwf, scene.K, render_kwargs, factor)
-    return Reports(args, scene, frames, mark, next(render_kwargs['network_fn'].parameters()).device, say, ranks.release)
+    device = next(render_kwargs['network_fn'].parameters()).device
+    return Reports(args, scene, frames, held_out, mark, device, say, ranks.release)
 
 
 def train(args, console=None):

@@ -40,14 +40,6 @@ class Scene:
     def hwf(self):
         return [self.H, self.W, float(self.K[0, 0])]
 
-    def every_nth_pixel(self, stride, pixel_centers):
-        """hwf and K of images [::stride, ::stride]: the rays of the pixels that are left, as they are in the full image."""
-        shift = 0.5 if pixel_centers else 0.0
-        K = self.K.copy()
-        K[:2] /= stride
-        K[:2, 2] = (self.K[:2, 2] - shift) / stride + shift
-        return [-(-self.H // stride), -(-self.W // stride), K[0, 0]], K
-
     def cameras(self):
         """All but the images, as plain numbers and tensors."""
         arrays = ('poses', 'K', 'render_poses', 'i_train', 'i_val', 'i_test')

@@ -22,7 +22,7 @@ from checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from devices import has_fast_bf16, network_chunk
+from devices import network_chunk, pick_precision
 from errors import UserError
 from health import Health
 from run_log import RunLog, describe_run, prepare_folder
@@ -93,8 +93,8 @@ def render_fast(args, scene, render_kwargs, render_rays):
     if args.exact_render or args.occupancy_grid:
         return
     query, device = render_kwargs['network_query_fn'], next(render_kwargs['network_fn'].parameters()).device
-    names = ['bf16'] if args.precision == 'auto' and has_fast_bf16(device) else []
-    names += ['fp32'] if args.precision == 'auto' else [query.keywords['in_chunks'].precision]
+    names = [pick_precision(args.precision, device, max(args.netwidth, args.netwidth_fine))]
+    names += ['fp32'] if names[0] == 'bf16' and args.precision == 'auto' else []
     queries = [partial(query, in_chunks=InChunks(args.backward, name, network_chunk)) for name in names]
     box = box_of_rays(scene, render_kwargs['ndc'], scene.poses)
     render_kwargs['ray_renderer'] = FastRays(render_rays, queries, box)

@@ -1,10 +1,10 @@
 """Faster rendering of trained networks: samples that cannot be seen are left out, near ones are asked for together.
 
 The density of each network is baked into a grid. Rays keep the samples that they would have, but the networks are asked for
-those alone that lie in cells which hold something, and not for those behind what is opaque. The coarse network, which places
-the fine samples, is asked as exactly as otherwise; the fine one with cheaper products, and once for all samples within a
-fraction of a cell. Of each frame CHECKED rays are rendered exactly too: where they differ by more than TOLERANCE, or
-MEAN_TOLERANCE in the mean, a more precise way is taken, and in the end the exact one.
+those alone that lie in cells which hold something, and not for those behind what is opaque. There the coarse network, which
+places the fine samples, is asked as precisely as otherwise; the fine one with cheaper products, and once for all samples
+within a fraction of a cell. Of each frame CHECKED rays are rendered exactly too: where their colours and opacities differ by
+more than TOLERANCE, or MEAN_TOLERANCE in the mean, a more precise way is taken, and in the end the exact one.
 """
 import itertools
 import math
@@ -13,17 +13,19 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from accel.occupancy import OccupancyGrid
+from accel.occupancy import OccupancyGrid, version
 from accel.packed import MOST_PASSED
 
-TOLERANCE = 0.1           # largest difference of a colour channel, and
+TOLERANCE = 0.1           # largest difference of a colour channel or the opacity, and
 MEAN_TOLERANCE = 0.003    # root mean square: 0.04 dB of a picture that is right to 30 dB
-CHECKED = 1024            # rays of a frame that are rendered both ways, one in CHECKED_SHARE at most
-CHECKED_SHARE = 64
+CHECKED = 1024            # rays of a frame that are rendered both ways, one in CHECKED_SHARE at most,
+CHECKED_SHARE = 64        # but not less than
+FEWEST_CHECKED = 256
 LEAST_ALPHA = 1e-4        # opacity of a coarse sample; cells with less are empty
-FINEST = 64               # cells along a side, for large images
+LARGE = 64                # cells along a side
 DIVIDED = 4               # each of those that hold anything, so often along each side
-BAKING = 8                # points that are looked at for each large cell, about
+MOST_DIVIDED = 0.25       # of the large cells; fog is not worth it
+FRAMES = 8                # that the first look of baking may cost
 POINTS_AT_ONCE = 2 ** 18  # in baking
 TOGETHER = 0.35, 0.2, 0.1, 0.0  # of a small cell: samples of a ray in an interval of that length are asked for together
 PARTS = 4                 # of a ray's samples: what is in one is asked for before it is known whether the next is seen
@@ -33,7 +35,8 @@ TRANSPARENT = -1.0        # density before its ReLU
 
 
 class FastRays:
-    """What takes the place of `render_rays`. It gives the maps of the last network only.
+    """What takes the place of `render_rays`. It gives the maps of the last network only. A ray along which the opacity of
+    samples is nowhere LEAST_ALPHA is empty, its disparity 0.
 
     Args:
       render_rays: the function of run_nerf.py.
@@ -49,22 +52,23 @@ class FastRays:
     def choose(self, rays_flat, **kwargs):
         """What renders these rays, all of a frame: a function as `render_rays`. Nothing depends on earlier frames, so that
         it does not matter who renders which."""
-        networks = [network for network in (kwargs['network_fn'], kwargs['network_fine']) if network is not None]
-        resolution = min(FINEST, 2 ** math.ceil(math.log2(max(8.0, math.sqrt(len(rays_flat)) / 4))))
-        cost = len(networks) * BAKING * resolution ** 3
-        cost_exact = (kwargs['N_samples'] + kwargs['N_importance']) * len(rays_flat)
-        random = kwargs['perturb'] or kwargs['raw_noise_std']
-        if torch.is_grad_enabled() or random or kwargs.get('retraw') or cost > cost_exact:
+        networks = [network for network in (kwargs['network_fn'], kwargs.get('network_fine')) if network is not None]
+        samples = kwargs['N_samples'] + kwargs.get('N_importance', 0)
+        looks = 2 * len(networks) * LARGE ** 3
+        random = kwargs.get('perturb') or kwargs.get('raw_noise_std')
+        if (torch.is_grad_enabled() or random or kwargs.get('retraw') or kwargs['N_samples'] < 2
+                or looks > FRAMES * samples * len(rays_flat)):
             return self.render_rays
-        version = [resolution, *((p.data_ptr(), p._version) for network in networks for p in network.parameters())]
-        if version != self.baked:
-            self.grids = {network: self.bake(network, resolution, rays_flat, **kwargs) for network in networks}
-            self.baked = version
-        some = rays_flat[spread(len(rays_flat), min(CHECKED, len(rays_flat) // CHECKED_SHARE + 1))]
-        exact = self.render_rays(some, **kwargs)['rgb_map']
+        versions = [version(parameter) for network in networks for parameter in network.parameters()]
+        if versions != self.baked or None in versions:
+            self.grids = {network: self.bake(network, rays_flat, kwargs['N_samples']) for network in networks}
+            self.baked = versions
+        checked = min(CHECKED, max(FEWEST_CHECKED, len(rays_flat) // CHECKED_SHARE), len(rays_flat))
+        some = rays_flat[spread(len(rays_flat), checked)]
+        exact = colors_and_opacity(self.render_rays(some, **kwargs))
         for query, together in itertools.product(self.queries, TOGETHER):
             fast = partial(self.fast, query, together)
-            difference = fast(some, **kwargs)['rgb_map'] - exact
+            difference = colors_and_opacity(fast(some, **kwargs)) - exact
             largest, mean = difference.abs().max().item(), difference.square().mean().sqrt().item()
             if largest <= TOLERANCE and mean <= MEAN_TOLERANCE:
                 return fast
@@ -76,11 +80,12 @@ class FastRays:
         return self.render_rays
 
     @torch.no_grad()
-    def bake(self, network, resolution, rays, **kwargs):
+    def bake(self, network, rays, N_samples):
         """The cells in which `network` is not transparent, and those around them: large cells, looked at in their corners
-        and centres; of those that hold anything, small ones."""
-        least = LEAST_ALPHA * kwargs['N_samples'] / (rays[0, 7] - rays[0, 6]).item()
+        and centres; of those that hold anything, small ones, unless these are many."""
+        least = LEAST_ALPHA * N_samples / (rays[0, 7] - rays[0, 6]).item()
         direction = rays[:1, -3:] if rays.shape[-1] > 8 else None
+        device, G = rays.device, LARGE
 
         def opaque(points):
             def ask(pts):
@@ -88,30 +93,38 @@ class FastRays:
                 return self.queries[0](pts[:, None], views, network)[:, 0, 3] > least
             return torch.cat([ask(pts) for pts in points.split(POINTS_AT_ONCE)])
 
-        large = OccupancyGrid(resolution).to(rays.device)
-        large.restrict(self.box.to(rays.device))
-        G, side = resolution, (large.aabb[1] - large.aabb[0]) / resolution
-        corners = large.aabb[0] + side * lattice_points([G + 1] * 3, rays.device)
-        holds = F.max_pool3d(opaque(corners).view(1, 1, G + 1, G + 1, G + 1).float(), 2, 1)
-        centers = large.points_in(torch.arange(G ** 3, device=rays.device), 0.5)
-        holds = with_neighbours(holds[0, 0].bool() | opaque(centers).view(G, G, G))
+        def empty(resolution):
+            grid = OccupancyGrid(resolution).to(device)
+            grid.restrict(self.box.to(device))
+            grid.opacity = grid.opacity.new_empty(0)  # nothing looks at it, and of so many cells it would be large
+            grid.occupied.zero_()
+            return grid
 
-        small = OccupancyGrid(resolution * DIVIDED).to(rays.device)
-        small.restrict(self.box.to(rays.device))
-        small.opacity = small.opacity.new_empty(0)  # of so many cells it would be large, and nothing looks at it
-        inner = lattice_points([DIVIDED] * 3, rays.device).long()
-        cells = (holds.nonzero()[:, None] * DIVIDED + inner).reshape(-1, 3)
-        found = torch.cat([opaque(large.aabb[0] + (part + 0.5) * (side / DIVIDED)) for part in cells.split(POINTS_AT_ONCE)])
-        small.occupied.zero_()
-        small.occupied[cells[found].unbind(-1)] = True
-        small.occupied.copy_(with_neighbours(small.occupied))
-        return small
+        grid = empty(G)
+        side = (grid.aabb[1] - grid.aabb[0]) / G
+        corners = grid.aabb[0] + side * lattice_points([G + 1] * 3, device)
+        holds = F.max_pool3d(opaque(corners).view(1, 1, G + 1, G + 1, G + 1).float(), 2, 1)[0, 0].bool()
+        holds |= opaque(grid.points_in(torch.arange(G ** 3, device=device), 0.5)).view(G, G, G)
+        holds = with_neighbours(holds)
+        if holds.float().mean() > MOST_DIVIDED:
+            grid.occupied.copy_(holds)
+            return grid
+
+        grid = empty(G * DIVIDED)
+        inner = lattice_points([DIVIDED] * 3, device).long()
+        for part in holds.nonzero().split(POINTS_AT_ONCE // len(inner)):
+            cells = (part[:, None] * DIVIDED + inner).reshape(-1, 3)
+            cells = cells[opaque(grid.aabb[0] + (cells + 0.5) * (side / DIVIDED))]
+            grid.occupied[cells.unbind(-1)] = True
+        grid.occupied.copy_(with_neighbours(grid.occupied))
+        return grid
 
     @torch.no_grad()
-    def fast(self, query, together, ray_batch, network_fn, network_query_fn, network_fine=None, white_bkgd=False, **kwargs):
+    def fast(self, query, together, ray_batch, network_fn, network_query_fn, N_samples, N_importance=0, network_fine=None,
+             white_bkgd=False, **kwargs):
         """`render_rays` of those rays on which the last network, asked with `query`, holds anything; the others show the
         background."""
-        last = network_fine or network_fn
+        last = network_fine if N_importance > 0 and network_fine is not None else network_fn
         views = ray_batch[:, -3:] if ray_batch.shape[-1] > 8 else None
         ends = ray_batch[:, None, 0:3] + ray_batch[:, None, 3:6] * ray_batch[:, None, 7:8]
         ends = network_query_fn(ends, views, last)[:, 0, :4]  # the interval there is endless: any density is opaque
@@ -122,11 +135,11 @@ class FastRays:
             return out
 
         def ask(pts, viewdirs, network):
-            if network is last:
+            if pts.shape[1] == N_samples + N_importance:
                 return self.ask(query, together, pts, viewdirs, network, ends[meets])
             return self.ask(self.queries[-1], 0.0, pts, viewdirs, network)
-        found = self.render_rays(ray_batch[meets], network_fn, ask, network_fine=network_fine,
-                                 white_bkgd=white_bkgd, **kwargs)
+        found = self.render_rays(ray_batch[meets], network_fn, ask, N_samples, N_importance=N_importance,
+                                 network_fine=network_fine, white_bkgd=white_bkgd, **kwargs)
         for key, value in out.items():
             value[meets] = found[key]
         return out
@@ -161,6 +174,11 @@ class FastRays:
             raw[ray, sample] = found[of_sample]
             passed += (torch.relu(raw[:, part, 3]) * intervals[:, part]).sum(-1)
         return raw
+
+
+def colors_and_opacity(maps):
+    """[N, 4] of what `render_rays` returns."""
+    return torch.cat([maps['rgb_map'], maps['acc_map'][:, None]], -1)
 
 
 def means(ray, stretch, places, weights):

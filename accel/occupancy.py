@@ -23,6 +23,11 @@ LATTICE_AT_ONCE = 2 ** 22    # points that the plain twin looks up together
 IMPOSSIBLE = -1.0            # opacity of cells that are known to be empty
 
 
+def version(tensor):
+    """What changes when `tensor` is written to; None if that is not known."""
+    return None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
+
+
 class OccupancyGrid(nn.Module):
     """The cells of the box `aabb` [2, 3], lower and upper corner.
 
@@ -61,12 +66,12 @@ class OccupancyGrid(nn.Module):
 
     def blocks(self):
         """Which blocks of BLOCK³ cells hold an occupied one; the last ones are cut off by the grid's end."""
-        version = self.occupied.data_ptr(), self.occupied._version
-        if self._blocks is None or self._blocks[0] != version:
+        now = version(self.occupied)
+        if self._blocks is None or now is None or self._blocks[0] != now:
             blocks = nn.functional.pad(self.occupied, [0, -self.resolution % BLOCK] * 3)
             for axis in (2, 1, 0):
                 blocks = blocks.unflatten(axis, (-1, BLOCK)).any(axis + 1)
-            self._blocks = version, blocks.contiguous()
+            self._blocks = now, blocks.contiguous()
         return self._blocks[1]
 
     def step_length(self, steps):
@@ -116,7 +121,7 @@ class OccupancyGrid(nn.Module):
         """Whether points [..., 3] are in occupied cells, or outside of the box, where nothing is known; [...]."""
         places = (points - self.aabb[0]) * (self.resolution / (self.aabb[1] - self.aabb[0]))
         inside = ((places >= 0) & (places <= self.resolution)).all(-1)
-        x, y, z = places.clamp(0, self.resolution - 1).long().unbind(-1)
+        x, y, z = places.nan_to_num(0.0).clamp(0, self.resolution - 1).long().unbind(-1)
         return self.occupied[x, y, z] | ~inside
 
     # --- rays ---

@@ -16,9 +16,10 @@ import torch
 from common import built, established, machine, parse, seconds_of, show, write_json
 
 from accel.sparse_backward import InChunks
-from devices import has_fast_bf16, network_chunk
+from devices import has_fast_bf16, network_chunk, rays_at_once
 from run_log import memory_gib
-from run_nerf import render, render_frame, render_rays
+from run_nerf import render, render_rays
+from run_nerf_helpers import get_rays
 
 WAYS = {'established': None, 'fp32': 'fp32', 'screened': 'screened', 'bf16': 'bf16', 'fast': None}
 
@@ -31,30 +32,31 @@ def main():
                       ('--memory_of', {'choices': WAYS, 'help': 'print the peak memory of a frame in GiB, and no more'}))
     scene, _, kwargs, start, parameters, _ = built(args)
     device = parameters[0].device
-    (H, W, focal), K = scene.every_nth_pixel(own.stride, kwargs['pixel_centers'])
-    rows = own.rows or H
-    K[1, 2] -= (H - rows) // 2  # the middle of the frame
-    rest = scene.H * scene.W / (rows * W)
+    above = (scene.H - own.rows) // 2 if own.rows else 0  # what is left is the middle of the frame
+    pixels = slice(above, scene.H - above, own.stride), slice(None, None, own.stride)
+    target = torch.as_tensor(scene.images[scene.i_test[0]][pixels] / 255)
+    rest = scene.H * scene.W / target[..., 0].numel()
+    pose = torch.as_tensor(scene.poses[scene.i_test[0]], device=device)
+    rays = [part[pixels] for part in get_rays(scene.H, scene.W, scene.K, pose, kwargs['pixel_centers'])]
+    samples = args.N_samples + args.N_importance
     ways = own.ways or [way for way in WAYS if way not in ('screened', 'bf16') or has_fast_bf16(device)]
 
+    @torch.no_grad()
     def frame(way):
-        pose = torch.as_tensor(scene.poses[scene.i_test[0]], device=device)
         if way == 'established':
-            with torch.no_grad():
-                return render(rows, W, K, args.chunk, c2w=pose, **established(kwargs))[0].cpu()
-        if way == 'fast':
-            return torch.as_tensor(render_frame(pose, [rows, W, focal], K, args.chunk, kwargs).rgb)
-        query = partial(kwargs['network_query_fn'], in_chunks=InChunks('auto', WAYS[way], network_chunk))
-        ours = {**kwargs, 'network_query_fn': query, 'ray_renderer': render_rays}
-        return torch.as_tensor(render_frame(pose, [rows, W, focal], K, args.chunk, ours).rgb)
+            ours, chunk = established(kwargs), args.chunk
+        else:
+            ours, chunk = dict(kwargs), rays_at_once(args.chunk, samples, device)
+        if WAYS[way]:
+            query = partial(kwargs['network_query_fn'], in_chunks=InChunks('auto', WAYS[way], network_chunk))
+            ours.update(network_query_fn=query, ray_renderer=render_rays)
+        return render(scene.H, scene.W, scene.K, chunk, rays, **ours)[0].cpu()
 
     if own.memory_of:
         frame(own.memory_of)
         print(json.dumps(memory_gib(device)))
         return
     seconds, pictures = {way: [] for way in ways}, {}
-    target = scene.images[scene.i_test[0]][::own.stride, ::own.stride]
-    target = torch.as_tensor(target[(H - rows) // 2:(H - rows) // 2 + rows] / 255)
     if 'fast' in ways:
         print(f'the first frame of `fast`, with baking: {seconds_of(lambda: frame("fast"), device):.1f} s')
     for _ in range(own.frames):

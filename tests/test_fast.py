@@ -12,14 +12,13 @@ from test_resilience import NEVER, finish, start, wait_for
 
 import run_nerf
 from accel import fast_rays
-from accel.bounds import box_of_rays
 from accel.fast_rays import FastRays
 from accel.hash_nerf import MOST_LOG_DENSITY, TruncatedExp
 from checkpoints import read_checkpoint
 from options import config_parser
 from ranks import Ranks
-from run_nerf import create_nerf, main, make_reports, prepare, render_frame
-from run_nerf_helpers import img2mse_any_bkgd
+from run_nerf import main, make_reports, prepare, render_frame
+from run_nerf_helpers import get_rays, img2mse_any_bkgd
 
 SMALL = ['--config', ROOT / 'configs/demo_fast.txt', '--datadir', ROOT / 'data/demo', '--half_res', '--testskip', 4,
          '--device', 'cpu', '--log2_hashmap_size', 11, '--n_levels', 4, '--finest_res', 64, '--N_samples', 64, '--N_rand',
@@ -226,7 +225,7 @@ def test_near_samples_are_asked_for_together(ball, monkeypatch):
     each = frame(fast)
     assert fewer < 0.8 * asked['fast']
     largest = {name: np.abs(other.rgb - one.rgb).max() for name, other in (('each', each), ('together', together))}
-    assert largest['each'] < 2e-4 < largest['together'] < 0.01
+    assert max(largest.values()) < 2e-3
 
 
 def test_means_of_neighbours():
@@ -255,16 +254,16 @@ def test_fog_of_the_coarse_network_alone_is_not_shown(ball):
     assert ((other.rgb - one.rgb) ** 2).mean() < fast_rays.MEAN_TOLERANCE ** 2
     asked.update(exact=0, fast=0)
     frame(fast)
-    assert asked['fast'] < 64 * 64 * 128 / 3
+    assert asked['fast'] + asked['exact'] < 64 * 64 * 192 / 3
 
 
 def test_the_held_out_view_shows_both_networks(tmp_path):
     args = config_parser().parse_args([*map(str, ['--config', ROOT / 'configs/demo.txt', '--datadir', ROOT / 'data/demo',
                                                   '--half_res', '--device', 'cpu', '--basedir', tmp_path])])
     scene, _, _, _, kwargs, *_ = prepare(args, Ranks(1))
-    frames = make_reports(args, scene, kwargs, print, Ranks(1)).frames
-    assert next(frames(scene.poses[:1], stride=1)).rgb0 is not None
-    assert next(frames(scene.poses[:1])).rgb0 is None  # rendered fast
+    reports = make_reports(args, scene, kwargs, print, Ranks(1))
+    assert reports.held_out(scene.poses[0], 1).rgb0 is not None
+    assert next(reports.frames(scene.poses[:1])).rgb0 is None  # rendered fast
 
 
 def test_a_network_that_changes_is_baked_anew(ball):
@@ -273,23 +272,82 @@ def test_a_network_that_changes_is_baked_anew(ball):
     with torch.no_grad():
         fast['network_fine'].hardness.neg_()  # everything but the ball
         fast['network_fn'].hardness.neg_()
-    np.testing.assert_allclose(frame(fast).rgb, frame(exact).rgb, atol=0.01)
+    other = frame(fast)
+    assert other.rgb0 is None  # rendered fast
+    np.testing.assert_allclose(other.rgb, frame(exact).rgb, atol=0.01)
 
 
 def test_networks_that_show_nothing(ball):
     exact, fast, _ = ball
     for network in (fast['network_fn'], fast['network_fine']):
         torch.nn.init.constant_(network.hardness, 0.0)
-    assert (frame(fast).rgb == 1).all() and (frame(exact).rgb == 1).all()
+    other = frame(fast)
+    assert other.rgb0 is None and (other.rgb == 1).all() and (frame(exact).rgb == 1).all()
 
 
 def test_where_it_would_differ_it_is_exact(ball, monkeypatch):
     exact, fast, _ = ball
     said = []
     fast['ray_renderer'].say = said.append
-    monkeypatch.setattr(FastRays, 'bake', lambda self, network, *args, **kwargs: empty_grid())
+    monkeypatch.setattr(FastRays, 'bake', lambda self, network, rays, N_samples: empty_grid())
     assert (frame(fast).rgb == frame(exact).rgb).all()
     assert len(said) == 1 and 'rendered exactly' in said[0]
+
+
+def test_less_precise_products_give_way(ball):
+    exact, fast, _ = ball
+    said = []
+    precise = exact['network_query_fn']
+    queries = [lambda *args: precise(*args) * 0.5, precise]
+    fast['ray_renderer'] = FastRays(run_nerf.render_rays, queries, fast['ray_renderer'].box, said.append)
+    other = frame(fast)
+    assert other.rgb0 is None and len(said) == 1 and 'with float32' in said[0]
+    np.testing.assert_allclose(other.rgb, frame(exact).rgb, atol=0.01)
+
+
+def test_what_shows_in_the_opacity_alone_counts(ball, monkeypatch):
+    """A white ball before white is no different in its colours."""
+    exact, fast, _ = ball
+    forward, white = Ball.forward, torch.tensor([99.0, 99, 99, 0])
+    monkeypatch.setattr(Ball, 'forward', lambda self, x: forward(self, x) + white)
+    monkeypatch.setattr(FastRays, 'bake', lambda self, network, rays, N_samples: empty_grid())
+    np.testing.assert_allclose(frame(fast).acc, frame(exact).acc, atol=fast_rays.TOLERANCE)
+
+
+def test_fog_keeps_the_large_cells(ball):
+    _, fast, _ = ball
+    torch.nn.init.constant_(fast['network_fine'].hardness, -1.0)  # everywhere around
+    frame(fast)
+    sizes = {network: grid.resolution for network, grid in fast['ray_renderer'].grids.items()}
+    assert sizes[fast['network_fine']] == fast_rays.LARGE < sizes[fast['network_fn']]
+
+
+@pytest.mark.parametrize('options', [
+    {'N_importance': 0}, {'N_importance': 0, 'network_fine': None}, {'network_fine': None}, {'N_samples': 33},
+    {'N_samples': 3}, {'N_samples': 1, 'N_importance': 0}, {'white_bkgd': False}, {'lindisp': True},
+    {'use_viewdirs': False}],
+    ids=lambda options: ' '.join(map(str, options.items())))
+def test_fast_rendering_with_other_options(ball, options):
+    exact, fast, _ = ball
+    one, other = frame({**exact, **options}), frame({**fast, **options})
+    np.testing.assert_allclose(other.rgb, one.rgb, atol=fast_rays.TOLERANCE)
+    assert ((other.rgb - one.rgb) ** 2).mean() < (2 * fast_rays.MEAN_TOLERANCE) ** 2
+
+
+def test_fast_rendering_in_inference_mode(ball):
+    exact, fast, _ = ball
+    with torch.inference_mode():
+        np.testing.assert_allclose(frame(fast).rgb, frame(exact).rgb, atol=0.01)
+
+
+def test_small_things_in_a_small_picture(ball, monkeypatch):
+    """A ball that is a few pixels wide."""
+    exact, fast, _ = ball
+    forward = Ball.forward
+    monkeypatch.setattr(Ball, 'forward', lambda self, x: forward(self, x * 2.5))  # of radius 0.2 in a box of 6
+    one, other = frame(exact), frame(fast)
+    assert 10 < (one.acc > 0.9).sum() < 80
+    np.testing.assert_allclose(other.rgb, one.rgb, atol=0.05)
 
 
 @pytest.mark.parametrize('side', [64, 100, 128, 400])
@@ -327,10 +385,9 @@ def test_little_is_skipped_in_which_a_denser_look_finds_anything(tmp_path):
     args = config_parser().parse_args(options)
     scene, _, _, _, kwargs, *_ = prepare(args, Ranks(1))
     renderer = kwargs['ray_renderer']
-    names = ('network_fn', 'network_fine', 'network_query_fn', 'N_samples')
     for network in (kwargs['network_fn'], kwargs['network_fine']):
         rays = torch.tensor([[0, 0, 0, 0, 0, 0, scene.near, scene.far, 0, 0, 1.0]])
-        grid = renderer.bake(network, 32, rays, **{key: kwargs[key] for key in names})
+        grid = renderer.bake(network, rays, args.N_samples)
         cells = (~grid.occupied).flatten().nonzero()[:, 0]
         assert 0.3 < len(cells) / grid.occupied.numel() < 1
         cells = cells[torch.randperm(len(cells), generator=torch.Generator().manual_seed(0))[:4000]]
@@ -344,10 +401,17 @@ def test_little_is_skipped_in_which_a_denser_look_finds_anything(tmp_path):
             alpha = 1 - torch.exp(-torch.relu(raw[:, 0, 3]) * thinnest)
             missed |= alpha > 0.01
         assert missed.float().mean() < 1e-2
-    outer = box_of_rays(scene, False, scene.poses)
-    assert (renderer.box[0] <= outer[0]).all() and (renderer.box[1] >= outer[1]).all()
+    for pose in scene.poses:
+        rays_o, rays_d = get_rays(scene.H, scene.W, scene.K, torch.as_tensor(pose))
+        for t in (scene.near, scene.far):
+            ends = rays_o + t * rays_d
+            assert (ends >= renderer.box[0] - 1e-4).all() and (ends <= renderer.box[1] + 1e-4).all()
 
 
-def test_exact_render_is_as_it_was(tmp_path):
-    args = config_parser().parse_args(['--expname', 'x', '--basedir', str(tmp_path), '--exact_render', '--device', 'cpu'])
-    assert create_nerf(args)[1]['ray_renderer'] is run_nerf.render_rays
+@pytest.mark.parametrize('options, fast', [([], True), (['--exact_render'], False)])
+def test_exact_render_leaves_nothing_out(tmp_path, options, fast):
+    args = config_parser().parse_args([*map(str, ['--config', ROOT / 'configs/demo.txt', '--datadir', ROOT / 'data/demo',
+                                                  '--half_res', '--device', 'cpu', '--basedir', tmp_path, *options])])
+    _, _, _, training, rendering, *_ = prepare(args, Ranks(1))
+    assert training['ray_renderer'] is run_nerf.render_rays
+    assert (rendering['ray_renderer'] is run_nerf.render_rays) == (not fast)

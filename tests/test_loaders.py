@@ -246,17 +246,6 @@ def test_ndc_with_cameras_all_around_is_named():
         scene_of('--datadir', DATA / 'nerf_llff_data/fern', '--spherify')
 
 
-@pytest.mark.parametrize('centers', [False, True])
-@pytest.mark.parametrize('stride', [1, 2, 3])
-def test_every_nth_pixel_keeps_its_ray(tmp_path, centers, stride):
-    scene = blender(blender_scene(tmp_path / 'scene'))
-    (H, W, _), few = scene.every_nth_pixel(stride, centers)
-    c2w = torch.from_numpy(scene.poses[0])
-    _, full = get_rays(scene.H, scene.W, scene.K, c2w, centers)
-    _, left = get_rays(H, W, few, c2w, centers)
-    torch.testing.assert_close(left, full[::stride, ::stride], atol=1e-5, rtol=0)
-
-
 # --- a path of one's own ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('rows', [3, 4])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from run_nerf import batchify, raw2outputs, render, render_frames, render_path, render_rays, run_network
+from run_nerf import batchify, raw2outputs, render, render_frame, render_frames, render_path, render_rays, run_network
 from run_nerf_helpers import NeRF, get_embedder, get_rays
 
 K = np.array([[12.0, 0, 5.0], [0, 12.0, 4.0], [0, 0, 1]])
@@ -212,3 +212,12 @@ def test_render_factor_shows_the_same_picture_smaller():
     full, half = (next(render_frames(pose, HWF, K, 64, chain(), factor)).rgb for factor in (0, 2))
     assert half.shape == (4, 5, 3)
     np.testing.assert_allclose(half, full[::2, ::2], atol=1e-5)
+
+
+@pytest.mark.parametrize('ndc', [False, True])
+@pytest.mark.parametrize('centers', [False, True])
+def test_a_stride_keeps_the_rays_of_the_pixels_that_are_left(ndc, centers):
+    kwargs = chain(ndc=ndc, near=0.0, far=1.0, pixel_centers=centers)
+    full, some = (render_frame(np.eye(4), HWF, K, 64, kwargs, stride=stride).rgb for stride in (1, 3))
+    assert some.shape == (3, 4, 3)
+    np.testing.assert_allclose(some, full[::3, ::3], atol=1e-5)
