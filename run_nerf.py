@@ -350,22 +350,13 @@ def render_path(render_poses, hwf, K, chunk, render_kwargs, gt_imgs=None, savedi
 
 # --- set-up -----------------------------------------------------------------------------------------------------
 
-def create_nerf(args, checkpoint=None):
-    """Build networks and optimizer, and load the checkpoint that the options name or the experiment has.
+def build_networks(args, device):
+    """New networks and their encodings.
 
-    Args:
-      args: the options.
-      checkpoint: path and content, where `load_checkpoint(args)` was called before.
     Returns:
-      render_kwargs_train, render_kwargs_test: for `render`, but for near and far.
-      start: steps done so far.
-      grad_vars: parameters to optimise.
-      optimizer: Adam.
-    Raises:
-      UserError: a checkpoint that is damaged or fits other networks.
+      network_fn, network_fine: the latter is None without fine samples.
+      embed_fn, embeddirs_fn: encodings of points and of directions, the latter None where these are not used.
     """
-    device = pick_device(args.device)
-    width = max(args.netwidth, args.netwidth_fine)
     hashed = args.i_embed == 1  # a network that encodes its input itself
     i_views = args.i_embed_views if args.i_embed_views is not None else 2 if hashed else args.i_embed
     embed_fn, input_ch = get_embedder(args.multires, -1 if hashed else args.i_embed)
@@ -382,12 +373,33 @@ def create_nerf(args, checkpoint=None):
             network.occupancy = OccupancyGrid()
         return network.to(device)
 
+    network_fn = build(args.netdepth, args.netwidth)
+    network_fine = build(args.netdepth_fine, args.netwidth_fine) if args.N_importance > 0 else None
+    return network_fn, network_fine, embed_fn, embeddirs_fn
+
+
+def create_nerf(args, checkpoint=None):
+    """Build networks and optimizer, and load the checkpoint that the options name or the experiment has.
+
+    Args:
+      args: the options.
+      checkpoint: path and content, where `load_checkpoint(args)` was called before.
+    Returns:
+      render_kwargs_train, render_kwargs_test: for `render`, but for near and far.
+      start: steps done so far.
+      grad_vars: parameters to optimise.
+      optimizer: Adam.
+    Raises:
+      UserError: a checkpoint that is damaged or fits other networks.
+    """
+    device, hashed = pick_device(args.device), args.i_embed == 1
+    width = max(args.netwidth, args.netwidth_fine)
+    network_fn, network_fine, embed_fn, embeddirs_fn = build_networks(args, device)
+
     def query_fn(precision):
         return partial(run_network, embed_fn=embed_fn, embeddirs_fn=embeddirs_fn, netchunk=args.netchunk,
                        in_chunks=InChunks(args.backward, precision, None if hashed else network_chunk))
 
-    network_fn = build(args.netdepth, args.netwidth)
-    network_fine = build(args.netdepth_fine, args.netwidth_fine) if args.N_importance > 0 else None
     grad_vars = [p for network in (network_fn, network_fine) if network is not None for p in network.parameters()]
     optimizer = torch.optim.Adam(grad_vars, lr=args.lrate, **(HASH_ADAM if hashed else {'betas': (0.9, 0.999)}))
 

@@ -23,8 +23,8 @@ CHECKED_SHARE = 64        # but not less than
 FEWEST_CHECKED = 256
 LEAST_ALPHA = 1e-4        # opacity of a coarse sample; cells with less are empty
 LARGE = 64                # cells along a side
-DIVIDED = 4               # each of those that hold anything, so often along each side
-MOST_DIVIDED = 0.25       # of the large cells; fog is not worth it
+DIVIDED = 4               # each of those that hold anything, so often along each side, or less often in fog, since
+MOST_LOOKS = 16           # for each large cell, empty ones included, there are no more small cells
 FRAMES = 8                # that the first look of baking may cost
 POINTS_AT_ONCE = 2 ** 18  # in baking
 TOGETHER = 0.35, 0.2, 0.1, 0.0  # of a small cell: samples of a ray in an interval of that length are asked for together
@@ -82,7 +82,7 @@ class FastRays:
     @torch.no_grad()
     def bake(self, network, rays, N_samples):
         """The cells in which `network` is not transparent, and those around them: large cells, looked at in their corners
-        and centres; of those that hold anything, small ones, unless these are many."""
+        and centres; of those that hold anything, small ones."""
         least = LEAST_ALPHA * N_samples / (rays[0, 7] - rays[0, 6]).item()
         direction = rays[:1, -3:] if rays.shape[-1] > 8 else None
         device, G = rays.device, LARGE
@@ -106,15 +106,17 @@ class FastRays:
         holds = F.max_pool3d(opaque(corners).view(1, 1, G + 1, G + 1, G + 1).float(), 2, 1)[0, 0].bool()
         holds |= opaque(grid.points_in(torch.arange(G ** 3, device=device), 0.5)).view(G, G, G)
         holds = with_neighbours(holds)
-        if holds.float().mean() > MOST_DIVIDED:
+        share = holds.float().mean().item()
+        divided = max(count for count in range(1, DIVIDED + 1) if count == 1 or share * count ** 3 <= MOST_LOOKS)
+        if divided == 1:
             grid.occupied.copy_(holds)
             return grid
 
-        grid = empty(G * DIVIDED)
-        inner = lattice_points([DIVIDED] * 3, device).long()
+        grid = empty(G * divided)
+        inner = lattice_points([divided] * 3, device).long()
         for part in holds.nonzero().split(POINTS_AT_ONCE // len(inner)):
-            cells = (part[:, None] * DIVIDED + inner).reshape(-1, 3)
-            cells = cells[opaque(grid.aabb[0] + (cells + 0.5) * (side / DIVIDED))]
+            cells = (part[:, None] * divided + inner).reshape(-1, 3)
+            cells = cells[opaque(grid.aabb[0] + (cells + 0.5) * (side / divided))]
             grid.occupied[cells.unbind(-1)] = True
         grid.occupied.copy_(with_neighbours(grid.occupied))
         return grid

@@ -314,12 +314,13 @@ def test_what_shows_in_the_opacity_alone_counts(ball, monkeypatch):
     np.testing.assert_allclose(frame(fast).acc, frame(exact).acc, atol=fast_rays.TOLERANCE)
 
 
-def test_fog_keeps_the_large_cells(ball):
-    _, fast, _ = ball
+def test_fog_is_looked_at_less_closely(ball):
+    _, fast, asked = ball
     torch.nn.init.constant_(fast['network_fine'].hardness, -1.0)  # everywhere around
     frame(fast)
+    assert asked['fast'] < (2 * 2 + 2 * fast_rays.MOST_LOOKS) * fast_rays.LARGE ** 3 + 64 * 64 * 192
     sizes = {network: grid.resolution for network, grid in fast['ray_renderer'].grids.items()}
-    assert sizes[fast['network_fine']] == fast_rays.LARGE < sizes[fast['network_fn']]
+    assert fast_rays.LARGE < sizes[fast['network_fine']] < sizes[fast['network_fn']] == fast_rays.LARGE * fast_rays.DIVIDED
 
 
 @pytest.mark.parametrize('options', [
