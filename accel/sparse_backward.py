@@ -80,9 +80,9 @@ class Screen:
     """Networks in float32 on those points alone that may be opaque.
 
     Where the density before its ReLU is negative, a sample has exactly no weight, whatever its colour. bfloat16 products,
-    which cost a fraction, show where it is negative by more than their error. How large that is, the points show for which
-    both are known: the margin follows it, and where it comes too near, all points are done in float32. So `raw` differs
-    from the float32 one at transparent samples only, and what is composited from it does not.
+    which cost a fraction, show where it is negative by more than their error. How large that is, the points near zero show,
+    for which both are known: the margin follows it, and where it comes too near, all points are done in float32. So `raw`
+    differs from the float32 one at transparent samples only, and what is composited from it does not.
     """
 
     def __init__(self):
@@ -100,7 +100,7 @@ class Screen:
         # the error of large densities is larger, and of no account: it is their sign that counts
         errors = (true - found)[~(found.abs() > FIRST_MARGIN) | (true > 0) & ~(found > 0)]
         error = errors.abs().max().item() if len(errors) else 0.0
-        if math.isfinite(error):
+        if len(errors) and math.isfinite(error):
             self.errors[network] = max(error, largest or 0.0)
         if not SAFETY * error <= margin:
             return fn(points)

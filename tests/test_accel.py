@@ -265,6 +265,27 @@ def test_where_bf16_errs_too_much_all_is_done_in_float32():
     assert torch.equal(screen(network, fn, lambda points: exact[points] * float('nan'), points), exact)
 
 
+def test_errors_of_large_densities_do_not_widen_the_margin():
+    """bfloat16 errs in proportion: by 1 where the density is 100, by 0.004 where its sign is decided."""
+    screen, network, asked = Screen(), torch.nn.Linear(1, 1), []
+    exact = torch.linspace(-100, 100, 2001)[:, None].expand(2001, 4)
+    points = torch.arange(2001)
+
+    def fn(points):
+        asked.append(len(points))
+        return exact[points]
+    for _ in range(4):
+        assert torch.equal(screen(network, fn, lambda points: exact[points] * 1.01, points).relu(), exact.relu())
+    assert max(asked) <= 1010
+
+    far = points[exact[:, 3] < -10]  # nothing near zero, from which to learn
+    other = torch.nn.Linear(1, 1)
+    screen(other, fn, lambda points: exact[points] * 1.01, far)
+    assert other not in screen.errors
+    screen(other, fn, lambda points: torch.where(exact[points] < 20, -0.4, 50.0), points)  # signs that are wrong
+    assert screen.errors[other] >= 0.4
+
+
 def test_precision_of_a_device(monkeypatch):
     cpu = torch.device('cpu')
     assert pick_precision('fp32', cpu, 256) == 'fp32' and pick_precision('bf16', cpu, 8) == 'bf16'
