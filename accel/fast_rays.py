@@ -1,14 +1,19 @@
 """Faster rendering of trained networks: samples that cannot be seen are left out, near ones are asked for together.
 
-The density of each network is baked into a grid. Rays keep the samples that they would have, but the networks are asked for
-those alone that lie in cells which hold something, and not for those behind what is opaque. There the coarse network, which
-places the fine samples, is asked as precisely as otherwise; the fine one with cheaper products, and once for all samples
-within a fraction of a cell. Of each frame CHECKED rays are rendered exactly too: where their colours and opacities differ by
-more than TOLERANCE, or MEAN_TOLERANCE in the mean, a more precise way is taken, and in the end the exact one.
+The density of each network is baked into a grid. Rays keep the samples that they would have, but the networks are asked
+for those alone that lie in cells which may hold something, and not for those behind what is opaque. There the coarse
+network, which places the fine samples, is asked as precisely as otherwise; the fine one with cheaper products, and once for
+all samples within a fraction of a cell. Of each frame CHECKED rays are rendered exactly too: where their colours and
+opacities differ by more than TOLERANCE, or MEAN_TOLERANCE in the mean, a more precise way is taken, at last the exact one.
+
+What looks at cells alone would miss are blobs smaller than the distance between looks: the encoding's ripples, where they
+top 0 in space that is else a little below. A sample there counts for all of its interval, and is seen as if the blob were as
+large. So cells are kept too in which the density before its ReLU is less than a margin below 0.
 """
 import itertools
 import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +26,25 @@ MEAN_TOLERANCE = 0.003    # root mean square: 0.04 dB of a picture that is right
 CHECKED = 1024            # rays of a frame that are rendered both ways, one in CHECKED_SHARE at most,
 CHECKED_SHARE = 64        # but not less than
 FEWEST_CHECKED = 256
-LEAST_ALPHA = 1e-4        # opacity of a coarse sample; cells with less are empty
+LEAST_ALPHA = 1e-4        # opacity of a coarse sample; cells with less are empty,
+MARGINS = 0.1, 0.05, 0.025, 0.0  # but possible ones, if it is no more than that below 0: the first that MOST_LOOKS allows
 LARGE = 64                # cells along a side
 DIVIDED = 4               # each of those that hold anything, so often along each side, or less often in fog, since
 MOST_LOOKS = 16           # for each large cell, empty ones included, there are no more small cells
 FRAMES = 8                # that the first look of baking may cost
 POINTS_AT_ONCE = 2 ** 18  # in baking
-TOGETHER = 0.35, 0.2, 0.1, 0.0  # of a small cell: samples of a ray in an interval of that length are asked for together
-PARTS = 4                 # of a ray's samples: what is in one is asked for before it is known whether the next is seen
+TOGETHER = 0.2, 0.1, 0.0  # of a small cell: samples of a ray in an interval of that length are asked for together
+PARTS = 8, 4              # of a ray's coarse and last samples: one is asked for before it is known whether the next is seen
+OPAQUE = -math.log(1e-3), MOST_PASSED  # optical depth behind which no coarse and no last sample is asked for
 ROUND = 256               # oneDNN compiles kernels for each new number of points: there are few numbers
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 TRANSPARENT = -1.0        # density before its ReLU
+
+
+class Baked(NamedTuple):
+    """Grids of a network: cells in which it shows, and those beside them; those, and the ones where it may show."""
+    certain: OccupancyGrid
+    possible: OccupancyGrid
 
 
 class FastRays:
@@ -47,7 +60,7 @@ class FastRays:
 
     def __init__(self, render_rays, queries, box, say=lambda line: None):
         self.render_rays, self.queries, self.box, self.say = render_rays, queries, torch.as_tensor(box), say
-        self.baked, self.grids, self.said = None, {}, set()
+        self.versions, self.baked, self.said = None, {}, set()
 
     def choose(self, rays_flat, **kwargs):
         """What renders these rays, all of a frame: a function as `render_rays`. Nothing depends on earlier frames, so that
@@ -60,9 +73,9 @@ class FastRays:
                 or looks > FRAMES * samples * len(rays_flat)):
             return self.render_rays
         versions = [version(parameter) for network in networks for parameter in network.parameters()]
-        if versions != self.baked or None in versions:
-            self.grids = {network: self.bake(network, rays_flat, kwargs['N_samples']) for network in networks}
-            self.baked = versions
+        if versions != self.versions or None in versions:
+            self.baked = {network: self.bake(network, rays_flat, kwargs['N_samples']) for network in networks}
+            self.versions = versions
         checked = min(CHECKED, max(FEWEST_CHECKED, len(rays_flat) // CHECKED_SHARE), len(rays_flat))
         some = rays_flat[spread(len(rays_flat), checked)]
         exact = colors_and_opacity(self.render_rays(some, **kwargs))
@@ -81,16 +94,16 @@ class FastRays:
 
     @torch.no_grad()
     def bake(self, network, rays, N_samples):
-        """The cells in which `network` is not transparent, and those around them: large cells, looked at in their corners
-        and centres; of those that hold anything, small ones."""
-        least = LEAST_ALPHA * N_samples / (rays[0, 7] - rays[0, 6]).item()
+        """`Baked` of a network: large cells are looked at in their corners and centres; those that may hold anything, and
+        those beside them, are divided into small ones, looked at in their centres."""
+        alpha = N_samples / (rays[0, 7] - rays[0, 6]).item()  # the density that has that opacity, if both are small
         direction = rays[:1, -3:] if rays.shape[-1] > 8 else None
         device, G = rays.device, LARGE
 
-        def opaque(points):
+        def density(points):
             def ask(pts):
                 views = None if direction is None else direction.expand(len(pts), 3)
-                return self.queries[0](pts[:, None], views, network)[:, 0, 3] > least
+                return self.queries[0](pts[:, None], views, network)[:, 0, 3]
             return torch.cat([ask(pts) for pts in points.split(POINTS_AT_ONCE)])
 
         def empty(resolution):
@@ -103,53 +116,65 @@ class FastRays:
         grid = empty(G)
         side = (grid.aabb[1] - grid.aabb[0]) / G
         corners = grid.aabb[0] + side * lattice_points([G + 1] * 3, device)
-        holds = F.max_pool3d(opaque(corners).view(1, 1, G + 1, G + 1, G + 1).float(), 2, 1)[0, 0].bool()
-        holds |= opaque(grid.points_in(torch.arange(G ** 3, device=device), 0.5)).view(G, G, G)
-        holds = with_neighbours(holds)
-        share = holds.float().mean().item()
-        divided = max(count for count in range(1, DIVIDED + 1) if count == 1 or share * count ** 3 <= MOST_LOOKS)
+        seen = F.max_pool3d(density(corners).view(1, 1, G + 1, G + 1, G + 1), 2, 1)[0, 0]
+        seen = torch.maximum(seen, density(grid.points_in(torch.arange(G ** 3, device=device), 0.5)).view(G, G, G))
+        for margin in MARGINS:
+            least = alpha * (-margin if margin else LEAST_ALPHA)
+            holds = with_neighbours(seen > least)
+            looks = holds.float().mean().item()
+            if looks * DIVIDED ** 3 <= MOST_LOOKS:
+                break
+        divided = max(count for count in range(1, DIVIDED + 1) if count == 1 or looks * count ** 3 <= MOST_LOOKS)
         if divided == 1:
             grid.occupied.copy_(holds)
-            return grid
+            return Baked(grid, grid)
 
-        grid = empty(G * divided)
+        certain, possible = empty(G * divided), empty(G * divided)
         inner = lattice_points([divided] * 3, device).long()
         for part in holds.nonzero().split(POINTS_AT_ONCE // len(inner)):
             cells = (part[:, None] * divided + inner).reshape(-1, 3)
-            cells = cells[opaque(grid.aabb[0] + (cells + 0.5) * (side / divided))]
-            grid.occupied[cells.unbind(-1)] = True
-        grid.occupied.copy_(with_neighbours(grid.occupied))
-        return grid
+            seen = density(grid.aabb[0] + (cells + 0.5) * (side / divided))
+            certain.occupied[cells.unbind(-1)] = seen > alpha * LEAST_ALPHA
+            possible.occupied[cells.unbind(-1)] = seen > least
+        certain.occupied.copy_(with_neighbours(certain.occupied))
+        possible.occupied |= certain.occupied
+        return Baked(certain, possible)
 
     @torch.no_grad()
     def fast(self, query, together, ray_batch, network_fn, network_query_fn, N_samples, N_importance=0, network_fine=None,
              white_bkgd=False, **kwargs):
-        """`render_rays` of those rays on which the last network, asked with `query`, holds anything; the others show the
-        background."""
+        """`render_rays` of those rays on which the last network, asked with `query`, may hold anything; the others show the
+        background. Rays that pass possible cells alone hardly ever show anything: the coarse network is asked with `query`
+        there too."""
         last = network_fine if N_importance > 0 and network_fine is not None else network_fn
         views = ray_batch[:, -3:] if ray_batch.shape[-1] > 8 else None
         ends = ray_batch[:, None, 0:3] + ray_batch[:, None, 3:6] * ray_batch[:, None, 7:8]
         ends = network_query_fn(ends, views, last)[:, 0, :4]  # the interval there is endless: any density is opaque
-        meets = self.grids[last].meets(ray_batch) | (ends[:, 3] > 0)
+        possible = self.baked[last].possible.meets(ray_batch) | (ends[:, 3] > 0)
+        certain = possible.clone()
+        certain[possible] = self.baked[last].certain.meets(ray_batch[possible]) | (ends[possible, 3] > 0)
         out = {key: ray_batch.new_zeros(len(ray_batch)) for key in ('disp_map', 'acc_map')}
         out['rgb_map'] = ray_batch.new_full([len(ray_batch), 3], float(white_bkgd))
-        if not meets.any():
-            return out
 
-        def ask(pts, viewdirs, network):
-            if pts.shape[1] == N_samples + N_importance:
-                return self.ask(query, together, pts, viewdirs, network, ends[meets])
-            return self.ask(self.queries[-1], 0.0, pts, viewdirs, network)
-        found = self.render_rays(ray_batch[meets], network_fn, ask, N_samples, N_importance=N_importance,
-                                 network_fine=network_fine, white_bkgd=white_bkgd, **kwargs)
-        for key, value in out.items():
-            value[meets] = found[key]
+        def render(some, coarse_query):
+            def ask(pts, viewdirs, network):
+                if pts.shape[1] == N_samples + N_importance:
+                    return self.ask(query, pts, viewdirs, network, together, ends[some], PARTS[1], OPAQUE[1])
+                return self.ask(coarse_query, pts, viewdirs, network, 0.0, TRANSPARENT, PARTS[0], OPAQUE[0])
+            found = self.render_rays(ray_batch[some], network_fn, ask, N_samples, N_importance=N_importance,
+                                     network_fine=network_fine, white_bkgd=white_bkgd, **kwargs)
+            for key, value in out.items():
+                value[some] = found[key]
+
+        for some, coarse_query in ((certain, self.queries[-1]), (possible & ~certain, query)):
+            if some.any():
+                render(some, coarse_query)
         return out
 
-    def ask(self, query, together, pts, viewdirs, network, ends=TRANSPARENT):
+    def ask(self, query, pts, viewdirs, network, together, ends, parts, opaque):
         """raw [N, S, 4] of `pts` [N, S, 3], TRANSPARENT where nothing can be seen. `query` is asked for the others, the last
         ones excepted, which are `ends`."""
-        (N, S), grid = pts.shape[:2], self.grids[network]
+        (N, S), grid = pts.shape[:2], self.baked[network].possible
         wanted = grid.holds(pts)                                                      # [N, S]
         wanted[:, -1] = False
         intervals = torch.linalg.vector_norm(pts[:, 1:] - pts[:, :-1], dim=-1)
@@ -159,10 +184,10 @@ class FastRays:
         intervals = F.pad(intervals, (0, 1))
         raw, passed = pts.new_full([N, S, 4], TRANSPARENT), pts.new_zeros(N)
         raw[:, -1] = ends
-        size = math.ceil(S / PARTS)
+        size = math.ceil(S / parts)
         for begin in range(0, S, size):
             part = slice(begin, begin + size)
-            ray, sample = (wanted[:, part] & (passed <= MOST_PASSED)[:, None]).nonzero(as_tuple=True)
+            ray, sample = (wanted[:, part] & (passed <= opaque)[:, None]).nonzero(as_tuple=True)
             if len(ray) == 0:
                 continue
             sample += begin

@@ -289,7 +289,7 @@ def test_where_it_would_differ_it_is_exact(ball, monkeypatch):
     exact, fast, _ = ball
     said = []
     fast['ray_renderer'].say = said.append
-    monkeypatch.setattr(FastRays, 'bake', lambda self, network, rays, N_samples: empty_grid())
+    monkeypatch.setattr(FastRays, 'bake', lambda self, network, rays, N_samples: nothing())
     assert (frame(fast).rgb == frame(exact).rgb).all()
     assert len(said) == 1 and 'rendered exactly' in said[0]
 
@@ -310,7 +310,7 @@ def test_what_shows_in_the_opacity_alone_counts(ball, monkeypatch):
     exact, fast, _ = ball
     forward, white = Ball.forward, torch.tensor([99.0, 99, 99, 0])
     monkeypatch.setattr(Ball, 'forward', lambda self, x: forward(self, x) + white)
-    monkeypatch.setattr(FastRays, 'bake', lambda self, network, rays, N_samples: empty_grid())
+    monkeypatch.setattr(FastRays, 'bake', lambda self, network, rays, N_samples: nothing())
     np.testing.assert_allclose(frame(fast).acc, frame(exact).acc, atol=fast_rays.TOLERANCE)
 
 
@@ -319,7 +319,7 @@ def test_fog_is_looked_at_less_closely(ball):
     torch.nn.init.constant_(fast['network_fine'].hardness, -1.0)  # everywhere around
     frame(fast)
     assert asked['fast'] < (2 * 2 + 2 * fast_rays.MOST_LOOKS) * fast_rays.LARGE ** 3 + 64 * 64 * 192
-    sizes = {network: grid.resolution for network, grid in fast['ray_renderer'].grids.items()}
+    sizes = {network: baked.possible.resolution for network, baked in fast['ray_renderer'].baked.items()}
     assert fast_rays.LARGE < sizes[fast['network_fine']] < sizes[fast['network_fn']] == fast_rays.LARGE * fast_rays.DIVIDED
 
 
@@ -359,11 +359,50 @@ def test_the_rays_that_are_checked_are_all_over_the_picture(side):
     assert cells.min() > 0.5 * cells.mean()
 
 
-def empty_grid():
+def nothing():
     grid = fast_rays.OccupancyGrid(8)
     grid.restrict([[-9.0, -9, -9], [9, 9, 9]])
     grid.occupied.zero_()
-    return grid
+    return fast_rays.Baked(grid, grid)
+
+
+class Wisps(Ball):
+    """Beside the ball a region that is just transparent, but for blobs smaller than the distance of looks."""
+
+    def forward(self, x):
+        raw, pts = super().forward(x), x[:, :3]
+        blob = torch.relu(torch.cos(100 * pts).prod(-1) - 0.9) / 0.1
+        away = torch.linalg.vector_norm(pts - pts.new_tensor([0.9, 0, 0]), dim=-1)
+        density = torch.where(away < 0.3, 12 * blob - 1, torch.where(away < 0.35, -1.0, raw[:, 3]))
+        return torch.cat([raw[:, :3], density[:, None]], -1)
+
+
+def test_blobs_that_looks_miss_are_seen(ball, monkeypatch):
+    exact, fast, _ = ball
+    for kwargs in (exact, fast):
+        kwargs['network_fn'], kwargs['network_fine'] = Wisps(), Wisps()
+    monkeypatch.setattr(fast_rays, 'CHECKED', 1)
+    monkeypatch.setattr(fast_rays, 'FEWEST_CHECKED', 1)
+    monkeypatch.setattr(fast_rays, 'TOGETHER', (0.0,))
+    one, other = frame(exact), frame(fast)
+    assert other.rgb0 is None and np.abs(other.acc - one.acc).max() < 0.01
+    certain, possible = fast['ray_renderer'].baked[fast['network_fine']]
+    assert not (certain.occupied & ~possible.occupied).any()
+    assert certain.occupied.sum() < 0.9 * possible.occupied.sum()
+    monkeypatch.setattr(fast_rays, 'MARGINS', (0.0,))
+    fast['ray_renderer'].versions = None
+    missed = frame(fast)
+    assert missed.rgb0 is None and np.abs(missed.acc - one.acc).max() > 0.05
+
+
+def test_cells_that_may_hold_something_only_where_they_are_few(ball):
+    """Where most of the box is barely transparent, they would be all of it."""
+    _, fast, _ = ball
+    for network in (fast['network_fn'], fast['network_fine']):
+        torch.nn.init.constant_(network.hardness, 0.3)  # nowhere lower than -1.5
+    frame(fast)
+    for certain, possible in fast['ray_renderer'].baked.values():
+        assert 0 < certain.occupied.float().mean() < possible.occupied.float().mean() < 0.25
 
 
 def test_training_and_small_pictures_are_left_alone(ball):
@@ -388,7 +427,7 @@ def test_little_is_skipped_in_which_a_denser_look_finds_anything(tmp_path):
     renderer = kwargs['ray_renderer']
     for network in (kwargs['network_fn'], kwargs['network_fine']):
         rays = torch.tensor([[0, 0, 0, 0, 0, 0, scene.near, scene.far, 0, 0, 1.0]])
-        grid = renderer.bake(network, rays, args.N_samples)
+        grid = renderer.bake(network, rays, args.N_samples).possible
         cells = (~grid.occupied).flatten().nonzero()[:, 0]
         assert 0.3 < len(cells) / grid.occupied.numel() < 1
         cells = cells[torch.randperm(len(cells), generator=torch.Generator().manual_seed(0))[:4000]]
@@ -401,7 +440,7 @@ def test_little_is_skipped_in_which_a_denser_look_finds_anything(tmp_path):
                 raw = kwargs['network_query_fn'](points[:, None], direction.expand(len(points), 3), network)
             alpha = 1 - torch.exp(-torch.relu(raw[:, 0, 3]) * thinnest)
             missed |= alpha > 0.01
-        assert missed.float().mean() < 1e-2
+        assert missed.float().mean() < 4e-3
     for pose in scene.poses:
         rays_o, rays_d = get_rays(scene.H, scene.W, scene.K, torch.as_tensor(pose))
         for t in (scene.near, scene.far):
