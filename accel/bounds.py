@@ -35,7 +35,7 @@ def cells_of(aabb, resolution):
     return aabb[0] + (2 * index + 1) * half, half
 
 
-def in_hull(scene, centers, half):
+def in_hull(scene, centers, half, seen_by_few=False):
     """Which cells the images' alpha leaves: the training views have pixels there, between near and far, that are not wholly
     transparent, and none that sees all of the cell has only transparent ones. Cells that few views see, against those
     that most do, are left out: behind an object that all cameras look at, there is a shadow in which anything could be.
@@ -44,6 +44,7 @@ def in_hull(scene, centers, half):
       scene: a `Scene` with alpha.
       centers: of the cells [N, 3].
       half: half the extent [3] of one.
+      seen_by_few: leave those cells in.
     Returns:
       [N] bool.
     """
@@ -69,8 +70,8 @@ def in_hull(scene, centers, half):
         wholly[touches[here]] = False
         left = left[~wholly]
     hull = torch.zeros(len(centers), dtype=torch.bool)
-    hull[left] = opaque[left] > MOSTLY * views[left]
-    return hull & (views > OFTEN * views[hull].amax()) if hull.any() else hull
+    hull[left] = opaque[left] > (0 if seen_by_few else MOSTLY * views[left])
+    return hull if seen_by_few else hull & (views > OFTEN * views[hull].amax()) if hull.any() else hull
 
 
 def sums_of_corner(mask):
@@ -78,18 +79,18 @@ def sums_of_corner(mask):
     return torch.from_numpy(np.pad(mask.cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32), ((1, 0), (1, 0))))
 
 
-def hull_of(scene, aabb, resolution):
+def hull_of(scene, aabb, resolution, seen_by_few=False):
     """The cells of the box `aabb`, `resolution` along a side, that the silhouettes leave: centres [N, 3], and half the
-    extent [3] of one. Large cells first; those that are left are divided."""
+    extent [3] of one. Large cells first; those that are left are divided. `seen_by_few` as in `in_hull`."""
     divisions = (resolution & -resolution).bit_length() - 1  # as often as it is even
     divisions = max(0, min(divisions, resolution.bit_length() - COARSEST.bit_length()))
     centers, half = cells_of(aabb, resolution >> divisions)
     eighths = torch.tensor([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=torch.float32)
-    centers = centers[in_hull(scene, centers, half)]
+    centers = centers[in_hull(scene, centers, half, seen_by_few)]
     for _ in range(divisions):
         half = half / 2
         centers = (centers[:, None] + eighths * half).reshape(-1, 3)
-        centers = centers[in_hull(scene, centers, half)]
+        centers = centers[in_hull(scene, centers, half, seen_by_few)]
     return centers, half
 
 
@@ -107,7 +108,7 @@ def find_bounds(scene, ndc, resolution, aabb=None):
       scene: a `Scene`.
       ndc: rays go through normalised device coordinates.
       resolution: G.
-      aabb: the box, where it is known.
+      aabb: the box, where it is known. All of it is wanted, also where few views look.
     """
     if aabb is None:
         box = box_of_rays(scene, ndc, scene.poses[scene.i_train])
@@ -120,7 +121,7 @@ def find_bounds(scene, ndc, resolution, aabb=None):
         if box_around is None:  # nothing but background
             return box, None
         box = box_around
-    centers, half = hull_of(scene, box, resolution)
+    centers, half = hull_of(scene, box, resolution, seen_by_few=aabb is not None)
     if len(centers) == 0:
         return box, None
     possible = torch.zeros([resolution] * 3, dtype=torch.bool)
