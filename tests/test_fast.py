@@ -11,7 +11,7 @@ from test_ranks import torchrun
 from test_resilience import NEVER, finish, start, wait_for
 
 import run_nerf
-from accel import fast_rays
+from accel import baking, fast_rays, occupancy
 from accel.fast_rays import FastRays
 from accel.hash_nerf import MOST_LOG_DENSITY, TruncatedExp
 from checkpoints import read_checkpoint
@@ -287,9 +287,9 @@ def test_networks_that_show_nothing(ball):
 
 def test_where_it_would_differ_it_is_exact(ball, monkeypatch):
     exact, fast, _ = ball
-    said = []
+    said, empty = [], baking.empty_grid(8, torch.tensor([[-9.0, -9, -9], [9, 9, 9]]))
     fast['ray_renderer'].say = said.append
-    monkeypatch.setattr(FastRays, 'bake', lambda *args: empty_grid())
+    monkeypatch.setattr(baking.Baker, 'grid', lambda *args: empty)
     assert (frame(fast).rgb == frame(exact).rgb).all()
     assert len(said) == 1 and 'rendered exactly' in said[0]
 
@@ -299,7 +299,7 @@ def test_less_precise_products_give_way(ball):
     said = []
     precise = exact['network_query_fn']
     queries = [lambda *args: precise(*args) * 0.5, precise]
-    fast['ray_renderer'] = FastRays(run_nerf.render_rays, queries, fast['ray_renderer'].box, said.append)
+    fast['ray_renderer'] = FastRays(run_nerf.render_rays, queries, fast['ray_renderer'].baker.box, said.append)
     other = frame(fast)
     assert other.rgb0 is None and len(said) == 1 and 'with float32' in said[0]
     np.testing.assert_allclose(other.rgb, frame(exact).rgb, atol=0.01)
@@ -308,9 +308,10 @@ def test_less_precise_products_give_way(ball):
 def test_what_shows_in_the_opacity_alone_counts(ball, monkeypatch):
     """A white ball before white is no different in its colours."""
     exact, fast, _ = ball
+    empty = baking.empty_grid(8, torch.tensor([[-9.0, -9, -9], [9, 9, 9]]))
     forward, white = Ball.forward, torch.tensor([99.0, 99, 99, 0])
     monkeypatch.setattr(Ball, 'forward', lambda self, x: forward(self, x) + white)
-    monkeypatch.setattr(FastRays, 'bake', lambda *args: empty_grid())
+    monkeypatch.setattr(baking.Baker, 'grid', lambda *args: empty)
     np.testing.assert_allclose(frame(fast).acc, frame(exact).acc, atol=fast_rays.TOLERANCE)
 
 
@@ -318,9 +319,9 @@ def test_fog_is_looked_at_less_closely(ball):
     _, fast, asked = ball
     torch.nn.init.constant_(fast['network_fine'].hardness, -1.0)  # everywhere around
     frame(fast)
-    assert asked['fast'] < (2 * 2 + 2 * fast_rays.LOOKS[-1]) * fast_rays.LARGE ** 3 + 64 * 64 * 192
-    sizes = {network: grid.resolution for (network, _), grid in fast['ray_renderer'].baked.items()}
-    assert fast_rays.LARGE < sizes[fast['network_fine']] < sizes[fast['network_fn']] == fast_rays.LARGE * fast_rays.DIVIDED
+    assert asked['fast'] < (2 * 2 + 2 * baking.MOST_LOOKS) * baking.LARGE ** 3 + 64 * 64 * 192
+    sizes = {network: grid.resolution for (network, _), grid in fast['ray_renderer'].baker.grids.items()}
+    assert baking.LARGE < sizes[fast['network_fine']] < sizes[fast['network_fn']] == baking.LARGE * baking.DIVIDED
 
 
 @pytest.mark.parametrize('options', [
@@ -331,6 +332,7 @@ def test_fog_is_looked_at_less_closely(ball):
 def test_fast_rendering_with_other_options(ball, options):
     exact, fast, _ = ball
     one, other = frame({**exact, **options}), frame({**fast, **options})
+    assert options.get('N_importance') == 0 or (one.rgb0 is not None and other.rgb0 is None)
     np.testing.assert_allclose(other.rgb, one.rgb, atol=fast_rays.TOLERANCE)
     assert ((other.rgb - one.rgb) ** 2).mean() < (2 * fast_rays.MEAN_TOLERANCE) ** 2
 
@@ -338,7 +340,9 @@ def test_fast_rendering_with_other_options(ball, options):
 def test_fast_rendering_in_inference_mode(ball):
     exact, fast, _ = ball
     with torch.inference_mode():
-        np.testing.assert_allclose(frame(fast).rgb, frame(exact).rgb, atol=0.01)
+        other = frame(fast)
+        assert other.rgb0 is None
+        np.testing.assert_allclose(other.rgb, frame(exact).rgb, atol=0.01)
 
 
 def test_small_things_in_a_small_picture(ball, monkeypatch):
@@ -347,59 +351,117 @@ def test_small_things_in_a_small_picture(ball, monkeypatch):
     forward = Ball.forward
     monkeypatch.setattr(Ball, 'forward', lambda self, x: forward(self, x * 2.5))  # of radius 0.2 in a box of 6
     one, other = frame(exact), frame(fast)
-    assert 10 < (one.acc > 0.9).sum() < 80
+    assert 10 < (one.acc > 0.9).sum() < 80 and other.rgb0 is None
     np.testing.assert_allclose(other.rgb, one.rgb, atol=0.05)
 
 
 @pytest.mark.parametrize('side', [64, 100, 128, 400])
 def test_the_rays_that_are_checked_are_all_over_the_picture(side):
-    rays = fast_rays.spread(side * side, min(1024, side * side // 64 + 1))
+    rays = fast_rays.spread(side * side, min(1024, max(256, side * side // 64)))
     assert rays.min() >= 0 and rays.max() < side * side and len(rays.unique()) == len(rays)
     cells, _, _ = np.histogram2d(rays // side, rays % side, bins=4, range=[[0, side]] * 2)
     assert cells.min() > 0.5 * cells.mean()
 
 
-def empty_grid():
-    grid = fast_rays.OccupancyGrid(8)
-    grid.restrict([[-9.0, -9, -9], [9, 9, 9]])
-    grid.occupied.zero_()
-    return grid
-
-
 class Wisps(Ball):
     """Beside the ball a region that is just transparent, but for blobs smaller than the distance of looks."""
+    below = -1.0
 
     def forward(self, x):
         raw, pts = super().forward(x), x[:, :3]
         blob = torch.relu(torch.cos(100 * pts).prod(-1) - 0.9) / 0.1
         away = torch.linalg.vector_norm(pts - pts.new_tensor([0.9, 0, 0]), dim=-1)
-        density = torch.where(away < 0.3, 12 * blob - 1, torch.where(away < 0.35, -1.0, raw[:, 3]))
+        density = torch.where(away < 0.3, (11 - self.below) * blob + self.below,
+                              torch.where(away < 0.35, self.below, raw[:, 3]))
         return torch.cat([raw[:, :3], density[:, None]], -1)
 
 
-def test_blobs_that_looks_miss_are_seen(ball, monkeypatch):
-    exact, fast, _ = ball
-    for kwargs in (exact, fast):
+@pytest.fixture
+def wisps(ball, monkeypatch):
+    """`ball` with these networks, unchecked."""
+    for kwargs in ball[:2]:
         kwargs['network_fn'], kwargs['network_fine'] = Wisps(), Wisps()
     monkeypatch.setattr(fast_rays, 'CHECKED', 1)
     monkeypatch.setattr(fast_rays, 'FEWEST_CHECKED', 1)
     monkeypatch.setattr(fast_rays, 'TOGETHER', (0.0,))
+    return ball
+
+
+def test_blobs_that_looks_miss_are_seen(wisps, monkeypatch):
+    exact, fast, _ = wisps
     one, other = frame(exact), frame(fast)
     assert other.rgb0 is None and np.abs(other.acc - one.acc).max() < 0.01
-    monkeypatch.setattr(fast_rays, 'MARGINS', (0.0,))
-    fast['ray_renderer'].versions = None
+    monkeypatch.setattr(baking, 'MARGINS', (0.0,))
     missed = frame(fast)
     assert missed.rgb0 is None and np.abs(missed.acc - one.acc).max() > 0.05
 
 
-def test_cells_that_may_hold_something_only_where_they_are_few(ball):
-    """Where most of the box is barely transparent, they would be all of it."""
+def test_suspect_cells_are_kept_where_a_closer_look_finds_more(wisps, monkeypatch):
+    """Between a margin and half of it, those cells alone in which an eighth's centre is near a blob."""
+    _, fast, _ = wisps
+    monkeypatch.setattr(baking, 'MARGINS', (0.8, 0.0))  # 12.8 in units of density
+    kept = {}
+    for below in (-5.0, -10.0, -14.0):
+        monkeypatch.setattr(Wisps, 'below', below)
+        fast['ray_renderer'].baker.versions = None
+        frame(fast)
+        grid = fast['ray_renderer'].baker.grids[fast['network_fine'], 0.8]
+        centers = grid.points_in(torch.arange(grid.occupied.numel()), 0.5)
+        region = torch.linalg.vector_norm(centers - centers.new_tensor([0.9, 0, 0]), dim=-1) < 0.3
+        kept[below] = grid.occupied.flatten()[region].float().mean().item()
+    assert kept[-5.0] == 1 and kept[-14.0] + 0.005 < kept[-10.0] < 0.9
+
+
+def test_most_of_the_box_is_not_suspect(ball):
+    """Where it is barely transparent, the margin is a smaller one."""
     _, fast, _ = ball
     for network in (fast['network_fn'], fast['network_fine']):
         torch.nn.init.constant_(network.hardness, 0.3)  # nowhere lower than -1.5
     frame(fast)
-    for grid in fast['ray_renderer'].baked.values():
-        assert 0 < grid.occupied.float().mean() < 0.25
+    for (_, margin), grid in fast['ray_renderer'].baker.grids.items():
+        assert margin < 0.1 and grid.resolution == baking.LARGE * baking.DIVIDED
+        assert 0 < grid.occupied.float().mean() < 0.1
+
+
+def test_more_looks_where_something_was_missed(wisps, monkeypatch):
+    """The margin that the first looks allow is too small for what a checked ray meets."""
+    exact, fast, _ = wisps
+    monkeypatch.setattr(fast_rays, 'CHECKED', 64 * 64)
+    monkeypatch.setattr(fast_rays, 'FEWEST_CHECKED', 64 * 64)
+    monkeypatch.setattr(fast_rays, 'TOLERANCE', 0.05)
+    monkeypatch.setattr(fast_rays, 'LOOKS', (0.5, 16))
+    one, other = frame(exact), frame(fast)
+    assert other.rgb0 is None and np.abs(other.acc - one.acc).max() < 0.05
+    margins = [margin for network, margin in fast['ray_renderer'].baker.grids if network is fast['network_fine']]
+    assert len(margins) == 2 and margins[0] < margins[1]
+
+
+def test_coarse_samples_that_have_weight_are_asked_for_precisely(ball):
+    """Were they not, the cheaper products would move the fine samples off the surface."""
+    exact, fast, _ = ball
+    coarse, precise, asked = exact['network_fn'], exact['network_query_fn'], []
+
+    def cheaper(pts, viewdirs, network):
+        raw = precise(pts, viewdirs, network)
+        return raw * 0.2 if network is coarse else raw
+
+    def counted(pts, viewdirs, network):
+        asked.append(len(pts))
+        return precise(pts, viewdirs, network)
+    fast['ray_renderer'] = FastRays(run_nerf.render_rays, [cheaper, counted], [[-3.0, -3, -3], [3, 3, 3]])
+    one, other = frame(exact), frame(fast)
+    assert other.rgb0 is None and 0 < sum(asked) < 64 * 64 * 10
+    np.testing.assert_allclose(other.rgb, one.rgb, atol=0.02)
+
+
+def test_a_fused_step_counts_as_a_change(tmp_path):
+    args = config_parser().parse_args([*map(str, [*SMALL, '--no-occupancy_grid', '--basedir', tmp_path])])
+    *_, parameters, optimizer = prepare(args, Ranks(1))
+    before = [occupancy.version(parameter) for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all(occupancy.version(parameter) != one for parameter, one in zip(parameters, before))
 
 
 def test_training_and_small_pictures_are_left_alone(ball):
@@ -424,7 +486,7 @@ def test_little_is_skipped_in_which_a_denser_look_finds_anything(tmp_path):
     renderer = kwargs['ray_renderer']
     for network in (kwargs['network_fn'], kwargs['network_fine']):
         rays = torch.tensor([[0, 0, 0, 0, 0, 0, scene.near, scene.far, 0, 0, 1.0]])
-        grid = renderer.bake(network, fast_rays.LOOKS[0], rays, args.N_samples)
+        grid = renderer.baker.grid(network, fast_rays.LOOKS[0], rays, args.N_samples)
         cells = (~grid.occupied).flatten().nonzero()[:, 0]
         assert 0.3 < len(cells) / grid.occupied.numel() < 1
         cells = cells[torch.randperm(len(cells), generator=torch.Generator().manual_seed(0))[:4000]]
@@ -442,7 +504,7 @@ def test_little_is_skipped_in_which_a_denser_look_finds_anything(tmp_path):
         rays_o, rays_d = get_rays(scene.H, scene.W, scene.K, torch.as_tensor(pose))
         for t in (scene.near, scene.far):
             ends = rays_o + t * rays_d
-            assert (ends >= renderer.box[0] - 1e-4).all() and (ends <= renderer.box[1] + 1e-4).all()
+            assert (ends >= renderer.baker.box[0] - 1e-4).all() and (ends <= renderer.baker.box[1] + 1e-4).all()
 
 
 @pytest.mark.parametrize('options, fast', [([], True), (['--exact_render'], False)])

@@ -374,6 +374,21 @@ def test_a_box_that_is_given_is_taken():
     assert aabb.tolist() == [[-1, -2, -3], [1, 2, 3]] and possible.any() and not possible.all()
 
 
+def test_a_box_of_ones_own_keeps_what_few_views_see():
+    """Something in the corner of one image, where no other camera looks."""
+    scene = ball_scene()
+    scene.alphas[0][:6, :6] = 255
+    rays_o, rays_d = pixel_rays(torch.tensor(2.5), torch.tensor(2.5), scene.K, torch.from_numpy(scene.poses[0]))
+    points = rays_o + torch.linspace(2.5, 5.5, 50)[:, None] * rays_d
+
+    def kept(aabb):
+        grid = OccupancyGrid(32)
+        grid.restrict(*find_bounds(scene, False, 32, aabb))
+        inside = ((points > grid.aabb[0]) & (points < grid.aabb[1])).all(-1)
+        return (grid.holds(points) & inside).sum()
+    assert kept([-4, -4, -4, 4, 4, 4]) > 0 == kept(None)
+
+
 def test_images_of_nothing_leave_the_box_of_the_cameras():
     scene = ball_scene(radius=0.0)
     aabb, possible = find_bounds(scene, False, 16)
