@@ -30,13 +30,14 @@ class Baker:
 
     def __init__(self, query, box):
         self.query, self.box = query, torch.as_tensor(box)
-        self.versions, self.seen, self.grids = None, {}, {}  # by network, and by network and margin
+        self.versions = None
+        self.seen, self.margins, self.grids = {}, {}, {}  # by network, by network and looks, by network and margin
 
     def forget_unless(self, networks):
         """Forget what was baked, unless these are the networks, and are as they were."""
         versions = [version(parameter) for network in networks for parameter in network.parameters()]
         if versions != self.versions or None in versions:
-            self.versions, self.seen, self.grids = versions, {}, {}
+            self.versions, self.seen, self.margins, self.grids = versions, {}, {}, {}
 
     @torch.no_grad()
     def grid(self, network, looks, rays, N_samples):
@@ -47,6 +48,8 @@ class Baker:
           rays: [N, 8 or 11] as in `render_rays`: their bounds count, and the first one's direction.
           N_samples: coarse samples of a ray.
         """
+        if (network, looks) in self.margins:
+            return self.grids[network, self.margins[network, looks]]
         unit = N_samples / (rays[0, 7] - rays[0, 6]).item()
         direction = rays[:1, -3:] if rays.shape[-1] > 8 else None
 
@@ -64,6 +67,7 @@ class Baker:
         margin = next(margin for margin in MARGINS if margin == 0 or small_cells(held(seen, margin), DIVIDED) <= looks)
         if (network, margin) not in self.grids:
             self.grids[network, margin] = divide(grid, held(seen, margin), margin, density)
+        self.margins[network, looks] = margin
         return self.grids[network, margin]
 
 
