@@ -403,7 +403,8 @@ def create_nerf(args, checkpoint=None):
     grad_vars = [p for network in (network_fn, network_fine) if network is not None for p in network.parameters()]
     optimizer = torch.optim.Adam(grad_vars, lr=args.lrate, **(HASH_ADAM if hashed else {'betas': (0.9, 0.999)}))
     # the fused step does not count as a change of the parameters, by which rendering knows what is to be baked anew
-    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(grad_vars))
+    for parameter in grad_vars:
+        optimizer.register_step_post_hook(lambda *_, parameter=parameter: torch.autograd.graph.increment_version(parameter))
 
     start, pixel_centers = 0, args.pixel_centers
     path, state = load_checkpoint(args) if checkpoint is None else checkpoint

@@ -71,7 +71,9 @@ def in_hull(scene, centers, half, seen_by_few=False):
         left = left[~wholly]
     hull = torch.zeros(len(centers), dtype=torch.bool)
     hull[left] = opaque[left] > (0 if seen_by_few else MOSTLY * views[left])
-    return hull if seen_by_few else hull & (views > OFTEN * views[hull].amax()) if hull.any() else hull
+    if seen_by_few or not hull.any():
+        return hull
+    return hull & (views > OFTEN * views[hull].amax())
 
 
 def sums_of_corner(mask):

@@ -36,6 +36,8 @@ def main():
                       ('--memory_of', {'choices': WAYS, 'help': 'print the peak memory of a frame in GiB, and no more'}))
     scene, _, kwargs, start, parameters, _ = built(args)
     device = parameters[0].device
+    if not all(0 <= view < len(scene.i_test) for view in own.views):
+        sys.exit(f'--views: found {own.views}, expected numbers of test views, 0 to {len(scene.i_test) - 1}')
     pixels = pixels_of(scene, own.rows, own.stride)
     ways = own.ways or [way for way in WAYS if way not in ('screened', 'bf16') or has_fast_bf16(device)]
     if own.memory_of:
