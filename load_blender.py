@@ -1,11 +1,10 @@
-"""The Blender layout: `transforms_{train,val,test}.json`, or one `transforms.json`, beside folders of images.
+"""The Blender layout: `transforms_{train,val,test}.json`, or a single `transforms.json`, beside folders of images.
 
     scene/transforms_train.json   {"camera_angle_x": .69, "frames": [{"file_path": "./train/r_0",
     scene/transforms_val.json         "transform_matrix": [[…] × 4]}, …]}
     scene/transforms_test.json    or, for intrinsics in pixels, "fl_x", "fl_y", "cx", "cy", "w", "h"
-    scene/train/r_0.png …         PNG or JPEG, RGBA or RGB; "file_path" may leave the ending out
+    scene/train/r_0.png …         PNG or JPEG, RGBA or RGB; "file_path" may omit the ending
 """
-import json
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -14,37 +13,98 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cameras import check_poses, focus_point, homogeneous, look, normalize
-from errors import UserError, first_line
-from file_io import IMAGE_ENDINGS, composite, read_image, resize_area
+from scenes.cameras import check_poses, focus_point, homogeneous, normalize, viewmatrix
+from scenes.errors import UserError
+from scenes.files import read_json
+from scenes.images import IMAGE_ENDINGS, composite, read_image, resize_area
+from scenes.scene import Scene
 
+# Error messages describe the layout in these words.
 LAYOUT = 'expected transforms_train.json, transforms_val.json and transforms_test.json, or transforms.json'
+# These keys of a transforms file give the intrinsics in pixels.
 INTRINSICS = ('fl_x', 'fl_y', 'cx', 'cy')
+# These keys of a transforms file give the lens distortion.
 DISTORTION = ('k1', 'k2', 'k3', 'k4', 'p1', 'p2')
+# Sampling along a ray starts at this distance, which suits the synthetic scenes.
+NEAR = 2.0
+# Sampling along a ray ends at this distance, which suits the synthetic scenes.
+FAR = 6.0
 
 
 class BlenderFrames(NamedTuple):
-    """What the JSON files of a scene say, all splits in one list."""
-    paths: list          # an image file each
+    """The content of a scene's transforms files, with the frames of all splits in one list."""
+    paths: list          # one image file per frame
     poses: np.ndarray    # c2w, float32 [N, 4, 4]
     i_split: list        # three index arrays: train, val, test
-    intrinsics: dict     # camera_angle_x, or fl_x and its like, as they stand in the file
+    intrinsics: dict     # camera_angle_x, or fl_x and so on, as in the file
     source: Path         # the file that the intrinsics come from
-    own_path: bool       # whether the orbit of the synthetic scenes suits this scene
+    has_splits: bool     # whether each split has its own file, as in the synthetic scenes
+
+
+def load_blender_scene(args):
+    """The `Scene` in the folder --datadir, according to the options.
+
+    Raises:
+      UserError: files are missing, damaged or inconsistent.
+    """
+    def to_8bit(image):
+        """uint8 [H, W, 4]: RGB composited on the background, and alpha."""
+        alpha = image[..., 3:] if image.shape[-1] == 4 else np.ones_like(image[..., :1])
+        return np.round(255 * np.concatenate([composite(image, args.white_bkgd), alpha], -1)).astype(np.uint8)
+
+    imgs, poses, render_poses, _, (i_train, i_val, i_test), K = load_blender_data(
+        args.datadir, args.half_res, args.testskip, llffhold=args.llffhold, convert=to_8bit, return_K=True)
+    alphas = np.ascontiguousarray(imgs[..., 3])
+    names = [path.name for path in read_frames(args.datadir, args.testskip, args.llffhold).paths]
+    return Scene(np.ascontiguousarray(imgs[..., :3]), *imgs.shape[1:3], poses[:, :3], K, NEAR, FAR,
+                 render_poses[:, :3], i_train, i_val, i_test, alphas if alphas.min() < 255 else None, names)
+
+
+def load_blender_data(basedir, half_res=False, testskip=1, *, llffhold=8, convert=np.asarray, return_K=False):
+    """Load a scene in the Blender layout.
+
+    Args:
+      basedir: folder of the scene.
+      half_res: halve width and height (mean of 2 × 2 pixels).
+      testskip: load every n-th image of val and test; 0 means 1.
+      llffhold: in a single transforms.json every n-th frame is a test view; 0 means the first frame only.
+      convert: applied to each image, float32 [H, W, 3 or 4], right after it is read.
+      return_K: also return the intrinsics.
+    Returns:
+      imgs: float32 [N, H, W, 4] in [0, 1], straight alpha; [N, H, W, 3] if no image has alpha.
+      poses: float32 [N, 4, 4], c2w.
+      render_poses: float32 [40, 4, 4], c2w on an orbit.
+      [H, W, focal]: focal length in pixels.
+      i_split: index arrays of train, val and test.
+      K: with `return_K`, float64 [3, 3], intrinsics in pixels.
+    Raises:
+      UserError: files are missing, damaged or inconsistent.
+    """
+    frames = read_frames(basedir, testskip, llffhold)
+    images, K = read_images(frames, half_res, convert)
+    if any(image.shape[-1] == 4 for image in images):
+        images = [image if image.shape[-1] == 4 else np.dstack([image, np.ones_like(image[..., :1])])
+                  for image in images]
+    imgs = np.stack(images)
+    render_poses = synthetic_orbit() if frames.has_splits else orbit_of_cameras(frames.poses)
+    loaded = imgs, frames.poses, render_poses, [*imgs.shape[1:3], K[0, 0]], frames.i_split
+    return (*loaded, K) if return_K else loaded
 
 
 # --- camera paths -----------------------------------------------------------------------------------------------
 
 def pose_spherical(theta, phi, radius):
-    """c2w [4, 4] float32 of a camera that looks at the origin from elevation `-phi` and an azimuth that falls with
-    `theta`, in degrees; z is up."""
+    """c2w [4, 4] float32 of a camera that looks at the origin from distance `radius`; z is up.
+
+    The camera's elevation is `-phi` and its azimuth `90 - theta`, in degrees.
+    """
     azimuth, elevation = np.radians(90 - theta), np.radians(-phi)
     back = np.array([np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)])
-    return homogeneous(look(back, [0.0, 0.0, 1.0], radius * back)).astype(np.float32)
+    return homogeneous(viewmatrix(back, [0.0, 0.0, 1.0], radius * back)).astype(np.float32)
 
 
 def synthetic_orbit(count=40):
-    """The path of the synthetic scenes: a circle of radius 4, looking down by 30 degrees; [count, 4, 4]."""
+    """The path of the synthetic scenes: a circle at distance 4, looking down by 30 degrees; [count, 4, 4]."""
     return np.stack([pose_spherical(angle, -30.0, 4.0) for angle in np.linspace(-180, 180, count + 1)[:-1]])
 
 
@@ -55,18 +115,64 @@ def orbit_of_cameras(poses, count=40):
     arms = poses[:, :3, 3] - focus
     height = (arms @ up).mean()
     radius = np.linalg.norm(arms - (arms @ up)[:, None] * up, axis=-1).mean()
-    across = normalize(np.cross(up, np.eye(3)[np.argmin(np.abs(up))]))  # any direction off the axis
+    across = normalize(np.cross(up, np.eye(3)[np.argmin(np.abs(up))]))  # any direction perpendicular to up
     path = []
     for angle in np.linspace(0, 2 * np.pi, count + 1)[:-1]:
         arm = radius * (np.cos(angle) * across + np.sin(angle) * np.cross(up, across)) + height * up
-        path.append(homogeneous(look(arm, up, focus + arm)))
+        path.append(homogeneous(viewmatrix(arm, up, focus + arm)))
     return np.stack(path).astype(np.float32)
 
 
-# --- the JSON files ---------------------------------------------------------------------------------------------
+# --- transforms files -------------------------------------------------------------------------------------------
+
+def read_frames(basedir, testskip=1, llffhold=8):
+    """The content of the transforms files in `basedir` as `BlenderFrames`; no image is opened.
+
+    Arguments and errors are those of `load_blender_data`.
+    """
+    basedir = Path(basedir)
+    if not basedir.is_dir():
+        raise UserError(f'{basedir}: no such folder; {LAYOUT} in it')
+    source = basedir / 'transforms.json'
+    has_splits = (basedir / 'transforms_train.json').is_file()
+    if has_splits:
+        source, intrinsics, frames, i_split = read_splits(basedir, testskip)
+    elif source.is_file():
+        intrinsics = read_transforms(source)
+        frames = intrinsics['frames']
+        i_test = np.arange(len(frames))[::llffhold] if llffhold > 0 else np.arange(1)
+        i_split = [np.setdiff1d(np.arange(len(frames)), i_test), i_test, i_test]
+    else:
+        raise UserError(f'{basedir}: found no transforms file; {LAYOUT}')
+    paths = [find_image(basedir, frame['file_path']) for frame in frames]
+    poses = np.stack([frame['transform_matrix'] for frame in frames])
+    return BlenderFrames(paths, poses, i_split, intrinsics, source, has_splits)
+
+
+def read_splits(basedir, testskip):
+    """Read transforms_{train,val,test}.json.
+
+    Returns:
+      the file that the intrinsics come from, its content, the frames of all splits, and their index arrays.
+    """
+    files = {split: basedir / f'transforms_{split}.json' for split in ('train', 'val', 'test')}
+    missing = [path.name for path in files.values() if not path.is_file()]
+    if missing:
+        raise UserError(f'{basedir}: found no {" and no ".join(missing)}; {LAYOUT}')
+    metas = {split: read_transforms(path) for split, path in files.items()}
+    for split, meta in metas.items():
+        for key in ('camera_angle_x', *INTRINSICS):
+            if not np.isclose(meta.get(key, 0), metas['test'].get(key, 0), rtol=1e-6):
+                raise UserError(f'{files[split]}: {key} differs from that in {files["test"].name}, '
+                                'expected one camera for all frames')
+    splits = [meta['frames'][::1 if split == 'train' else max(testskip, 1)] for split, meta in metas.items()]
+    ends = np.cumsum([0, *(len(frames) for frames in splits)])
+    i_split = [np.arange(start, end) for start, end in pairwise(ends)]
+    return files['test'], metas['test'], [frame for frames in splits for frame in frames], i_split
+
 
 def read_transforms(path):
-    """The content of a transforms file, its frames checked.
+    """The content of a transforms file, checked; each `transform_matrix` as float32 [4, 4].
 
     Raises:
       UserError: malformed JSON, no frames, a frame without `file_path` or a finite 4 × 4 `transform_matrix`.
@@ -74,12 +180,12 @@ def read_transforms(path):
     meta = read_json(path)
     frames = meta.get('frames') if isinstance(meta, dict) else None
     if not isinstance(frames, list) or not frames:
-        raise UserError(f'{path}: found no "frames", expected a list of at least one')
+        raise UserError(f'{path}: found no "frames", expected a list with at least one')
     for index, frame in enumerate(frames):
         for key, kind in (('file_path', str), ('transform_matrix', list)):
             if not isinstance(frame, dict) or not isinstance(frame.get(key), kind) or not frame[key]:
                 raise UserError(f'{path}: frame {index} has no "{key}"')
-        frame['transform_matrix'] = matrix(frame['transform_matrix'], f'{path}: frame {index}')
+        frame['transform_matrix'] = parse_matrix(frame['transform_matrix'], f'{path}: frame {index}')
         for key in INTRINSICS:
             if key in frame and frame[key] != meta.setdefault(key, frame[key]):
                 raise UserError(f'{path}: frame {index} has its own {key}, expected one camera for all frames')
@@ -88,22 +194,8 @@ def read_transforms(path):
     return meta
 
 
-def read_json(path):
-    """The content of a JSON file.
-
-    Raises:
-      UserError: no such file, or not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f'{path}: no such file') from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{path}: not JSON ({first_line(error)})') from None
-
-
-def matrix(rows, where):
-    """Nested lists to a 4 × 4 matrix, float32."""
+def parse_matrix(rows, where):
+    """Nested lists as a float32 matrix [4, 4]; `where` names them in the error message."""
     try:
         pose = np.array(rows, np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -115,58 +207,8 @@ def matrix(rows, where):
     return pose.astype(np.float32)
 
 
-def _image_path(basedir, file_path):
-    """The file that `file_path` means: as it is written, or with one of the image endings."""
-    if Path(file_path).suffix.lower() in IMAGE_ENDINGS:
-        return basedir / file_path
-    endings = [*IMAGE_ENDINGS, *(ending.upper() for ending in IMAGE_ENDINGS)]
-    paths = [basedir / (file_path + ending) for ending in endings]
-    return next((path for path in paths if path.is_file()), paths[0])
-
-
-def read_frames(basedir, testskip=1, hold=8):
-    """Read the JSON files of the scene in `basedir` into `BlenderFrames`; no image is opened.
-
-    Args:
-      testskip: take every n-th frame of val and test (0 as 1).
-      hold: of a single transforms.json, every n-th frame is a test view.
-    """
-    basedir = Path(basedir)
-    if not basedir.is_dir():
-        raise UserError(f'{basedir}: no such folder; {LAYOUT} in it')
-    files = {split: basedir / f'transforms_{split}.json' for split in ('train', 'val', 'test')}
-    single = basedir / 'transforms.json'
-    if files['train'].is_file():
-        missing = [path.name for path in files.values() if not path.is_file()]
-        if missing:
-            raise UserError(f'{basedir}: found no {" and no ".join(missing)}; {LAYOUT}')
-        metas = {split: read_transforms(path) for split, path in files.items()}
-        chosen = {split: meta['frames'][::1 if split == 'train' else max(testskip, 1)] for split, meta in metas.items()}
-        frames = [frame for part in chosen.values() for frame in part]
-        for split, meta in metas.items():
-            for key in ('camera_angle_x', *INTRINSICS):
-                if not np.isclose(meta.get(key, 0), metas['test'].get(key, 0), rtol=1e-6):
-                    raise UserError(f'{files[split]}: found another {key} than in {files["test"].name}, '
-                                    'expected one camera for all frames')
-        ends = np.cumsum([0, *(len(part) for part in chosen.values())])
-        i_split = [np.arange(start, end) for start, end in pairwise(ends)]
-        intrinsics, source = metas['test'], files['test']
-    elif single.is_file():
-        intrinsics, source = read_transforms(single), single
-        frames = intrinsics['frames']
-        i_test = np.arange(len(frames))[::hold] if hold > 0 else np.arange(1)
-        i_split = [np.setdiff1d(np.arange(len(frames)), i_test), i_test, i_test]
-    else:
-        raise UserError(f'{basedir}: found no transforms file; {LAYOUT}')
-    if any(intrinsics.get(key) for key in DISTORTION):
-        warnings.warn(f'{source}: lens distortion (k1 and its like) is not modelled; undistort the images', stacklevel=2)
-    paths = [_image_path(basedir, frame['file_path']) for frame in frames]
-    poses = np.stack([frame['transform_matrix'] for frame in frames])
-    return BlenderFrames(paths, poses, i_split, intrinsics, source, own_path=source == single)
-
-
 def check_intrinsics(meta, path):
-    """Raises UserError for intrinsics that are not positive numbers, or an angle that is no field of view."""
+    """Raise UserError if an intrinsic is not a positive number, or `camera_angle_x` is not a field of view."""
     for key in ('camera_angle_x', *INTRINSICS, 'w', 'h'):
         value = meta.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
@@ -176,12 +218,14 @@ def check_intrinsics(meta, path):
 
 
 def intrinsics_matrix(frames, H, W):
-    """K [3, 3] float64 in pixels for images of H × W as they lie on disk.
+    """K [3, 3] float64 in pixels, for images of H × W pixels on disk. Lens distortion is ignored, with a warning.
 
     Raises:
-      UserError: no field of view and no focal length, or `w` and `h` of another size than the images.
+      UserError: there is neither a field of view nor a focal length, or `w` and `h` are not the images' size.
     """
     meta, source = frames.intrinsics, frames.source
+    if any(meta.get(key) for key in DISTORTION):
+        warnings.warn(f'{source}: lens distortion (k1, …) is not modelled; undistort the images', stacklevel=2)
     if (meta.get('w', W), meta.get('h', H)) != (W, H):
         raise UserError(f'{source}: found w, h = {meta.get("w")}, {meta.get("h")}, but the images are {W}×{H}')
     if 'fl_x' in meta:
@@ -190,13 +234,27 @@ def intrinsics_matrix(frames, H, W):
         fx = 0.5 * W / np.tan(0.5 * meta['camera_angle_x'])
     else:
         raise UserError(f'{source}: found no intrinsics, expected "camera_angle_x" or "fl_x"')
-    return np.array([[fx, 0, meta.get('cx', 0.5 * W)], [0, meta.get('fl_y', fx), meta.get('cy', 0.5 * H)], [0, 0, 1]])
+    fy, cx, cy = meta.get('fl_y', fx), meta.get('cx', 0.5 * W), meta.get('cy', 0.5 * H)
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
 
 
 # --- images -----------------------------------------------------------------------------------------------------
 
-def _read_all(frames, half_res, convert):
-    """Read all images on a few threads and stack `convert(float image in [0, 1])`; also K of the resulting size."""
+def find_image(basedir, file_path):
+    """The image file that `file_path` refers to; an image ending is added if it has none."""
+    if Path(file_path).suffix.lower() in IMAGE_ENDINGS:
+        return basedir / file_path
+    endings = [*IMAGE_ENDINGS, *(ending.upper() for ending in IMAGE_ENDINGS)]
+    paths = [basedir / (file_path + ending) for ending in endings]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def read_images(frames, half_res, convert):
+    """Read the images of all frames on several threads, and apply `convert` to each as float32 in [0, 1].
+
+    Returns:
+      the list of images, and K [3, 3] for their size.
+    """
     first = read_image(frames.paths[0])
     H, W = first.shape[:2]
     K = intrinsics_matrix(frames, H, W)
@@ -216,47 +274,3 @@ def _read_all(frames, half_res, convert):
         images = list(pool.map(load, frames.paths))
     K[0], K[1] = K[0] * width / W, K[1] * height / H
     return images, K
-
-
-def load_blender_data(basedir, half_res=False, testskip=1):
-    """Load a scene in the Blender layout.
-
-    Args:
-      basedir: folder of the scene.
-      half_res: halve width and height (mean of 2 × 2 pixels).
-      testskip: load every n-th image of val and test (0 as 1).
-    Returns:
-      imgs: float32 [N, H, W, 4] in [0, 1], straight alpha; [N, H, W, 3] where no image has alpha.
-      poses: float32 [N, 4, 4] c2w.
-      render_poses: float32 [40, 4, 4], an orbit.
-      [H, W, focal]: focal in pixels.
-      i_split: index arrays of train, val and test.
-    Raises:
-      UserError: files missing, damaged or not matching each other.
-    """
-    frames = read_frames(basedir, testskip)
-    images, K = _read_all(frames, half_res, np.asarray)
-    if any(image.shape[-1] == 4 for image in images):
-        images = [image if image.shape[-1] == 4 else np.dstack([image, np.ones_like(image[..., :1])]) for image in images]
-    imgs = np.stack(images)
-    return imgs, frames.poses, path_around(frames), [*imgs.shape[1:3], K[0, 0]], frames.i_split
-
-
-def load_blender_images(frames, half_res, white_bkgd):
-    """8-bit RGB images [N, H, W, 3] of `frames`, composited on white or black; their alpha [N, H, W], None where none is
-    transparent; and K [3, 3] in their pixels."""
-    def to_rgb(image):
-        alpha = np.round(255 * image[..., 3]).astype(np.uint8) if image.shape[-1] == 4 else None
-        return np.round(255 * composite(image, white_bkgd)).astype(np.uint8), alpha
-
-    images, K = _read_all(frames, half_res, to_rgb)
-    images, alphas = zip(*images)
-    if all(alpha is None or alpha.min() == 255 for alpha in alphas):
-        return np.stack(images), None, K
-    opaque = np.full_like(images[0][..., 0], 255)
-    return np.stack(images), np.stack([opaque if alpha is None else alpha for alpha in alphas]), K
-
-
-def path_around(frames):
-    """The camera path of a scene, [40, 4, 4]: the synthetic scenes' orbit, or one fitted to a scene's own cameras."""
-    return orbit_of_cameras(frames.poses) if frames.own_path else synthetic_orbit()

@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-PDF_FLOOR = 1e-5  # added to every weight before sampling, so that a ray with no weight is sampled evenly
+# Added to every weight before sampling, so that a ray without weights is sampled evenly.
+PDF_FLOOR = 1e-5
+# A ray of less opacity has met nothing: its disparity is 0.
+MIN_OPACITY = 1e-10
 
 
 # --- losses and 8-bit images ------------------------------------------------------------------------------------
@@ -24,9 +27,17 @@ def img2mse(x, y):
 
 
 def img2mse_any_bkgd(rgb, acc, target, bkgd):
-    """The mean of `img2mse` over all backgrounds b, uniform in [0, 1]^3: each error e on `bkgd` becomes e + (b - bkgd) a
-    there, where a is what the opacity lacks. `target` is [N, 4], colour on `bkgd` (1 or 0) and alpha."""
-    e, a = rgb - target[:, :3], (target[:, 3:] - acc[:, None])
+    """The mean of `img2mse` over all backgrounds b, uniform in [0, 1]^3, in closed form.
+
+    On background b the error e becomes e + (b - bkgd) a, where a is the target's alpha minus the rendered opacity.
+
+    Args:
+      rgb: rendered colours on `bkgd` [N, 3].
+      acc: rendered opacities [N].
+      target: colours on `bkgd` and alpha [N, 4].
+      bkgd: grey value of the background, 0 or 1.
+    """
+    e, a = rgb - target[:, :3], target[:, 3:] - acc[:, None]
     return torch.mean(e ** 2 + (1 - 2 * bkgd) * e * a + a ** 2 / 3)
 
 
@@ -42,22 +53,23 @@ def to8b(x):
 
 # --- positional encoding (Sec. 5.1) -----------------------------------------------------------------------------
 
-class Embedder:
+class Embedder(nn.Module):
     """gamma(x) of Eq. 4: x itself, then sin and cos of x times each frequency, for all frequencies in turn.
 
-    As in the released code of the paper the frequencies are 2^k, without the factor pi of Eq. 4.
+    As in the paper's released code the frequencies are 2^k, without the factor pi of Eq. 4.
 
     Args:
       include_input: whether x itself comes first.
-      input_dims: size of the last axis of x.
+      input_dims: size of the last axis of x, for `out_dim`; `embed` takes any.
       max_freq_log2: log2 of the highest frequency.
-      num_freqs: how many frequencies.
-      log_sampling: powers of two if true, else evenly spaced up to 2^max_freq_log2.
+      num_freqs: number of frequencies.
+      log_sampling: powers of two if true, otherwise evenly spaced up to 2^max_freq_log2.
       periodic_fns: functions applied to every frequency.
     """
 
     def __init__(self, include_input=True, input_dims=3, max_freq_log2=9, num_freqs=10, log_sampling=True,
                  periodic_fns=(torch.sin, torch.cos)):
+        super().__init__()
         self.include_input, self.periodic_fns = include_input, periodic_fns
         self.max_freq_log2, self.num_freqs, self.log_sampling = max_freq_log2, num_freqs, log_sampling
         self.out_dim = input_dims * (include_input + num_freqs * len(periodic_fns))
@@ -70,53 +82,68 @@ class Embedder:
         return torch.linspace(1.0, 2.0 ** self.max_freq_log2, self.num_freqs, **kind)
 
     def embed(self, inputs):
-        """`inputs` [..., input_dims] to [..., out_dim]."""
-        scaled = inputs[..., None, :] * self.frequencies(inputs)[:, None]         # [..., L, C]
+        """`inputs` [..., C] to their encoding [..., C * (include_input + num_freqs * len(periodic_fns))]."""
+        C, L, F_ = inputs.shape[-1], self.num_freqs, len(self.periodic_fns)
+        scaled = inputs[..., None, :] * self.frequencies(inputs)[:, None]                # [..., L, C]
         if inputs.requires_grad and torch.is_grad_enabled():
-            waves = torch.stack([fn(scaled) for fn in self.periodic_fns], -2)     # [..., L, 2, C]
-            waves = waves.flatten(-3)                                             # [..., L * 2 * C]
+            waves = torch.stack([fn(scaled) for fn in self.periodic_fns], -2)            # [..., L, F, C]
+            waves = waves.flatten(-3)                                                    # [..., L * F * C]
             return torch.cat([inputs, waves], -1) if self.include_input else waves
 
-        encoded = inputs.new_empty(*inputs.shape[:-1], self.out_dim)  # each number is written once, where it belongs
-        first = inputs.shape[-1] if self.include_input else 0
+        # Without gradients each number is written once, straight to its place.
+        first = C if self.include_input else 0
+        encoded = inputs.new_empty(*inputs.shape[:-1], first + L * F_ * C)
         encoded[..., :first] = inputs[..., :first]
-        waves = encoded[..., first:].unflatten(-1, (self.num_freqs, len(self.periodic_fns), inputs.shape[-1]))
+        waves = encoded[..., first:].unflatten(-1, (L, F_, C))
         for i, fn in enumerate(self.periodic_fns):
             waves[..., i, :] = fn(scaled)
         return encoded
 
-    __call__ = embed
+    forward = embed
 
 
-def spherical_harmonics(directions):
-    """Unit vectors [..., 3] to the 16 real spherical harmonics up to degree 3."""
-    x, y, z = directions.unbind(-1)
-    xx, yy, zz = x * x, y * y, z * z
-    return torch.stack([
-        torch.full_like(x, 0.28209479177387814),
-        -0.48860251190291987 * y, 0.48860251190291987 * z, -0.48860251190291987 * x,
-        1.0925484305920792 * x * y, -1.0925484305920792 * y * z, 0.31539156525252005 * (3 * zz - 1),
-        -1.0925484305920792 * x * z, 0.5462742152960396 * (xx - yy),
-        -0.5900435899266435 * y * (3 * xx - yy), 2.890611442640554 * x * y * z, -0.4570457994644658 * y * (5 * zz - 1),
-        0.3731763325901154 * z * (5 * zz - 3), -0.4570457994644658 * x * (5 * zz - 1),
-        1.445305721320277 * z * (xx - yy), -0.5900435899266435 * x * (xx - 3 * yy)], -1)
+class SphericalHarmonics(nn.Module):
+    """Unit vectors [..., 3] to the 16 real spherical harmonics up to degree 3, [..., 16]."""
+    out_dim = 16
+
+    def forward(self, directions):
+        x, y, z = directions.unbind(-1)
+        xx, yy, zz = x * x, y * y, z * z
+        return torch.stack([
+            torch.full_like(x, 0.28209479177387814),
+            -0.48860251190291987 * y, 0.48860251190291987 * z, -0.48860251190291987 * x,
+            1.0925484305920792 * x * y, -1.0925484305920792 * y * z, 0.31539156525252005 * (3 * zz - 1),
+            -1.0925484305920792 * x * z, 0.5462742152960396 * (xx - yy),
+            -0.5900435899266435 * y * (3 * xx - yy), 2.890611442640554 * x * y * z,
+            -0.4570457994644658 * y * (5 * zz - 1), 0.3731763325901154 * z * (5 * zz - 3),
+            -0.4570457994644658 * x * (5 * zz - 1), 1.445305721320277 * z * (xx - yy),
+            -0.5900435899266435 * x * (xx - 3 * yy)], -1)
 
 
 def get_embedder(multires, i=0):
-    """The encoding of a 3-vector and its size: positional with `multires` frequencies for i = 0, none for i = -1, for unit
-    vectors spherical harmonics for i = 2."""
+    """An encoding of 3-vectors, a module, and the size of its output.
+
+    Args:
+      multires: number of frequencies of the positional encoding.
+      i: 0 for the positional encoding, -1 for none, 2 for spherical harmonics of unit vectors.
+    Raises:
+      ValueError: no such encoding.
+    """
     if i == -1:
         return nn.Identity(), 3
-    if i == 2:
-        return spherical_harmonics, 16
-    embedder = Embedder(max_freq_log2=multires - 1, num_freqs=multires)
-    return embedder.embed, embedder.out_dim
+    if i == 0:
+        embedder = Embedder(max_freq_log2=multires - 1, num_freqs=multires)
+    elif i == 2:
+        embedder = SphericalHarmonics()
+    else:
+        raise ValueError(f'found encoding {i}, expected 0 (positional), -1 (none) or 2 (spherical harmonics)')
+    return embedder, embedder.out_dim
 
 
 # --- the network (Fig. 7 of the paper's supplement) -------------------------------------------------------------
 
 def in_float32(layer, h):
-    """A last layer: colour and density are float32, also where autocast has the products of the others in bfloat16."""
+    """Apply an encoding or a last layer in float32 where autocast computes the other layers in bfloat16."""
     with torch.autocast(h.device.type, enabled=False):
         return layer(h.float())
 
@@ -128,7 +155,7 @@ class NeRF(nn.Module):
       D, W: number and width of the layers that see the position.
       input_ch, input_ch_views: sizes of the encoded position and direction.
       output_ch: size of the output without view directions; with them it is always 4.
-      skips: layers after which the encoded position is joined to the activations again.
+      skips: layers after which the encoded position is concatenated to the activations again.
       use_viewdirs: whether the colour depends on the direction.
     """
 
@@ -140,7 +167,7 @@ class NeRF(nn.Module):
         self.use_viewdirs = use_viewdirs
 
         # Names and order of the layers are those of existing checkpoints, optimizer states included. `views_linears`
-        # is there without view directions too, unused, for the same reason.
+        # exists without view directions too, unused, for the same reason.
         widths = [input_ch] + [W + input_ch if i in self.skips else W for i in range(D - 1)]
         self.pts_linears = nn.ModuleList([nn.Linear(width, W) for width in widths])
         self.views_linears = nn.ModuleList([nn.Linear(input_ch_views + W, W // 2)])
@@ -151,15 +178,20 @@ class NeRF(nn.Module):
         else:
             self.output_linear = nn.Linear(W, output_ch)
 
-    def forward(self, x):
-        """`x` [..., input_ch + input_ch_views] to raw [..., 4]: three colour logits and a density before its ReLU.
-        Without view directions [..., output_ch]."""
-        input_pts, input_views = torch.split(x, [self.input_ch, self.input_ch_views], dim=-1)
+    def features(self, input_pts):
+        """The activations behind the layers that see the position: [..., input_ch] to [..., W]."""
         h = input_pts
         for i, layer in enumerate(self.pts_linears):
             h = F.relu(layer(h), inplace=True)
             if i in self.skips:
                 h = torch.cat([input_pts.to(h.dtype), h], -1)
+        return h
+
+    def forward(self, x):
+        """`x` [..., input_ch + input_ch_views] to raw [..., 4]: three colour logits and a density before its ReLU.
+        Without view directions [..., output_ch]."""
+        input_pts, input_views = torch.split(x, [self.input_ch, self.input_ch_views], dim=-1)
+        h = self.features(input_pts)
         if not self.use_viewdirs:
             return in_float32(self.output_linear, h)
 
@@ -187,10 +219,111 @@ class NeRF(nn.Module):
         for layer, kernel, bias in zip(layers, weights[0::2], weights[1::2]):
             kernel, bias = torch.as_tensor(np.asarray(kernel)).T, torch.as_tensor(np.asarray(bias)).reshape(-1)
             if kernel.shape != layer.weight.shape or bias.shape != layer.bias.shape:
-                raise ValueError(f'found a Keras layer of {tuple(kernel.T.shape)}, expected {tuple(layer.weight.T.shape)}')
+                raise ValueError(f'found a Keras layer of {tuple(kernel.T.shape)}, '
+                                 f'expected {tuple(layer.weight.T.shape)}')
             with torch.no_grad():
                 layer.weight.copy_(kernel)
                 layer.bias.copy_(bias)
+
+
+class RadianceField(nn.Module):
+    """The interface of a network: positions and directions, not encoded, to raw colour and density.
+
+    Subclasses hold their encodings as submodules, so that learned ones are trained, saved and moved with them. A submodule
+    that owns parameters has a method `reset_parameters`, as torch's layers do.
+    """
+    adam_options = {'betas': (0.9, 0.999)}  # noqa: RUF012 - read only
+    relu_density = True  # Empty space has exactly no density and no gradient, as a ReLU gives it.
+
+    def forward(self, points, viewdirs=None):
+        """Points [N, 3] and unit directions [N, 3] or None to raw [N, 4 or more]: three colour logits and a density
+        before its ReLU."""
+        raise NotImplementedError
+
+    def density(self, points):
+        """The density before its ReLU in `points` [N, 3], [N]: equal to `forward(points, …)[:, 3]`."""
+        raise NotImplementedError
+
+    def max_points(self, device):
+        """The most points to compute at once on `device` for the best speed; None for no limit."""
+        return None
+
+    def reset_parameters(self):
+        """Initialise all layers and encodings anew."""
+        for module in self.modules():
+            if module is not self and any(True for _ in module.parameters(recurse=False)):
+                module.reset_parameters()
+
+
+class EncodedNeRF(RadianceField, NeRF):
+    """A `NeRF` that encodes its inputs itself.
+
+    Args:
+      encoding: module that encodes positions, [..., 3] to [..., input_ch].
+      encoding_views: module that encodes directions, [..., 3] to [..., input_ch_views]; None without view directions.
+      kwargs: for `NeRF`.
+    """
+
+    # Activations of a layer that fit a CPU's caches, and that fill a GPU (256 MiB of float32).
+    MAX_ACTIVATIONS = {'cpu': 2 ** 20, 'cuda': 2 ** 26}  # noqa: RUF012 - read only
+    MIN_POINTS = 1024  # A chunk of fewer points costs more in calls than it gains in caches.
+
+    def __init__(self, encoding, encoding_views=None, **kwargs):
+        NeRF.__init__(self, **kwargs)
+        self.encoding, self.encoding_views = encoding, encoding_views
+
+    def forward(self, points, viewdirs=None):
+        encoded = in_float32(self.encoding, points)
+        if self.use_viewdirs:
+            encoded = torch.cat([encoded, in_float32(self.encoding_views, viewdirs)], -1)
+        return NeRF.forward(self, encoded)
+
+    def density(self, points):
+        h = self.features(in_float32(self.encoding, points))
+        if self.use_viewdirs:
+            return in_float32(self.alpha_linear, h)[..., 0]
+        return in_float32(self.output_linear, h)[..., 3]
+
+    def max_points(self, device):
+        activations = self.MAX_ACTIVATIONS.get(device.type, self.MAX_ACTIVATIONS['cuda'])
+        return max(self.MIN_POINTS, activations // self.W)
+
+
+# --- networks on many points, as nerf-pytorch applies them ------------------------------------------------------
+
+def batchify(fn, chunk):
+    """`fn` applied to `chunk` rows at a time; `fn` itself if chunk is None."""
+    if chunk is None:
+        return fn
+
+    def fn_in_chunks(inputs):
+        return torch.cat([fn(part) for part in inputs.split(chunk)])
+    return fn_in_chunks
+
+
+def run_network(inputs, viewdirs, fn, embed_fn, embeddirs_fn, netchunk=1024 * 64):
+    """Encode points (and directions) and apply `fn`. For networks that hold their encodings use `NetworkQuery`.
+
+    Args:
+      inputs: points [N_rays, N_samples, 3].
+      viewdirs: unit directions [N_rays, 3], or None.
+      fn: network on encoded inputs, [N, encoded] -> [N, C].
+      embed_fn, embeddirs_fn: encodings of points and of directions.
+      netchunk: points to compute at once, encoding included.
+    Returns:
+      raw [N_rays, N_samples, C].
+    """
+    points = inputs.reshape(-1, inputs.shape[-1])                                           # [N, 3]
+    if viewdirs is not None:
+        points = torch.cat([points, viewdirs[:, None].expand(inputs.shape).reshape(-1, 3)], -1)  # [N, 6]
+
+    def encode_and_apply(points):
+        encoded = embed_fn(points[:, :3])
+        if viewdirs is not None:
+            encoded = torch.cat([encoded, embeddirs_fn(points[:, 3:])], -1)
+        return fn(encoded)
+    raw = batchify(encode_and_apply, netchunk)(points)
+    return raw.reshape(*inputs.shape[:-1], raw.shape[-1])
 
 
 # --- rays -------------------------------------------------------------------------------------------------------
@@ -212,7 +345,7 @@ def pixel_rays(x, y, K, c2w):
 
 def get_rays(H, W, K, c2w, pixel_centers=False):
     """Rays through all pixels of an image, rays_o and rays_d [H, W, 3]; through the pixels' upper left corners (i, j),
-    as the established code has them, or through their centres (i + .5, j + .5)."""
+    as in nerf-pytorch, or through their centres (i + .5, j + .5)."""
     c2w, shift = torch.as_tensor(c2w), 0.5 if pixel_centers else 0.0
     kind = {'device': c2w.device, 'dtype': c2w.dtype}
     y, x = torch.meshgrid(torch.arange(H, **kind) + shift, torch.arange(W, **kind) + shift, indexing='ij')
@@ -238,7 +371,7 @@ def ndc_rays(H, W, focal, near, rays_o, rays_d):
       rays_o, rays_d: [..., 3] in NDC.
     """
     d_z = rays_d[..., 2]
-    d_z = torch.where(d_z.abs() < 1e-9, torch.full_like(d_z, -1e-9), d_z)  # a ray along the plane would never meet it
+    d_z = torch.where(d_z.abs() < 1e-9, torch.full_like(d_z, -1e-9), d_z)  # a ray parallel to the plane never meets it
     rays_d = torch.cat([rays_d[..., :2], d_z[..., None]], -1)
     t = -(near + rays_o[..., 2]) / d_z
     rays_o = rays_o + t[..., None] * rays_d  # start on the near plane
@@ -252,11 +385,39 @@ def ndc_rays(H, W, focal, near, rays_o, rays_d):
     return origin, direction
 
 
-# --- hierarchical sampling (Sec. 5.2) ---------------------------------------------------------------------------
+# --- disparity --------------------------------------------------------------------------------------------------
+
+def disparity(depth_map, acc_map):
+    """The inverse of the mean depth of rays, and 0 for empty ones: depth_map, acc_map [N_rays] as `raw2outputs` returns
+    them, to [N_rays]. Values and gradients are finite."""
+    empty = acc_map < MIN_OPACITY
+    mean_depth = depth_map / torch.where(empty, torch.ones_like(acc_map), acc_map)
+    disp_map = 1.0 / torch.clamp(torch.where(empty, torch.ones_like(mean_depth), mean_depth), min=1e-10)
+    return torch.where(empty, torch.zeros_like(disp_map), disp_map)
+
+
+# --- samples along rays (Sec. 4 and 5.2) ---------------------------------------------------------------------------
 
 def uniform_like_numpy(shape, like):
     """NumPy's fixed uniform numbers in [0, 1) in place of torch's: what `pytest=True` stands for."""
     return torch.as_tensor(np.random.RandomState(0).rand(*shape), dtype=like.dtype, device=like.device)
+
+
+def stratified_samples(near, far, N_samples, lindisp, perturb, pytest):
+    """One sample in each of N_samples equal intervals between near and far [N_rays, 1], Eq. 2: at its lower end, or
+    anywhere in it with `perturb`; equal in depth, or in disparity with `lindisp`. Returns z_vals [N_rays, N_samples]."""
+    t_vals = torch.linspace(0.0, 1.0, N_samples, dtype=near.dtype, device=near.device)
+    if lindisp:
+        z_vals = 1.0 / (1.0 / near * (1.0 - t_vals) + 1.0 / far * t_vals)
+    else:
+        z_vals = near * (1.0 - t_vals) + far * t_vals
+    if perturb > 0:
+        mids = 0.5 * (z_vals[..., 1:] + z_vals[..., :-1])
+        upper = torch.cat([mids, z_vals[..., -1:]], -1)
+        lower = torch.cat([z_vals[..., :1], mids], -1)
+        t_rand = uniform_like_numpy(z_vals.shape, z_vals) if pytest else torch.rand_like(z_vals)
+        z_vals = lower + (upper - lower) * t_rand
+    return z_vals
 
 
 def sample_pdf(bins, weights, N_samples, det=False, pytest=False):
@@ -291,5 +452,5 @@ def sample_pdf(bins, weights, N_samples, det=False, pytest=False):
     bin_below, bin_above = bins.gather(-1, below), bins.gather(-1, above)
 
     height = cdf_above - cdf_below
-    height = torch.where(height < PDF_FLOOR, torch.ones_like(height), height)  # an interval next to no weight is in
+    height = torch.where(height < PDF_FLOOR, torch.ones_like(height), height)  # an interval of almost no weight
     return bin_below + (u - cdf_below) / height * (bin_above - bin_below)

@@ -1,1 +1,1 @@
-"""What makes it faster and is optional; each thing stands beside a plain twin that the tests compare it with."""
+"""Optional speed, one idea a file; every compiled kernel stands beside a reference implementation in PyTorch."""

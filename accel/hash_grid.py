@@ -1,35 +1,38 @@
 """Multiresolution hash encoding (Müller et al., "Instant Neural Graphics Primitives", SIGGRAPH 2022).
 
-A point is looked up in grids of growing resolution. Each grid's corners hold a few trained numbers, interpolated between
-the eight around the point; grids finer than the table has room for share its entries by a hash. What comes from all levels
-is the encoding.
+A point is looked up in grids of growing resolution. Their corners hold trained features, which are interpolated between the
+eight around the point; grids with more corners than entries share these by a hash. The features of all levels together are
+the encoding.
 """
 import math
 
 import torch
 from torch import nn
 
-from accel.compiled import call, compiled
+from accel.kernels.compiled import call, compiled
 
-COARSEST = 16                      # cells along a side of the first level
+# Cells along a side of the first level.
+BASE_RESOLUTION = 16
+# The factors of the paper's spatial hash (Eq. 4).
 PRIMES = (1, 2654435761, 805459861)
-FEATURES = (1, 2, 4, 8)            # what the compiled kernel knows
+# The numbers of features per entry that the compiled kernel supports.
+FEATURES = (1, 2, 4, 8)
 
 
 class HashGrid(nn.Module):
     """Points [..., 3] in the box `aabb` to their encoding [..., n_levels * n_features].
 
     Args:
-      n_levels: grids; their resolutions grow geometrically from COARSEST to
-      finest_res: cells along a side of the last.
+      n_levels: number of grids; their resolutions grow geometrically from BASE_RESOLUTION to `finest_res`.
+      finest_res: cells along a side of the finest grid.
       log2_hashmap_size: log2 of the most entries of a level.
-      n_features: numbers of an entry, one of FEATURES.
+      n_features: features per entry, one of FEATURES.
     """
 
     def __init__(self, n_levels=16, finest_res=2048, log2_hashmap_size=19, n_features=2):
         super().__init__()
-        growth = (finest_res / COARSEST) ** (1 / max(n_levels - 1, 1))
-        resolution = [math.floor(COARSEST * growth ** level + 1e-6) for level in range(n_levels)]
+        growth = (finest_res / BASE_RESOLUTION) ** (1 / max(n_levels - 1, 1))
+        resolution = [math.floor(BASE_RESOLUTION * growth ** level + 1e-6) for level in range(n_levels)]
         sizes = [min((r + 1) ** 3, 2 ** log2_hashmap_size) for r in resolution]
         offset = [sum(sizes[:level]) for level in range(n_levels + 1)]
         self.register_buffer('resolution', torch.tensor(resolution), persistent=False)
@@ -42,8 +45,8 @@ class HashGrid(nn.Module):
     def reset_parameters(self):
         nn.init.uniform_(self.table, -1e-4, 1e-4)
 
-    def restrict(self, aabb):
-        """Take the box `aabb` [2, 3]."""
+    def set_box(self, aabb):
+        """Use the box `aabb` [2, 3]."""
         self.aabb.copy_(torch.as_tensor(aabb))
 
     def forward(self, points):
@@ -57,10 +60,10 @@ class HashGrid(nn.Module):
 
 
 def encode(unit, table, resolution, offset):
-    """The plain twin, all levels at once.
+    """The reference implementation, all levels at once.
 
     Args:
-      unit: points [N, 3]; outside of [0, 1] they count as on the border, NaN as 0.
+      unit: points [N, 3]; values outside of [0, 1] are clamped, NaN counts as 0.
       table: entries of all levels [E, F].
       resolution: cells along a side of each level [L].
       offset: first entry of each level, and the end [L + 1].
@@ -79,7 +82,7 @@ def encode(unit, table, resolution, offset):
     size = (offset[1:] - offset[:-1])[:, None]                                     # [L, 1]
     x, y, z = corner.unbind(-1)
     dense = (z * (side + 1) + y) * (side + 1) + x
-    hashed = (x * PRIMES[0] ^ y * PRIMES[1] ^ z * PRIMES[2]) & (size - 1)          # the lower bits, as of 32-bit numbers
+    hashed = (x * PRIMES[0] ^ y * PRIMES[1] ^ z * PRIMES[2]) & (size - 1)          # the lower bits, as in 32-bit arithmetic
     entry = torch.where((side + 1) ** 3 <= size, dense, hashed) + offset[:-1, None]
     return (weight[..., None] * table[entry]).sum(2).reshape(N, L * table.shape[1])
 

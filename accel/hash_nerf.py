@@ -3,14 +3,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from run_nerf_helpers import in_float32
+from run_nerf_helpers import RadianceField, in_float32
 
-HIDDEN = 64         # channels of a layer
-FEATURES = 16       # what the density's MLP hands on to the colour's; its first number is the density
-MOST_LOG_DENSITY = 15.0
-FIRST_LOG_DENSITY = 2.0  # at the start: a thin fog finds surfaces later, and on photos taken from the front hardly at all
-# Entries get a gradient in few steps: a small eps lets each make its way. One pass over a large table in place of ten.
-HASH_ADAM = {'betas': (0.9, 0.99), 'eps': 1e-15, 'fused': True}
+# Channels of a hidden layer.
+HIDDEN = 64
+# Outputs of the density's MLP that the colour's MLP takes; the first of them is the density's logarithm.
+FEATURES = 16
+# Exponents are clamped to this, so that densities and gradients stay finite.
+MAX_LOG_DENSITY = 15.0
+# The logarithm of the density at the start. In thinner fog surfaces form later, and from frontal photos hardly at all.
+INITIAL_LOG_DENSITY = 2.0
 
 
 class TruncatedExp(torch.autograd.Function):
@@ -19,37 +21,48 @@ class TruncatedExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return torch.exp(x.clamp(max=MOST_LOG_DENSITY))
+        return torch.exp(x.clamp(max=MAX_LOG_DENSITY))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return grad * torch.exp(ctx.saved_tensors[0].clamp(-MOST_LOG_DENSITY, MOST_LOG_DENSITY))
+        return grad * torch.exp(ctx.saved_tensors[0].clamp(-MAX_LOG_DENSITY, MAX_LOG_DENSITY))
 
 
-class HashNeRF(nn.Module):
-    """Positions, which it encodes itself, and encoded directions to raw colour and density, as `NeRF` has them. The density
-    is the exponential of what the first MLP gives: never negative, so that its ReLU in `raw2outputs` changes nothing.
+class HashNeRF(RadianceField):
+    """Positions and directions to raw colour and density. The density is the exponential of the first MLP's output: it is
+    never negative, so that the ReLU in `raw2outputs` changes nothing.
 
     Args:
       encoding: a `HashGrid`.
-      input_ch_views: size of the encoded direction, 0 for a colour that does not depend on it.
+      encoding_views: module that encodes directions; None for a colour that does not depend on them.
+      input_ch_views: size of the encoded direction.
     """
 
-    def __init__(self, encoding, input_ch_views=0):
+    # An entry gets a gradient in few steps: a small eps lets each of them count. `fused` passes over the table once.
+    adam_options = {'betas': (0.9, 0.99), 'eps': 1e-15, 'fused': True}  # noqa: RUF012 - read only
+    relu_density = False
+
+    def __init__(self, encoding, encoding_views=None, input_ch_views=0):
         super().__init__()
-        self.encoding = encoding
+        self.encoding, self.encoding_views = encoding, encoding_views
         self.density_linears = nn.ModuleList([nn.Linear(encoding.out_dim, HIDDEN), nn.Linear(HIDDEN, FEATURES)])
         self.rgb_linears = nn.ModuleList([nn.Linear(FEATURES + input_ch_views, HIDDEN), nn.Linear(HIDDEN, HIDDEN),
                                           nn.Linear(HIDDEN, 3)])
 
-    def forward(self, x):
-        """`x` [N, 3 + input_ch_views] to raw [N, 4]."""
-        points, views = x[:, :3], x[:, 3:]
+    def features(self, points):
+        """Points [N, 3] to the log density and what the colour depends on beside the direction, [N, FEATURES]."""
         h = F.relu(self.density_linears[0](self.encoding(points)), inplace=True)
-        h = in_float32(self.density_linears[1], h)
-        density = TruncatedExp.apply(h[:, :1] + FIRST_LOG_DENSITY)
-        h = torch.cat([h, views], -1)
+        return in_float32(self.density_linears[1], h)
+
+    def density(self, points):
+        return TruncatedExp.apply(self.features(points)[:, 0] + INITIAL_LOG_DENSITY)
+
+    def forward(self, points, viewdirs=None):
+        h = self.features(points)
+        density = TruncatedExp.apply(h[:, :1] + INITIAL_LOG_DENSITY)
+        if self.encoding_views is not None:
+            h = torch.cat([h, self.encoding_views(viewdirs)], -1)
         for layer in self.rgb_linears[:-1]:
             h = F.relu(layer(h), inplace=True)
         return torch.cat([in_float32(self.rgb_linears[-1], h), density], -1)

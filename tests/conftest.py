@@ -1,13 +1,13 @@
-"""Where the tests find recorded values and real scenes, and how they run the script."""
+"""Where the tests find recorded values and real scenes, and the trained runs that they share."""
 import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_runs import DEMO, FAST_DEMO, NO_OUTPUTS, ROOT, STARTED, TINY, run, run_script
+from tiny_scenes import edit_json
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get('NERF_SHARED', ROOT.parent / 'shared'))
 GOLDEN, DATA = SHARED / 'golden', SHARED / 'data'
 
@@ -21,12 +21,53 @@ def golden(name):
         return {key: arrays[key] for key in arrays}
 
 
-def run_script(*args, cwd=ROOT, timeout=300):
-    """Run `run_nerf.py` as a person would; returns the completed process, its output as text."""
-    command = [sys.executable, str(ROOT / 'run_nerf.py'), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+# --- runs that several tests look at; a test that writes to their folder copies it first ---------------------------
+
+@pytest.fixture(scope='session')
+def demo_run(tmp_path_factory):
+    """A run of the demo in a process of its own, 250 steps: its folder and what it printed to stdout and stderr.
+    `path.npy` beside the folder is its camera path."""
+    basedir = tmp_path_factory.mktemp('demo_run')
+    poses = np.tile(np.eye(4), (3, 1, 1))
+    poses[:, 2, 3] = 4, 4.2, 4.4
+    np.save(basedir / 'path.npy', poses)
+    done = run_script(*DEMO, '--basedir', basedir, '--N_iters', 250, '--i_print', 50, '--i_img', 100,
+                      '--i_weights', 100, '--i_testset', 250, '--i_video', 250, '--render_poses', basedir / 'path.npy')
+    assert done.returncode == 0, done.stderr
+    return basedir / 'demo', done.stdout, done.stderr
 
 
-def run_python(script, *args, cwd=ROOT, timeout=300):
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+@pytest.fixture(scope='session')
+def fast_demo_run(tmp_path_factory):
+    """The folder of a run of the fast demo, 250 steps."""
+    basedir = tmp_path_factory.mktemp('fast_demo_run')
+    assert run(*FAST_DEMO, '--basedir', basedir, '--N_iters', 250, '--i_testset', 250, '--i_video', 10 ** 6) == 0
+    return basedir / 'demo_fast'
+
+
+@pytest.fixture(scope='session')
+def two_steps(tmp_path_factory):
+    """The folder of a tiny run with the checkpoints of steps 1 and 2."""
+    basedir = tmp_path_factory.mktemp('two_steps')
+    assert run(*TINY, *NO_OUTPUTS, '--basedir', basedir, '--N_iters', 2, '--i_weights', 1) == 0
+    return basedir / 'demo'
+
+
+@pytest.fixture(scope='session')
+def few_views(tmp_path_factory):
+    """The folder of the demo scene with 8 of its 80 training views: its bounds are found ten times faster."""
+    folder = tmp_path_factory.mktemp('few_views') / 'demo'
+    shutil.copytree(ROOT / 'data/demo', folder)
+    edit_json(folder / 'transforms_train.json', lambda meta: meta.update(frames=meta['frames'][::10]))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """A test that fails leaves no process behind."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=60)

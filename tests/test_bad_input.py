@@ -1,5 +1,4 @@
-"""Bad input gets one line that names what is wrong, exit code 2, and leaves nothing behind."""
-import json
+"""Bad input: one line that names the problem, exit code 2, and no files left behind."""
 import pathlib
 import pickle
 import shutil
@@ -8,59 +7,23 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from tiny_runs import ROOT, run_script
+from tiny_scenes import blender_scene, edit_json, llff_scene, noise
 
 from run_nerf import main
 
-FRAMES = 3
-
-
-def noise(*shape, seed):
-    return np.random.RandomState(seed).randint(0, 256, shape).astype(np.uint8)
-
-
-def blender_scene(folder):
-    """A tiny scene in the Blender layout; returns its folder."""
-    for split in ('train', 'val', 'test'):
-        (folder / split).mkdir(parents=True)
-        frames = []
-        for index in range(FRAMES):
-            iio.imwrite(folder / split / f'r_{index}.png', noise(8, 10, 4, seed=index))
-            pose = np.eye(4)
-            pose[2, 3] = 4 + 0.1 * index
-            frames.append({'file_path': f'./{split}/r_{index}', 'transform_matrix': pose.tolist()})
-        (folder / f'transforms_{split}.json').write_text(json.dumps({'camera_angle_x': 0.7, 'frames': frames}))
-    return folder
-
-
-def llff_scene(folder):
-    """A tiny scene in the LLFF layout, full size only; returns its folder."""
-    (folder / 'images').mkdir(parents=True)
-    rows = []
-    for index in range(FRAMES):
-        iio.imwrite(folder / f'images/{index}.png', noise(16, 24, 3, seed=index))
-        pose = np.array([[0, 1, 0, 0.1 * index, 16], [-1, 0, 0, 0.05, 24], [0, 0, 1, 0, 20.0]])
-        rows.append([*pose.reshape(-1), 1.0, 9.0])
-    np.save(folder / 'poses_bounds.npy', np.array(rows))
-    return folder
-
-
-def edit_json(path, change):
-    meta = json.loads(path.read_text())
-    change(meta)
-    path.write_text(json.dumps(meta))
-
 
 def run(capsys, *args):
-    """Run `main`; returns exit code and what went to stderr."""
+    """Run `main`; returns the exit code and what it wrote to stderr."""
     try:
         code = main([str(arg) for arg in args])
-    except SystemExit as stop:  # argparse leaves this way
-        code = stop.code
+    except SystemExit as error:  # raised by argparse
+        code = error.code
     return code, capsys.readouterr().err
 
 
 def assert_refused(capsys, args, *words):
+    """Check that `main` fails with one line on stderr that contains all `words`."""
     code, err = run(capsys, *args)
     assert code == 2
     assert err.count('\n') == 1 and err.startswith('run_nerf.py: error: '), err
@@ -70,7 +33,7 @@ def assert_refused(capsys, args, *words):
 
 @pytest.fixture
 def options(tmp_path):
-    """Options of a run that would be over at once, on a scene that a test then damages."""
+    """A function that writes a tiny scene and returns the options of a one-step run on it."""
     def build(kind, scene=None):
         scene = scene or {'blender': blender_scene, 'llff': llff_scene}[kind](tmp_path / 'scene')
         return ['--dataset_type', kind, '--datadir', scene, '--expname', 'run', '--basedir', tmp_path / 'logs',
@@ -90,7 +53,7 @@ def test_no_such_config(capsys):
     assert_refused(capsys, ['--config', 'nowhere.txt'], 'nowhere.txt')
 
 
-def test_no_experiment(capsys):
+def test_neither_config_nor_expname(capsys):
     assert_refused(capsys, [], '--config', '--expname')
 
 
@@ -141,7 +104,7 @@ def test_truncated_image(capsys, options, tmp_path, kind, image, kept):
 
 
 @pytest.mark.parametrize('kind, image', [('blender', 'test/r_1.png'), ('llff', 'images/1.png')])
-def test_images_of_different_sizes(capsys, options, tmp_path, kind, image):
+def test_image_of_different_size(capsys, options, tmp_path, kind, image):
     args = options(kind)
     iio.imwrite(tmp_path / 'scene' / image, np.zeros((9, 11, 3), np.uint8))
     assert_refused(capsys, args, image, '11×9', 'expected')
@@ -173,19 +136,20 @@ def test_frame_without_key(capsys, options, tmp_path, key):
     assert_refused(capsys, args, 'transforms_train.json', 'frame 1', key)
 
 
-@pytest.mark.parametrize('matrix', [[[1, 0], [0, 1]], 'no matrix', [[1, 2, 3, 4]] * 3 + [[1, 2, 3]], None])
-def test_pose_of_another_shape(capsys, options, tmp_path, matrix):
+@pytest.mark.parametrize('matrix', [[[1, 0], [0, 1]], 'not a matrix', [[1, 2, 3, 4]] * 3 + [[1, 2, 3]], None])
+def test_pose_of_wrong_shape(capsys, options, tmp_path, matrix):
     args = options('blender')
-    edit_json(tmp_path / 'scene/transforms_train.json', lambda meta: meta['frames'][1].update(transform_matrix=matrix))
+    edit_json(tmp_path / 'scene/transforms_train.json',
+              lambda meta: meta['frames'][1].update(transform_matrix=matrix))
     assert_refused(capsys, args, 'transforms_train.json', 'frame 1')
 
 
 def test_nan_pose(capsys, options, tmp_path):
     args = options('blender')
 
-    def spoil(meta):
+    def damage(meta):
         meta['frames'][2]['transform_matrix'][0][3] = float('nan')
-    edit_json(tmp_path / 'scene/transforms_train.json', spoil)
+    edit_json(tmp_path / 'scene/transforms_train.json', damage)
     assert_refused(capsys, args, 'transforms_train.json', 'frame 2', 'NaN')
 
 
@@ -196,7 +160,7 @@ def test_no_intrinsics(capsys, options, tmp_path):
     assert_refused(capsys, args, 'camera_angle_x', 'fl_x')
 
 
-def test_intrinsics_for_another_size(capsys, options, tmp_path):
+def test_intrinsics_for_images_of_different_size(capsys, options, tmp_path):
     args = options('blender')
     for split in ('train', 'val', 'test'):
         edit_json(tmp_path / f'scene/transforms_{split}.json', lambda meta: meta.update(w=20, h=16, fl_x=12.0))
@@ -223,13 +187,13 @@ def test_bad_poses_bounds(capsys, options, tmp_path, table):
     assert_refused(capsys, args, 'poses_bounds.npy')
 
 
-def test_poses_bounds_that_is_no_array(capsys, options, tmp_path):
+def test_poses_bounds_that_is_not_an_array(capsys, options, tmp_path):
     args = options('llff')
     (tmp_path / 'scene/poses_bounds.npy').write_text('not an array')
     assert_refused(capsys, args, 'poses_bounds.npy')
 
 
-def test_bounds_the_wrong_way_round(capsys, options, tmp_path):
+def test_near_and_far_swapped_in_poses_bounds(capsys, options, tmp_path):
     args = options('llff')
     table = np.load(tmp_path / 'scene/poses_bounds.npy')
     table[1, 15:] = 9.0, 1.0
@@ -237,7 +201,7 @@ def test_bounds_the_wrong_way_round(capsys, options, tmp_path):
     assert_refused(capsys, args, 'row 1', 'near < far')
 
 
-def test_no_photos_to_reduce(capsys, options, tmp_path):
+def test_reduction_without_photos(capsys, options, tmp_path):
     args = options('llff')
     shutil.rmtree(tmp_path / 'scene/images')
     assert_refused(capsys, [*args, '--factor', 4], 'images_4')
@@ -248,17 +212,19 @@ def test_near_not_below_far(capsys, options, bounds):
     assert_refused(capsys, [*options('blender'), *bounds], 'near', 'far')
 
 
-@pytest.mark.parametrize('option, value', [('--N_samples', 0), ('--N_rand', -1), ('--N_iters', 'many'), ('--lrate', 'nan'),
-                                           ('--precrop_frac', 1.5), ('--near', -1), ('--chunk', 0), ('--i_embed', 7)])
+@pytest.mark.parametrize('option, value', [
+    ('--N_samples', 0), ('--N_rand', -1), ('--N_iters', 'many'), ('--lrate', 'nan'), ('--precrop_frac', 1.5),
+    ('--near', -1), ('--chunk', 0), ('--i_embed', 7)])
 def test_values_out_of_range(capsys, options, option, value):
     assert_refused(capsys, [*options('blender'), option, value], option, value)
 
 
-def test_too_few_samples_to_refine(capsys, options):
-    assert_refused(capsys, [*options('blender'), '--N_samples', 2, '--N_importance', 8], '--N_samples', 'at least 3')
+def test_too_few_coarse_samples_for_importance_sampling(capsys, options):
+    args = [*options('blender'), '--N_samples', 2, '--N_importance', 8]
+    assert_refused(capsys, args, '--N_samples', 'at least 3')
 
 
-def test_disparity_from_near_zero(capsys, options):
+def test_lindisp_with_near_zero(capsys, options):
     assert_refused(capsys, [*options('blender'), '--lindisp', '--near', 0], '--lindisp')
 
 
@@ -278,7 +244,7 @@ def test_no_such_device(capsys, options):
 
 @pytest.mark.parametrize('content', [b'', b'not a checkpoint', b'PK\x03\x04 half a zip'])
 def test_damaged_checkpoint(capsys, options, tmp_path, content):
-    """Given by --ft_path it is refused; in the experiment's folder it is set aside."""
+    """It is an error for --ft_path; in the experiment's folder it is renamed and training starts anew."""
     args, path = options('blender'), tmp_path / 'logs/run/000005.tar'
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
@@ -288,7 +254,7 @@ def test_damaged_checkpoint(capsys, options, tmp_path, content):
     assert not path.exists() and path.with_name('000005.tar.damaged').read_bytes() == content
 
 
-def test_checkpoint_of_another_network(capsys, options):
+def test_checkpoint_of_different_network(capsys, options):
     args = options('blender')
     assert run(capsys, *args)[0] == 0
     assert_refused(capsys, [*args, '--netwidth', 8, '--N_iters', 2], '000001.tar', 'fit')
@@ -299,28 +265,28 @@ def test_missing_ft_path(capsys, options):
 
 
 @pytest.mark.parametrize('name, content', [('path.json', '{"frames": ['), ('path.json', '[[1, 2], [3]]'),
-                                           ('path.json', '[[[1, 0], [0, 1]]]'), ('path.npy', 'no array')])
+                                           ('path.json', '[[[1, 0], [0, 1]]]'), ('path.npy', 'not an array')])
 def test_bad_render_poses(capsys, options, tmp_path, name, content):
     (tmp_path / name).write_text(content)
     assert_refused(capsys, [*options('blender'), '--render_poses', tmp_path / name], name)
 
 
-@pytest.mark.parametrize('content', [b'\xff\xfe binary \x00', b'[section]\nexpname = run\n', b'config = other.txt\n',
-                                     b'expname = a\nexpname = b\n'])
-def test_config_that_would_be_passed_over(capsys, tmp_path, content):
+@pytest.mark.parametrize('content', [
+    b'\xff\xfe binary \x00', b'[section]\nexpname = run\n', b'config = other.txt\n', b'expname = a\nexpname = b\n'])
+def test_config_with_unusable_content(capsys, tmp_path, content):
     (tmp_path / 'odd.txt').write_bytes(content)
     assert_refused(capsys, ['--config', tmp_path / 'odd.txt'], 'odd.txt')
 
 
 @pytest.mark.parametrize('value', [3, None, ['a'], '', '/'])
-def test_file_path_of_another_kind(capsys, options, tmp_path, value):
+def test_file_path_that_names_no_image(capsys, options, tmp_path, value):
     args = options('blender')
     edit_json(tmp_path / 'scene/transforms_train.json', lambda meta: meta['frames'][1].update(file_path=value))
     assert_refused(capsys, args)
 
 
 @pytest.mark.parametrize('angle', [40.0, 3.5, -1, 0, 'wide', None, 10 ** 400])
-def test_field_of_view_that_is_none(capsys, options, tmp_path, angle):
+def test_impossible_field_of_view(capsys, options, tmp_path, angle):
     args = options('blender')
     for split in ('train', 'val', 'test'):
         edit_json(tmp_path / f'scene/transforms_{split}.json', lambda meta: meta.update(camera_angle_x=angle))
@@ -328,7 +294,7 @@ def test_field_of_view_that_is_none(capsys, options, tmp_path, angle):
 
 
 @pytest.mark.parametrize('number', [1e300, 10 ** 400, 0])
-def test_matrix_that_is_no_camera(capsys, options, tmp_path, number):
+def test_matrix_that_is_not_a_pose(capsys, options, tmp_path, number):
     args = options('blender')
     edit_json(tmp_path / 'scene/transforms_train.json',
               lambda meta: meta['frames'][1].update(transform_matrix=[[number] * 4] * 4))
@@ -337,7 +303,7 @@ def test_matrix_that_is_no_camera(capsys, options, tmp_path, number):
 
 @pytest.mark.parametrize('columns', [slice(0, 3), slice(14, 15)])
 def test_poses_bounds_with_zeros(capsys, options, tmp_path, columns):
-    """A rotation without its first column; a focal length of 0."""
+    """A rotation whose first column is 0; a focal length of 0."""
     args = options('llff')
     table = np.load(tmp_path / 'scene/poses_bounds.npy')
     table[:, columns] = 0
@@ -346,34 +312,35 @@ def test_poses_bounds_with_zeros(capsys, options, tmp_path, columns):
     assert_refused(capsys, args, 'poses_bounds.npy', 'expected')
 
 
-def test_parallel_cameras_have_no_centre(capsys, options):
+def test_spherify_with_parallel_cameras(capsys, options):
     assert_refused(capsys, [*options('llff'), '--spherify', '--no_ndc'], 'parallel')
 
 
-def test_bounds_in_units_of_the_scene_with_ndc(capsys, options):
+def test_near_and_far_in_scene_units_with_ndc(capsys, options):
     assert_refused(capsys, [*options('llff'), '--near', 2, '--far', 6], '--no_ndc')
 
 
-def test_two_photos_of_one_name(capsys, options, tmp_path):
+def test_two_photos_with_the_same_name(capsys, options, tmp_path):
     args = options('llff')
     iio.imwrite(tmp_path / 'scene/images/0.jpg', noise(16, 24, 3, seed=0))
     assert_refused(capsys, [*args, '--factor', 2], 'twice')
 
 
-@pytest.mark.parametrize('key, value', [('global_step', 'many'), ('network_fn_state_dict', [1]), ('optimizer_state_dict', 3),
-                                        ('args', [1]), ('network_fn_state_dict', {})])
-def test_checkpoint_with_parts_of_another_kind(capsys, options, tmp_path, key, value):
+@pytest.mark.parametrize('key, value', [
+    ('global_step', 'many'), ('network_fn_state_dict', [1]), ('optimizer_state_dict', 3), ('args', [1]),
+    ('network_fn_state_dict', {})])
+def test_checkpoint_with_values_of_wrong_type(capsys, options, tmp_path, key, value):
     args = options('blender')
     assert run(capsys, *args)[0] == 0
     path = tmp_path / 'logs/run/000001.tar'
     torch.save({**torch.load(path, weights_only=True), key: value}, path)
-    if key == 'args':  # rendering can do without
+    if key == 'args':  # not needed for rendering
         assert run(capsys, *args, '--render_only')[0] == 0
     else:
         assert_refused(capsys, [*args, '--ft_path', path], '000001.tar')
 
 
-def test_checkpoint_with_code_in_it_is_not_run(capsys, options, tmp_path):
+def test_code_in_a_checkpoint_is_not_run(capsys, options, tmp_path):
     (tmp_path / 'logs/run').mkdir(parents=True)
     (tmp_path / 'logs/run/000005.tar').write_bytes(pickle.dumps(Touch(tmp_path / 'touched')))
     args = options('blender')
@@ -383,7 +350,7 @@ def test_checkpoint_with_code_in_it_is_not_run(capsys, options, tmp_path):
 
 
 class Touch:
-    """Unpickling this makes a file."""
+    """Unpickling this creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -393,17 +360,17 @@ class Touch:
 
 
 @pytest.mark.parametrize('option, value', [('--seed', 2 ** 64), ('--device', 'meta'), ('--expname', '')])
-def test_values_that_fail_later(capsys, options, option, value):
+def test_values_that_torch_or_the_file_system_rejects(capsys, options, option, value):
     assert_refused(capsys, [*options('blender'), option, value], option if value else 'expname')
 
 
-def test_render_factor_beyond_the_image(capsys, options):
+def test_render_factor_larger_than_the_image(capsys, options):
     args = options('blender')
     assert run(capsys, *args)[0] == 0
     assert_refused(capsys, [*args, '--render_only', '--render_factor', 1000], '--render_factor')
 
 
-def test_a_refused_run_leaves_the_experiment_as_it_was(capsys, options, tmp_path):
+def test_bad_input_leaves_an_existing_experiment_unchanged(capsys, options, tmp_path):
     args = options('blender')
     assert run(capsys, *args)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / 'logs/run').iterdir()}
@@ -411,7 +378,8 @@ def test_a_refused_run_leaves_the_experiment_as_it_was(capsys, options, tmp_path
     assert {path: path.read_bytes() for path in (tmp_path / 'logs/run').iterdir()} == before
 
 
-def test_a_real_process_exits_with_2(tmp_path):
-    done = run_script('--config', ROOT / 'configs/lego.txt', '--datadir', tmp_path / 'nowhere', '--basedir', tmp_path)
+def test_the_script_exits_with_2(tmp_path):
+    done = run_script('--config', ROOT / 'configs/lego.txt', '--datadir', tmp_path / 'nowhere',
+                      '--basedir', tmp_path)
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr.count('\n') == 1 and 'nowhere' in done.stderr

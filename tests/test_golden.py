@@ -1,15 +1,30 @@
-"""Values recorded from the established code: ours are the same."""
+"""Values recorded from nerf-pytorch: ours are equal."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from conftest import DATA, GOLDEN, golden, needs_data, needs_golden
 
-from evaluation import psnr
+from accel.network_query import NetworkQuery
 from load_blender import load_blender_data
 from load_llff import load_llff_data
-from options import config_parser
-from run_nerf import create_nerf, raw2outputs, render, render_frames, run_network
-from run_nerf_helpers import NeRF, get_embedder, get_rays, get_rays_np, img2mse, ndc_rays, sample_pdf, to8b
+from run_nerf import create_nerf, raw2outputs, render, render_frame, run_network
+from run_nerf_helpers import (
+    EncodedNeRF,
+    NeRF,
+    get_embedder,
+    get_rays,
+    get_rays_np,
+    img2mse,
+    ndc_rays,
+    sample_pdf,
+    to8b,
+)
+from training.metrics import psnr
+from training.options import config_parser
+from training.outputs import Frame
+from training.setup import fast_renderer
 
 pytestmark = needs_golden
 
@@ -44,7 +59,8 @@ def test_rays():
 def test_ndc_rays():
     recorded = golden('rays.npz')
     rays_o, rays_d = torch.from_numpy(recorded['ndc_in_o']), torch.from_numpy(recorded['ndc_in_d'])
-    found = ndc_rays(int(recorded['H']), int(recorded['W']), recorded['K'][0][0], float(recorded['near']), rays_o, rays_d)
+    H, W, focal, near = int(recorded['H']), int(recorded['W']), recorded['K'][0][0], float(recorded['near'])
+    found = ndc_rays(H, W, focal, near, rays_o, rays_d)
     close(found[0], recorded['ndc_o'], 1e-6)
     close(found[1], recorded['ndc_d'], 1e-6)
 
@@ -65,7 +81,7 @@ def test_raw2outputs(prefix, options):
     for name, found in zip(names, raw2outputs(raw, z_vals, rays_d, **options)):
         expected = recorded[prefix + name]
         if name == 'disp_map':
-            expected = np.nan_to_num(expected, nan=0.0)  # the recorded code divides 0 by 0 on an empty ray
+            expected = np.nan_to_num(expected, nan=0.0)  # nerf-pytorch divides 0 by 0 on an empty ray
         close(found, expected, 1e-5)
 
 
@@ -76,49 +92,63 @@ def recorded_training():
     return golden('render_and_train.npz')
 
 
-def networks(recorded):
-    """The two networks of the recording and the kwargs of its `render`."""
+def from_nerf_pytorch(**sizes):
+    """As in nerf-pytorch: two networks on encoded inputs, and the function that encodes and applies them."""
     embed_fn, input_ch = get_embedder(10)
     embeddirs_fn, input_ch_views = get_embedder(4)
-    built = []
-    for name in ('coarse', 'fine'):
-        network = NeRF(D=8, W=64, input_ch=input_ch, input_ch_views=input_ch_views, output_ch=5, skips=[4],
-                       use_viewdirs=True)
-        prefix = f'init.{name}.'
-        network.load_state_dict({key[len(prefix):]: torch.from_numpy(value)
-                                 for key, value in recorded.items() if key.startswith(prefix)})
-        built.append(network)
 
     def query(inputs, viewdirs, network):
         return run_network(inputs, viewdirs, network, embed_fn, embeddirs_fn)
-    kwargs = {'network_fn': built[0], 'network_fine': built[1], 'network_query_fn': query, 'N_samples': 32,
-              'N_importance': 64, 'perturb': 0.0, 'white_bkgd': True, 'use_viewdirs': True, 'ndc': False, 'near': 2.0,
-              'far': 6.0, 'retraw': True}
-    return built, kwargs
+    return [NeRF(input_ch=input_ch, input_ch_views=input_ch_views, **sizes) for _ in range(2)], query
 
 
-def render_rays_of(recorded, rays, kwargs):
-    return render(int(recorded['H']), int(recorded['W']), recorded['K'], chunk=1024, rays=torch.from_numpy(rays), **kwargs)
+def with_encodings(**sizes):
+    """Two networks that hold their encodings, and a `NetworkQuery`."""
+    encoding, input_ch = get_embedder(10)
+    encoding_views, input_ch_views = get_embedder(4)
+    networks = [EncodedNeRF(encoding, encoding_views, input_ch=input_ch, input_ch_views=input_ch_views, **sizes)
+                for _ in range(2)]
+    return networks, NetworkQuery()
 
 
-def test_render(recorded_training):
-    _, kwargs = networks(recorded_training)
-    rgb, disp, acc, extras = render_rays_of(recorded_training, recorded_training['rays'], kwargs)
+@pytest.fixture(params=[from_nerf_pytorch, with_encodings])
+def recorded_networks(request, recorded_training):
+    """The two networks of the recording and the kwargs of its `render`."""
+    networks, query = request.param(D=8, W=64, output_ch=5, skips=[4], use_viewdirs=True)
+    for name, network in zip(('coarse', 'fine'), networks):
+        prefix = f'init.{name}.'
+        network.load_state_dict({key[len(prefix):]: torch.from_numpy(value)
+                                 for key, value in recorded_training.items() if key.startswith(prefix)})
+    kwargs = {'network_fn': networks[0], 'network_fine': networks[1], 'network_query_fn': query,
+              'N_samples': 32, 'N_importance': 64, 'perturb': 0.0, 'white_bkgd': True, 'use_viewdirs': True,
+              'ndc': False, 'near': 2.0, 'far': 6.0, 'retraw': True}
+    return networks, kwargs
+
+
+def render_recorded(recorded, rays, kwargs):
+    H, W = int(recorded['H']), int(recorded['W'])
+    return render(H, W, recorded['K'], chunk=1024, rays=torch.from_numpy(rays), **kwargs)
+
+
+def test_render(recorded_training, recorded_networks):
+    _, kwargs = recorded_networks
+    rgb, disp, acc, extras = render_recorded(recorded_training, recorded_training['rays'], kwargs)
     found = {'rgb_map': rgb, 'disp_map': disp, 'acc_map': acc, **extras}
     expected = {key[4:]: value for key, value in recorded_training.items() if key.startswith('out.')}
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         if key.startswith('disp'):
-            value = np.nan_to_num(value, nan=0.0)  # empty rays, 0 / 0 in the recorded code
+            value = np.nan_to_num(value, nan=0.0)  # empty rays, 0 / 0 in nerf-pytorch
         close(found[key], value, 1e-5)
 
 
-def test_training_trajectory(recorded_training):
-    (coarse, fine), kwargs = networks(recorded_training)
+def test_training_trajectory(recorded_training, recorded_networks):
+    (coarse, fine), kwargs = recorded_networks
     optimizer = torch.optim.Adam([*coarse.parameters(), *fine.parameters()], lr=5e-4, betas=(0.9, 0.999))
     losses = []
-    for step, (rays, target) in enumerate(zip(recorded_training['batch_rays'], recorded_training['batch_targets'])):
-        rgb, _, _, extras = render_rays_of(recorded_training, rays, kwargs)
+    batches = zip(recorded_training['batch_rays'], recorded_training['batch_targets'])
+    for step, (rays, target) in enumerate(batches):
+        rgb, _, _, extras = render_recorded(recorded_training, rays, kwargs)
         target = torch.from_numpy(target)
         loss = img2mse(rgb, target) + img2mse(extras['rgb0'], target)
         optimizer.zero_grad()
@@ -138,11 +168,12 @@ def test_training_trajectory(recorded_training):
 # --- loaders ----------------------------------------------------------------------------------------------------
 
 @needs_data
-@pytest.mark.parametrize('name, half_res, step', [('blender_lego.npz', False, 40), ('blender_lego_half.npz', True, 40)])
+@pytest.mark.parametrize('name, half_res, step', [('blender_lego.npz', False, 40),
+                                                  ('blender_lego_half.npz', True, 40)])
 def test_blender_loader(name, half_res, step):
     recorded = golden(name)
     imgs, poses, render_poses, hwf, i_split = load_blender_data(DATA / 'nerf_synthetic/lego', half_res, testskip=8)
-    count = len(imgs)  # the recorded scene had 12 more test views, behind those that are here
+    count = len(imgs)  # the recorded scene had 12 more test views, after those that we have
     assert [len(part) for part in i_split] == [*recorded['counts'][:2], 13] and count == sum(map(len, i_split))
     assert imgs.shape[1:] == tuple(recorded['image_shape'][1:])
     close(poses, recorded['poses'][:count], 1e-6)
@@ -169,39 +200,57 @@ def test_llff_loader(name, spherify):
     close(images[:, ::50, ::50], recorded['pixels'], 1e-6)
 
 
-# --- a checkpoint of the established code -----------------------------------------------------------------------
+# --- a checkpoint of nerf-pytorch -------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
-def old_checkpoint(tmp_path_factory):
-    """Options and kwargs of a run that starts from the recorded checkpoint."""
+def nerf_pytorch_checkpoint(tmp_path_factory):
+    """Options, kwargs for `render`, step and optimizer of a run that starts from the recorded checkpoint."""
     args = config_parser().parse_args([
         '--config', str(GOLDEN / 'checkpoint/config.txt'), '--ft_path', str(GOLDEN / 'checkpoint/002000.tar'),
         '--basedir', str(tmp_path_factory.mktemp('logs')), '--device', 'cpu'])
     _, kwargs, start, _, optimizer = create_nerf(args)
     kwargs.update(near=2.0, far=6.0)
-    return kwargs, start, optimizer
+    return args, kwargs, start, optimizer
 
 
-def test_old_checkpoint_goes_on_where_it_stopped(old_checkpoint):
-    _, start, optimizer = old_checkpoint
+def test_a_nerf_pytorch_checkpoint_resumes_at_its_step(nerf_pytorch_checkpoint):
+    _, _, start, optimizer = nerf_pytorch_checkpoint
     assert start == 2000
     assert {state['step'].item() for state in optimizer.state.values()} == {2000}
 
 
-@needs_data
-def test_old_checkpoint_renders_the_same(old_checkpoint):
-    kwargs, _, _ = old_checkpoint
+def recorded_view():
+    """Recorded values of a frame at every second pixel, its intrinsics, and the size of the frame."""
     recorded = golden('checkpoint/render.npz')
     H, W, focal = recorded['hwf']
-    K = np.array([[focal, 0, 0.5 * W], [0, focal, 0.5 * H], [0, 0, 1]])
-    rgb, disp, acc, *_ = next(render_frames(recorded['c2w'][None], recorded['hwf'], K, 4096, kwargs))
-    close(rgb[::2, ::2], recorded['rgb'], 2e-3)
-    close(acc[::2, ::2], recorded['acc'], 2e-3)
-    expected = np.nan_to_num(recorded['disp'], nan=0.0)
-    close(disp[::2, ::2], expected, 2e-3)
+    return recorded, np.array([[focal, 0, 0.5 * W], [0, focal, 0.5 * H], [0, 0, 1]]), (int(H), int(W))
 
-    imgs, _, _, _, i_split = load_blender_data(DATA / 'nerf_synthetic/lego', half_res=True, testskip=8)
+
+def assert_equals_recorded(frame, recorded, stride):
+    """Colour, opacity and disparity of a frame [H, W, ...]; `stride` is that of the recorded pixels to compare."""
+    for found, key in ((frame.rgb, 'rgb'), (frame.acc, 'acc'), (frame.disp, 'disp')):
+        close(found, np.nan_to_num(recorded[key], nan=0.0)[::stride, ::stride], 2e-3)
+
+
+def test_a_nerf_pytorch_checkpoint_renders_the_same_exactly(nerf_pytorch_checkpoint):
+    """Every second one of the recorded pixels, by the exact renderer."""
+    _, kwargs, _, _ = nerf_pytorch_checkpoint
+    recorded, K, _ = recorded_view()
+    assert_equals_recorded(render_frame(recorded['c2w'], recorded['hwf'], K, 4096, kwargs, stride=4), recorded, 2)
+
+
+@needs_data
+def test_a_nerf_pytorch_checkpoint_renders_the_same(nerf_pytorch_checkpoint):
+    """The whole frame, as the script renders it."""
+    args, kwargs, _, _ = nerf_pytorch_checkpoint
+    recorded, K, (H, W) = recorded_view()
+    imgs, poses, _, _, i_split = load_blender_data(DATA / 'nerf_synthetic/lego', half_res=True, testskip=8)
+    scene = SimpleNamespace(H=H, W=W, K=K, poses=poses[:, :3, :4].astype(np.float32), near=2.0, far=6.0)
+    renderer = fast_renderer(args, scene, kwargs, print)
+    frame = render_frame(recorded['c2w'], recorded['hwf'], K, 4096, {**kwargs, 'renderer': renderer})
+    assert_equals_recorded(Frame(frame.rgb[::2, ::2], frame.disp[::2, ::2], frame.acc[::2, ::2]), recorded, 1)
+
     target = imgs[i_split[2][0]]
     target = target[..., :3] * target[..., 3:] + (1 - target[..., 3:])
-    assert -10 * np.log10(np.mean((rgb - target) ** 2)) == pytest.approx(float(recorded['psnr']), abs=0.01)
-    assert psnr(to8b(rgb), to8b(target)) == pytest.approx(float(recorded['psnr']), abs=0.05)
+    assert -10 * np.log10(np.mean((frame.rgb - target) ** 2)) == pytest.approx(float(recorded['psnr']), abs=0.01)
+    assert psnr(to8b(frame.rgb), to8b(target)) == pytest.approx(float(recorded['psnr']), abs=0.05)

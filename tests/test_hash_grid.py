@@ -1,4 +1,4 @@
-"""The hash encoding: compiled kernel against plain twin, plain twin against loops."""
+"""The hash encoding: the compiled kernel against its reference implementation, that against loops."""
 import itertools
 import subprocess
 import sys
@@ -10,47 +10,46 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accel.compiled import compiled
-from accel.hash_grid import FEATURES, PRIMES, HashGrid, encode
-from run_nerf_helpers import spherical_harmonics
+from accel.hash_grid import BASE_RESOLUTION, FEATURES, PRIMES, HashGrid, encode
+from accel.kernels.compiled import compiled
 
 needs_compiler = pytest.mark.skipif(compiled('hash_grid') is None, reason='no C compiler')
 
 
-def grid(seed=0, **options):
-    """A grid with entries that are told apart."""
+def random_grid(seed=0, **options):
+    """A grid whose entries are all different."""
     torch.manual_seed(seed)
-    made = HashGrid(**{'n_levels': 5, 'finest_res': 200, 'log2_hashmap_size': 12, 'n_features': 2, **options})
-    torch.nn.init.normal_(made.table)
-    return made
+    grid = HashGrid(**{'n_levels': 5, 'finest_res': 200, 'log2_hashmap_size': 12, 'n_features': 2, **options})
+    torch.nn.init.normal_(grid.table)
+    return grid
 
 
 @needs_compiler
 @given(n_levels=st.integers(1, 9), finest_res=st.integers(16, 3000), log2_hashmap_size=st.integers(4, 16),
        n_features=st.sampled_from(FEATURES), N=st.integers(0, 5000), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
-def test_the_kernel_is_its_twin(N, seed, **options):
-    made = grid(seed, **options)
+def test_the_kernel_equals_the_reference_implementation(N, seed, **options):
+    grid = random_grid(seed, **options)
     points = torch.rand(N, 3) * 2.4 - 1.2  # some outside
     points[N // 2:N // 2 + 1, 1] = float('nan')
-    found = made(points)
+    found = grid(points)
     upstream = torch.randn_like(found)
-    (grad,) = torch.autograd.grad(found, made.table, upstream)
-    expected = encode((points + 1) / 2, made.table, made.resolution, made.offset)
-    (expected_grad,) = torch.autograd.grad(expected, made.table, upstream)
-    assert found.shape == expected.shape == (N, made.out_dim)
+    (grad,) = torch.autograd.grad(found, grid.table, upstream)
+    expected = encode((points + 1) / 2, grid.table, grid.resolution, grid.offset)
+    (expected_grad,) = torch.autograd.grad(expected, grid.table, upstream)
+    assert found.shape == expected.shape == (N, grid.out_dim)
     assert torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
     assert (grad - expected_grad).norm() <= 1e-5 * expected_grad.norm()
 
 
-def by_loops(point, made):
-    """One point's encoding as the paper says it, in Python's integers."""
+def encode_in_loops(point, grid):
+    """The encoding of one point as in the paper, with Python's integers."""
     out = []
-    for level, resolution in enumerate(made.resolution.tolist()):
-        start, end = made.offset[level].item(), made.offset[level + 1].item()
+    for level, resolution in enumerate(grid.resolution.tolist()):
+        start, end = grid.offset[level].item(), grid.offset[level + 1].item()
         x = [min(max(float(c), 0.0), 1.0) * resolution for c in point]
         cell = [min(int(c), resolution - 1) for c in x]
-        total = np.zeros(made.table.shape[1])
+        total = np.zeros(grid.table.shape[1])
         for up in itertools.product((0, 1), repeat=3):
             corner = [c + u for c, u in zip(cell, up)]
             weight = np.prod([c - i if u else 1 - (c - i) for c, i, u in zip(x, cell, up)])
@@ -58,58 +57,67 @@ def by_loops(point, made):
                 entry = (corner[2] * (resolution + 1) + corner[1]) * (resolution + 1) + corner[0]
             else:
                 entry = (corner[0] * PRIMES[0] ^ corner[1] * PRIMES[1] ^ corner[2] * PRIMES[2]) % (end - start)
-            total += weight * made.table[start + entry].detach().numpy()
+            total += weight * grid.table[start + entry].detach().numpy()
         out.append(total)
     return np.concatenate(out)
 
 
-def test_the_twin_is_what_the_paper_says():
-    made = grid()
-    assert made.offset[1] == 17 ** 3 or made.offset[1] == 2 ** 12, 'a coarse level is dense, or as large as the table'
+def test_the_reference_implementation_equals_loops():
+    grid = random_grid()
+    assert grid.offset[1] in (17 ** 3, 2 ** 12), 'the first level is dense, or as large as the table'
     points = torch.rand(20, 3, dtype=torch.float64)
-    found = encode(points, made.table.double(), made.resolution, made.offset).detach()
-    expected = np.stack([by_loops(point, made) for point in points])
+    found = encode(points, grid.table.double(), grid.resolution, grid.offset).detach()
+    expected = np.stack([encode_in_loops(point, grid) for point in points])
     assert np.allclose(found.numpy(), expected, atol=1e-6)
 
 
 def test_coarsest_and_finest_level():
-    made = HashGrid(n_levels=16, finest_res=2048, log2_hashmap_size=19)
-    assert made.resolution[0] == 16 and made.resolution[-1] == 2048 and made.out_dim == 32
-    assert made.offset[1] == 17 ** 3 and made.offset[-1] - made.offset[-2] == 2 ** 19
-    assert made.table.abs().max() <= 1e-4
+    grid = HashGrid(n_levels=16, finest_res=2048, log2_hashmap_size=19)
+    assert grid.resolution[0] == 16 and grid.resolution[-1] == 2048 and grid.out_dim == 32
+    assert grid.offset[1] == 17 ** 3 and grid.offset[-1] - grid.offset[-2] == 2 ** 19
+    assert grid.table.abs().max() <= 1e-4
 
 
-def test_it_interpolates():
-    """At a corner of the dense level the encoding is its entry, and between two corners it goes straight."""
-    made = grid(n_levels=1, finest_res=16, log2_hashmap_size=13)
-    made.aabb.copy_(torch.tensor([[0.0, 0, 0], [16, 16, 16]]))
-    corner = made(torch.tensor([[3.0, 5, 7], [4, 5, 7], [3.25, 5, 7]]))
-    assert torch.allclose(corner[0], made.table[(7 * 17 + 5) * 17 + 3])
+def test_encoding_interpolates_between_corners():
+    """At a corner of a dense level the encoding is its entry; between two corners it is linear."""
+    grid = random_grid(n_levels=1, finest_res=16, log2_hashmap_size=13)
+    grid.set_box([[0.0, 0, 0], [16, 16, 16]])
+    corner = grid(torch.tensor([[3.0, 5, 7], [4, 5, 7], [3.25, 5, 7]]))
+    assert torch.allclose(corner[0], grid.table[(7 * 17 + 5) * 17 + 3])
     assert torch.allclose(corner[2], 0.75 * corner[0] + 0.25 * corner[1], atol=1e-6)
 
 
-def test_gradients_of_the_points_go_through_the_twin():
-    made = grid(n_levels=2, finest_res=32)
+def test_gradients_of_points_come_from_the_reference_implementation():
+    grid = random_grid(n_levels=2, finest_res=32)
     points = torch.rand(9, 3, requires_grad=True)
-    made(points).sum().backward()
+    grid(points).sum().backward()
     assert torch.isfinite(points.grad).all() and points.grad.any()
 
 
-def test_without_a_compiler_the_twin_does_the_work():
-    script = ('import torch; from accel.hash_grid import HashGrid; from accel.compiled import compiled; '
-              'made = HashGrid(4, 64, 10, 2); print(compiled("hash_grid") is None, made(torch.rand(3, 3)).shape)')
+def test_without_a_compiler_the_reference_implementation_is_used():
+    script = ('import torch; from accel.hash_grid import HashGrid; from accel.kernels.compiled import compiled; '
+              'grid = HashGrid(4, 64, 10, 2); print(compiled("hash_grid") is None, grid(torch.rand(3, 3)).shape)')
     done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, timeout=100,
-                          env={'PATH': '', 'XDG_CACHE_HOME': '/nonexistent', 'TMPDIR': '/nonexistent', 'CC': 'nothing'})
+                          env={'PATH': '', 'XDG_CACHE_HOME': '/nonexistent', 'TMPDIR': '/nonexistent',
+                               'CC': 'nothing'})
     assert done.returncode == 0 and done.stdout.startswith('True torch.Size([3, 8])'), done.stderr
 
 
-def test_spherical_harmonics_are_orthonormal():
-    """Their products, integrated over the sphere by Gauss-Legendre quadrature, are 1 for equal ones and 0 for others."""
-    cosines, weights = np.polynomial.legendre.leggauss(12)
-    angles = np.arange(24) * 2 * np.pi / 24
-    sines = np.sqrt(1 - cosines ** 2)
-    directions = np.stack([sines[:, None] * np.cos(angles), sines[:, None] * np.sin(angles),
-                           np.repeat(cosines[:, None], 24, 1)], -1)
-    values = spherical_harmonics(torch.from_numpy(directions)).reshape(-1, 16).numpy()
-    areas = np.repeat(weights * 2 * np.pi / 24, 24)
-    assert np.allclose((values * areas[:, None]).T @ values, np.eye(16), atol=1e-12)
+def test_points_outside_of_the_box_are_clamped_to_it():
+    grid = random_grid()
+    grid.set_box([[0.0, 0, 0], [2, 2, 2]])
+    found = grid(torch.tensor([[-5.0, 1, 1], [0, 1, 1], [2, 2, 2], [3, 9, 2.5]]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
+
+
+def test_any_number_of_axes():
+    grid, points = random_grid(), torch.rand(2, 3, 4, 3)
+    assert torch.equal(grid(points).reshape(-1, grid.out_dim), grid(points.reshape(-1, 3)))
+
+
+def test_reset_parameters_initialises_the_table_but_not_the_box():
+    grid = random_grid()
+    grid.set_box([[0.0, 0, 0], [2, 2, 2]])
+    grid.reset_parameters()
+    assert 0 < grid.table.abs().max() <= 1e-4 and grid.aabb[1].tolist() == [2, 2, 2]
+    assert grid.state_dict().keys() == {'table', 'aabb'} and grid.resolution[0] == BASE_RESOLUTION

@@ -1,13 +1,15 @@
-"""Encoding, network, rays, NDC and sampling: properties, and plain twins of the fast forms."""
+"""Encoding, networks, rays, NDC and sampling: properties, and reference implementations of the fast forms."""
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_networks import LearnedEncoding, encoded_nerf, points_and_directions
 
 from run_nerf_helpers import (
     Embedder,
     NeRF,
+    SphericalHarmonics,
     get_embedder,
     get_rays,
     img2mse,
@@ -41,31 +43,79 @@ def test_to8b_clips():
 
 # --- encoding ---------------------------------------------------------------------------------------------------
 
-def encode_one_by_one(x, L):
-    """Eq. 4, a term at a time."""
-    return torch.cat([x] + [fn(x * 2.0 ** k) for k in range(L) for fn in (torch.sin, torch.cos)], -1)
+def encode_term_by_term(x, frequencies, include_input=True, periodic_fns=(torch.sin, torch.cos)):
+    """The reference implementation of Eq. 4."""
+    waves = [fn(x * frequency) for frequency in frequencies for fn in periodic_fns]
+    return torch.cat([x] * include_input + waves, -1)
 
 
-@given(st.integers(1, 12), st.lists(st.integers(1, 4), max_size=3))
-def test_encoding_equals_its_plain_twin(L, shape):
+@given(L=st.integers(1, 12), shape=st.lists(st.integers(1, 4), max_size=3))
+def test_encoding_equals_the_reference_implementation(L, shape):
     x = torch.randn(*shape, 3)
     embed, dim = get_embedder(L)
     assert dim == 3 + 6 * L
-    assert torch.equal(embed(x), encode_one_by_one(x, L))
+    assert torch.equal(embed(x), encode_term_by_term(x, [2.0 ** k for k in range(L)]))
+
+
+@settings(deadline=None)
+@given(C=st.integers(1, 5), L=st.integers(0, 8), shape=st.lists(st.integers(0, 4), max_size=3),
+       include_input=st.booleans(), log_sampling=st.booleans(), with_gradient=st.booleans(),
+       dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_vectors_of_any_size_are_encoded(C, L, shape, include_input, log_sampling, with_gradient, dtype):
+    """With and without gradients, whatever `input_dims` says; that is for `out_dim`."""
+    x = torch.randn(*shape, C, dtype=dtype, requires_grad=with_gradient)
+    powers, evenly_spaced = [2.0 ** k for k in range(L)], torch.linspace(1, 2.0 ** (L - 1), L, dtype=dtype)
+    frequencies = powers if log_sampling else evenly_spaced
+    expected = encode_term_by_term(x, frequencies, include_input) if L or include_input else x[..., :0]
+    for input_dims in (3, C):
+        embedder = Embedder(include_input, input_dims, L - 1, L, log_sampling)
+        found = embedder(x)
+        assert found.dtype == dtype and torch.equal(found, expected) and torch.equal(embedder.embed(x), expected)
+        assert found.requires_grad == (with_gradient and expected.requires_grad)
+    assert found.shape[-1] == embedder.out_dim
+    if found.requires_grad:
+        upstream = torch.randn_like(found)
+        gradients = [torch.autograd.grad(out, x, upstream)[0] for out in (found, expected)]
+        rounding = 2.0 ** L * torch.finfo(dtype).eps  # terms of up to 2^(L - 1) are summed in another order
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=16 * rounding)
+        with torch.no_grad():
+            assert torch.equal(embedder(x), found) and not embedder(x).requires_grad
 
 
 def test_encoding_options():
     embedder = Embedder(include_input=False, input_dims=2, max_freq_log2=3, num_freqs=4, log_sampling=False,
                         periodic_fns=[torch.sin])
     x = torch.randn(5, 2)
-    expected = torch.cat([torch.sin(x * f) for f in torch.linspace(1, 8, 4)], -1)
+    expected = encode_term_by_term(x, torch.linspace(1, 8, 4), False, [torch.sin])
     assert embedder.out_dim == 8 and torch.equal(embedder.embed(x), expected)
 
 
-# --- network ----------------------------------------------------------------------------------------------------
+def test_spherical_harmonics_are_orthonormal():
+    """By Gauss-Legendre quadrature over the sphere."""
+    cosines, weights = np.polynomial.legendre.leggauss(12)
+    angles = np.arange(24) * 2 * np.pi / 24
+    sines = np.sqrt(1 - cosines ** 2)
+    directions = np.stack([sines[:, None] * np.cos(angles), sines[:, None] * np.sin(angles),
+                           np.repeat(cosines[:, None], 24, 1)], -1)
+    values = SphericalHarmonics()(torch.from_numpy(directions)).reshape(-1, 16).numpy()
+    areas = np.repeat(weights * 2 * np.pi / 24, 24)
+    assert np.allclose((values * areas[:, None]).T @ values, np.eye(16), atol=1e-12)
+
+
+def test_which_encodings_there_are():
+    x = torch.nn.functional.normalize(torch.randn(5, 3), dim=-1)
+    for i in (-1, 0, 2):
+        embed, dim = get_embedder(4, i)
+        assert embed(x).shape == (5, dim)
+    with pytest.raises(ValueError, match='found encoding 3, expected 0'):
+        get_embedder(4, 3)
+
+
+# --- networks ---------------------------------------------------------------------------------------------------
 
 @settings(deadline=None, max_examples=40)
-@given(D=st.integers(1, 9), W=st.integers(2, 20), skips=st.lists(st.integers(0, 10), max_size=4), use_viewdirs=st.booleans())
+@given(D=st.integers(1, 9), W=st.integers(2, 20), skips=st.lists(st.integers(0, 10), max_size=4),
+       use_viewdirs=st.booleans())
 def test_any_depth_width_and_skips(D, W, skips, use_viewdirs):
     network = NeRF(D=D, W=W, input_ch=5, input_ch_views=4 if use_viewdirs else 0, output_ch=5, skips=skips,
                    use_viewdirs=use_viewdirs)
@@ -79,8 +129,10 @@ def test_any_depth_width_and_skips(D, W, skips, use_viewdirs):
 def test_state_dict_keys_and_shapes():
     shapes = {key: tuple(value.shape) for key, value in NeRF(D=8, W=256, input_ch=63, input_ch_views=27, skips=[4],
                                                              use_viewdirs=True).state_dict().items()}
-    layers = [f'pts_linears.{i}' for i in range(8)] + ['views_linears.0', 'feature_linear', 'alpha_linear', 'rgb_linear']
-    assert list(shapes) == [f'{layer}.{part}' for layer in layers for part in ('weight', 'bias')]  # optimizer states too
+    layers = [f'pts_linears.{i}' for i in range(8)]
+    layers += ['views_linears.0', 'feature_linear', 'alpha_linear', 'rgb_linear']
+    names = [f'{layer}.{part}' for layer in layers for part in ('weight', 'bias')]
+    assert list(shapes) == names  # optimizer states depend on the order
     assert shapes['pts_linears.5.weight'] == (256, 319) and shapes['views_linears.0.weight'] == (128, 283)
 
 
@@ -91,8 +143,62 @@ def test_density_does_not_depend_on_the_direction():
     assert torch.equal(one[:, 3], other[:, 3]) and not torch.equal(one[:, :3], other[:, :3])
 
 
+@pytest.mark.parametrize('use_viewdirs', [True, False])
+def test_density_of_an_encoded_nerf_is_that_of_forward(use_viewdirs):
+    network = encoded_nerf(use_viewdirs)
+    points, viewdirs = points_and_directions(50, use_viewdirs)
+    raw = network(points, viewdirs)
+    assert raw.shape == (50, 4 if use_viewdirs else 5) and torch.equal(network.density(points), raw[:, 3])
+
+
+@pytest.mark.parametrize('use_viewdirs', [True, False])
+def test_an_encoded_nerf_is_a_nerf_on_encoded_inputs(use_viewdirs):
+    network = encoded_nerf(use_viewdirs)
+    nerf = NeRF(D=3, W=32, input_ch=27, input_ch_views=15 if use_viewdirs else 0, output_ch=5, skips=[1],
+                use_viewdirs=use_viewdirs)
+    assert list(network.state_dict()) == list(nerf.state_dict()), 'checkpoints and optimizer states fit both'
+    nerf.load_state_dict(network.state_dict())
+    points, viewdirs = points_and_directions(50, use_viewdirs)
+    encoded = [network.encoding(points)] + ([network.encoding_views(viewdirs)] if use_viewdirs else [])
+    assert torch.equal(network(points, viewdirs), nerf(torch.cat(encoded, -1)))
+
+
+def test_a_learned_encoding_belongs_to_its_network():
+    """It is trained, saved, loaded and moved with it."""
+    network = encoded_nerf(encoding=LearnedEncoding())
+    assert {id(p) for p in network.encoding.parameters()} <= {id(p) for p in network.parameters()}
+    assert {'encoding.linear.weight', 'encoding.linear.bias'} <= network.state_dict().keys()
+    points, viewdirs = points_and_directions(50)
+    assert torch.equal(network.density(points), network(points, viewdirs)[:, 3])
+    network(points, viewdirs).sum().backward()
+    assert network.encoding.linear.weight.grad.any()
+    other = encoded_nerf(encoding=LearnedEncoding())
+    other.load_state_dict(network.state_dict())
+    assert torch.equal(other(points, viewdirs), network(points, viewdirs))
+    assert network.to('meta').encoding.linear.weight.device.type == 'meta'
+
+
+@pytest.mark.parametrize('use_viewdirs', [True, False])
+def test_reset_parameters_initialises_all_layers(use_viewdirs):
+    torch.manual_seed(0)
+    network = encoded_nerf(use_viewdirs)
+    first = [parameter.detach().clone() for parameter in network.parameters()]
+    network.reset_parameters()
+    assert all((parameter != old).any() for parameter, old in zip(network.parameters(), first))
+    torch.manual_seed(0)
+    network.reset_parameters()
+    assert all(torch.equal(*pair) for pair in zip(network.parameters(), first)), 'like a new network'
+
+
+def test_reset_parameters_initialises_a_learned_encoding():
+    network = encoded_nerf(encoding=LearnedEncoding())
+    first = network.encoding.linear.weight.detach().clone()
+    network.reset_parameters()
+    assert (network.encoding.linear.weight != first).any()
+
+
 def keras_forward(weights, D, skips, points, views):
-    """The paper's TensorFlow model in NumPy: kernels stand [in, out]."""
+    """The paper's TensorFlow model in NumPy; kernels are [in, out]."""
     relu = lambda x: np.maximum(x, 0)  # noqa: E731
     pairs = list(zip(weights[0::2], weights[1::2]))
     h = points
@@ -113,9 +219,11 @@ def test_weights_from_keras(use_viewdirs):
     sizes = [(3, W)] + [(W + 3 if i == 4 else W, W) for i in range(D - 1)]
     sizes += [(W, W), (W + 2, W // 2), (W // 2, 3), (W, 1)] if use_viewdirs else [(W, 4)]
     weights = [random.randn(*shape).astype(np.float32) for size in sizes for shape in (size, size[1:])]
-    network = NeRF(D=D, W=W, input_ch=3, input_ch_views=2 if use_viewdirs else 0, skips=[4], use_viewdirs=use_viewdirs)
+    network = NeRF(D=D, W=W, input_ch=3, input_ch_views=2 if use_viewdirs else 0, skips=[4],
+                   use_viewdirs=use_viewdirs)
     network.load_weights_from_keras(weights)
-    points, views = random.randn(5, 3).astype(np.float32), random.randn(5, 2).astype(np.float32) if use_viewdirs else None
+    points = random.randn(5, 3).astype(np.float32)
+    views = random.randn(5, 2).astype(np.float32) if use_viewdirs else None
     inputs = points if views is None else np.concatenate([points, views], -1)
     expected = keras_forward(weights, D, [4], points, views)
     np.testing.assert_allclose(network(torch.from_numpy(inputs)).detach(), expected, rtol=1e-4, atol=1e-4)
@@ -125,7 +233,7 @@ def test_weights_from_keras(use_viewdirs):
 
 # --- rays -------------------------------------------------------------------------------------------------------
 
-def test_rays_meet_the_pixels_they_are_named_after():
+def test_rays_project_to_their_pixels():
     c2w, H, W = some_pose(), 18, 34
     rays_o, rays_d = get_rays(H, W, K, c2w)
     world = rays_o + 2.5 * rays_d
@@ -144,7 +252,7 @@ def test_pixel_centers_are_half_a_pixel_further():
         torch.testing.assert_close(one, other)
 
 
-def test_rays_of_single_pixels_are_those_of_the_image():
+def test_rays_of_single_pixels_equal_those_of_the_image():
     poses = torch.stack([some_pose(0), some_pose(1)])
     images = [get_rays(6, 8, K, c2w) for c2w in poses]
     view, y, x = torch.tensor([0, 1, 1]), torch.tensor([5, 0, 3]), torch.tensor([7, 2, 0])
@@ -163,7 +271,8 @@ def test_ndc_keeps_points_on_their_rays():
     start = rays_o + (-(near + rays_o[:, 2:]) / rays_d[:, 2:]) * rays_d
     for t in (0.0, 0.7, 9.0):
         point = start + t * rays_d
-        projected = torch.stack([-focal / (W / 2) * point[:, 0] / point[:, 2], -focal / (H / 2) * point[:, 1] / point[:, 2],
+        projected = torch.stack([-focal / (W / 2) * point[:, 0] / point[:, 2],
+                                 -focal / (H / 2) * point[:, 1] / point[:, 2],
                                  1 + 2 * near / point[:, 2]], -1)
         along = 1 - start[:, 2:] / point[:, 2:]
         torch.testing.assert_close(ndc_o + along * ndc_d, projected, atol=1e-4, rtol=1e-4)
@@ -176,8 +285,8 @@ def test_ndc_of_a_ray_along_the_image_plane_is_finite():
 
 # --- sampling ---------------------------------------------------------------------------------------------------
 
-def sample_one_by_one(bins, weights, u):
-    """The inverse of the piecewise linear distribution function, a sample at a time."""
+def sample_in_a_loop(bins, weights, u):
+    """The reference implementation: inverts the piecewise linear distribution function, sample by sample."""
     pdf = (weights + 1e-5) / np.sum(weights + 1e-5)
     cdf = np.concatenate([[0], np.cumsum(pdf)])
     samples = []
@@ -187,13 +296,13 @@ def sample_one_by_one(bins, weights, u):
     return np.array(samples)
 
 
-def test_sampling_equals_its_plain_twin():
+def test_sampling_equals_the_reference_implementation():
     random = np.random.RandomState(1)
     bins, weights = np.sort(random.rand(6, 20), -1), random.rand(6, 19) ** 4
     found = sample_pdf(torch.from_numpy(bins), torch.from_numpy(weights), 40, pytest=True)
     u = np.random.RandomState(0).rand(6, 40)
     for row in range(6):
-        np.testing.assert_allclose(found[row], sample_one_by_one(bins[row], weights[row], u[row]), atol=1e-6)
+        np.testing.assert_allclose(found[row], sample_in_a_loop(bins[row], weights[row], u[row]), atol=1e-6)
 
 
 @settings(deadline=None)
@@ -217,7 +326,7 @@ def test_samples_are_distributed_as_the_weights():
     torch.testing.assert_close(shares, weights[0] / 8, atol=0.02, rtol=0)
 
 
-def test_fixed_numbers_touch_no_global_state():
+def test_fixed_random_numbers_leave_the_global_state_alone():
     np.random.seed(5)
     torch.manual_seed(5)
     before = np.random.get_state()[1].tolist(), torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Loaders, scenes and ray batches: every layout that is read, and what becomes of it."""
+"""Loaders, scenes and the ray sampler: every layout on disk, and the scene and rays that it gives."""
 import json
 
 import imageio.v3 as iio
@@ -7,23 +7,30 @@ import pytest
 import torch
 from conftest import DATA, ROOT, needs_data
 from PIL import Image
-from test_bad_input import blender_scene, edit_json, llff_scene, noise
+from tiny_scenes import blender_scene, edit_json, llff_scene, noise
 
-from cameras import focus_point
-from file_io import area_weights, read_image, resize_area, write_image
-from load_blender import load_blender_data, pose_spherical
-from load_llff import load_llff_data
-from options import config_parser
+from load_blender import load_blender_data, load_blender_scene, pose_spherical
+from load_llff import load_llff_data, load_llff_scene
 from run_nerf_helpers import get_rays
-from scene import RayBatcher, load_scene
+from scenes.cameras import focus_point
+from scenes.images import area_weights, read_image, resize_area, write_image
+from scenes.rays import Batch, RaySampler
+from scenes.scene import finish_scene, scene_from_checkpoint
+from training.options import config_parser
 
 
-def scene_of(*args):
-    return load_scene(config_parser().parse_args(['--expname', 'run', *map(str, args)]))
+def options(folder, *args):
+    return config_parser().parse_args(['--expname', 'run', '--datadir', str(folder), *map(str, args)])
 
 
-def blender(folder, *args):
-    return scene_of('--dataset_type', 'blender', '--datadir', folder, '--testskip', 1, *args)
+def load_blender(folder, *args):
+    args = options(folder, '--dataset_type', 'blender', '--testskip', 1, *args)
+    return finish_scene(args, load_blender_scene(args))
+
+
+def load_llff(folder, *args):
+    args = options(folder, '--dataset_type', 'llff', *args)
+    return finish_scene(args, load_llff_scene(args))
 
 
 # --- images -----------------------------------------------------------------------------------------------------
@@ -32,14 +39,14 @@ def blender(folder, *args):
 def test_area_weights_are_means_over_equal_intervals(n_in, n_out):
     weights = area_weights(n_in, n_out)
     np.testing.assert_allclose(weights.sum(1), 1)                # each output is a mean
-    np.testing.assert_allclose(weights.sum(0), n_out / n_in)     # in which each input counts the same
+    np.testing.assert_allclose(weights.sum(0), n_out / n_in)     # and each input has the same weight
 
 
-def test_resizing_by_area_both_ways():
+def test_resize_area_with_even_and_uneven_factors():
     image = noise(12, 18, 3, seed=0)
-    by_blocks = resize_area(image, 4, 6)
+    even = resize_area(image, 4, 6)
     rows, columns = area_weights(12, 4), area_weights(18, 6)
-    np.testing.assert_allclose(by_blocks, np.einsum('hi,ijc,wj->hwc', rows, image, columns), rtol=1e-5)
+    np.testing.assert_allclose(even, np.einsum('hi,ijc,wj->hwc', rows, image, columns), rtol=1e-5)
     uneven = resize_area(image, 5, 7)
     assert uneven.shape == (5, 7, 3)
     np.testing.assert_allclose(uneven.mean((0, 1)), image.mean((0, 1)), rtol=1e-5)
@@ -52,13 +59,13 @@ def test_reading_grey_and_palette_images(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['grey.png']
 
 
-def test_one_transparent_colour_is_alpha(tmp_path):
+def test_one_transparent_colour_becomes_alpha(tmp_path):
     image = Image.fromarray(noise(6, 5, seed=1)).convert('P')
     image.save(tmp_path / 'palette.png', transparency=int(np.asarray(image)[2, 3]))
     assert read_image(tmp_path / 'palette.png')[2, 3, 3] == 0
 
 
-def test_four_inks_are_no_alpha(tmp_path):
+def test_the_fourth_ink_is_not_alpha(tmp_path):
     Image.fromarray(noise(6, 5, 3, seed=1)).convert('CMYK').save(tmp_path / 'print.jpg')
     assert read_image(tmp_path / 'print.jpg').shape == (6, 5, 3)
 
@@ -77,18 +84,18 @@ def test_blender_splits_and_testskip(tmp_path):
 @pytest.mark.parametrize('white_bkgd', [True, False])
 def test_alpha_is_composited_on_white_or_black(tmp_path, white_bkgd):
     folder = blender_scene(tmp_path / 'scene')
-    scene = blender(folder, '--white_bkgd' if white_bkgd else '--no-white_bkgd')
+    scene = load_blender(folder, '--white_bkgd' if white_bkgd else '--no-white_bkgd')
     rgba = iio.imread(folder / 'train/r_1.png') / 255.0
     expected = rgba[..., :3] * rgba[..., 3:] + white_bkgd * (1 - rgba[..., 3:])
     assert scene.images.dtype == np.uint8 and scene.images.shape == (9, 8, 10, 3)
     np.testing.assert_allclose(scene.images[1] / 255, expected, atol=0.5 / 255 + 1e-6)
 
 
-def test_half_res_of_odd_sizes_keeps_the_view(tmp_path):
+def test_half_res_of_odd_sizes_keeps_the_field_of_view(tmp_path):
     folder = blender_scene(tmp_path / 'scene')
     for path in folder.rglob('*.png'):
         iio.imwrite(path, noise(7, 9, 4, seed=0))
-    half = blender(folder, '--half_res')
+    half = load_blender(folder, '--half_res')
     assert (half.H, half.W) == (3, 4)
     np.testing.assert_allclose(half.K[:2, 2], [2, 1.5])
     assert half.K[0, 0] == pytest.approx(2 / np.tan(0.35))
@@ -96,14 +103,15 @@ def test_half_res_of_odd_sizes_keeps_the_view(tmp_path):
 
 def test_half_res_halves_images_and_intrinsics(tmp_path):
     folder = blender_scene(tmp_path / 'scene')
-    full, half = blender(folder, '--white_bkgd'), blender(folder, '--white_bkgd', '--half_res')
+    full, half = load_blender(folder, '--white_bkgd'), load_blender(folder, '--white_bkgd', '--half_res')
     assert (half.H, half.W) == (4, 5)
     np.testing.assert_allclose(half.K[:2], full.K[:2] / 2)
-    imgs = load_blender_data(folder, half_res=True)[0]
-    np.testing.assert_allclose(imgs[0], load_blender_data(folder)[0][0].reshape(4, 2, 5, 2, 4).mean((1, 3)), atol=1e-6)
+    full, half = load_blender_data(folder)[0], load_blender_data(folder, half_res=True)[0]
+    np.testing.assert_allclose(half[0], full[0].reshape(4, 2, 5, 2, 4).mean((1, 3)), atol=1e-6)
 
 
-@pytest.mark.parametrize('ending, in_file', [('.png', ''), ('.png', '.png'), ('.jpg', ''), ('.jpeg', '.jpeg'), ('.JPG', '')])
+@pytest.mark.parametrize('ending, in_file', [('.png', ''), ('.png', '.png'), ('.jpg', ''), ('.jpeg', '.jpeg'),
+                                             ('.JPG', '')])
 def test_images_with_and_without_ending(tmp_path, ending, in_file):
     folder = blender_scene(tmp_path / 'scene')
     for split in ('train', 'val', 'test'):
@@ -116,26 +124,26 @@ def test_images_with_and_without_ending(tmp_path, ending, in_file):
                 frame['file_path'] += in_file
         edit_json(folder / f'transforms_{split}.json', rename)
     assert load_blender_data(folder)[0].shape == (9, 8, 10, 3)
-    assert blender(folder).images.shape == (9, 8, 10, 3)
+    assert load_blender(folder).images.shape == (9, 8, 10, 3)
 
 
-def test_an_image_without_alpha_among_others_is_opaque(tmp_path):
+def test_an_image_without_alpha_among_images_with_alpha_is_opaque(tmp_path):
     folder = blender_scene(tmp_path / 'scene')
     iio.imwrite(folder / 'train/r_1.png', noise(8, 10, 3, seed=9))
     assert (load_blender_data(folder)[0][1, ..., 3] == 1).all()
 
 
-def test_intrinsics_in_pixels_are_honoured(tmp_path):
+def test_intrinsics_in_pixels(tmp_path):
     folder = blender_scene(tmp_path / 'scene')
-    given = {'fl_x': 12.0, 'fl_y': 13.0, 'cx': 4.5, 'cy': 3.0, 'w': 10, 'h': 8}
+    intrinsics = {'fl_x': 12.0, 'fl_y': 13.0, 'cx': 4.5, 'cy': 3.0, 'w': 10, 'h': 8}
     for split in ('train', 'val', 'test'):
-        edit_json(folder / f'transforms_{split}.json', lambda meta: meta.update(given))
-    np.testing.assert_array_equal(blender(folder).K, [[12, 0, 4.5], [0, 13, 3], [0, 0, 1]])
-    np.testing.assert_array_equal(blender(folder, '--half_res').K, [[6, 0, 2.25], [0, 6.5, 1.5], [0, 0, 1]])
+        edit_json(folder / f'transforms_{split}.json', lambda meta: meta.update(intrinsics))
+    np.testing.assert_array_equal(load_blender(folder).K, [[12, 0, 4.5], [0, 13, 3], [0, 0, 1]])
+    np.testing.assert_array_equal(load_blender(folder, '--half_res').K, [[6, 0, 2.25], [0, 6.5, 1.5], [0, 0, 1]])
 
 
 def single_file_scene(folder, count=17):
-    """Cameras on a circle of radius 3 at height 1 about the point (5, 0, 0), in one transforms.json."""
+    """Write a scene with one transforms.json: cameras on a circle of radius 3, at height 1 around (5, 0, 0)."""
     (folder / 'images').mkdir(parents=True)
     frames = []
     for index in range(count):
@@ -150,35 +158,35 @@ def single_file_scene(folder, count=17):
 
 def test_a_single_transforms_file_holds_out_every_8th_frame(tmp_path):
     folder = single_file_scene(tmp_path / 'scene')
-    scene = blender(folder)
+    scene = load_blender(folder)
     assert scene.i_test.tolist() == [0, 8, 16] and len(scene.i_train) == 14
     assert not set(scene.i_train) & set(scene.i_test)
-    assert blender(folder, '--llffhold', 5).i_test.tolist() == [0, 5, 10, 15]
+    assert load_blender(folder, '--llffhold', 5).i_test.tolist() == [0, 5, 10, 15]
 
 
-def test_the_path_of_a_scene_of_ones_own_goes_around_what_the_cameras_see(tmp_path):
-    path = blender(single_file_scene(tmp_path / 'scene')).render_poses
+def test_the_path_of_a_captured_scene_circles_what_the_cameras_look_at(tmp_path):
+    path = load_blender(single_file_scene(tmp_path / 'scene')).render_poses
     np.testing.assert_allclose(focus_point(path), [5, 0, 0], atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(path[:, :, 3] - [5, 0, 0], axis=-1), np.sqrt(10), rtol=1e-4)
     np.testing.assert_allclose(path[:, 2, 3], 1, atol=1e-4)
     assert np.linalg.det(path[:, :, :3]) == pytest.approx(np.ones(40), abs=1e-4)
 
 
-def test_bounds_that_miss_what_the_cameras_see_are_named(tmp_path):
+def test_near_and_far_that_miss_the_scene_give_a_warning(tmp_path):
     folder = single_file_scene(tmp_path / 'scene')
     with pytest.warns(UserWarning, match='--near and --far'):
-        blender(folder, '--near', 0.1, '--far', 1)
+        load_blender(folder, '--near', 0.1, '--far', 1)
 
 
-def test_lens_distortion_is_named(tmp_path):
+def test_lens_distortion_gives_a_warning(tmp_path):
     folder = single_file_scene(tmp_path / 'scene')
     edit_json(folder / 'transforms.json', lambda meta: meta.update(k1=0.1))
     with pytest.warns(UserWarning, match='distortion'):
-        blender(folder)
+        load_blender(folder)
 
 
-def test_the_demo_scene_is_whole():
-    scene = blender(ROOT / 'data/demo', '--white_bkgd')
+def test_the_demo_scene_is_complete():
+    scene = load_blender(ROOT / 'data/demo', '--white_bkgd')
     assert [len(part) for part in (scene.i_train, scene.i_val, scene.i_test)] == [80, 2, 8]
     assert (scene.H, scene.W) == (128, 128) and np.isfinite(scene.poses).all()
     size = sum(path.stat().st_size for path in (ROOT / 'data/demo').rglob('*') if path.is_file())
@@ -187,7 +195,7 @@ def test_the_demo_scene_is_whole():
 
 # --- llff layout ------------------------------------------------------------------------------------------------
 
-def test_a_missing_reduced_folder_is_made(tmp_path):
+def test_a_missing_folder_of_reduced_images_is_created(tmp_path):
     folder = llff_scene(tmp_path / 'scene')
     (folder / 'images/.DS_Store').write_text('')
     (folder / 'images/._0.png').write_text('')
@@ -206,7 +214,7 @@ def test_a_failed_reduction_leaves_nothing(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ['images', 'poses_bounds.npy']
 
 
-def test_the_full_size_folder_may_be_absent(tmp_path):
+def test_the_full_size_folder_is_optional(tmp_path):
     folder = llff_scene(tmp_path / 'scene')
     load_llff_data(folder, factor=4)
     for path in (folder / 'images').iterdir():
@@ -221,7 +229,7 @@ def test_full_size(tmp_path, factor):
     assert images.shape == (3, 16, 24, 3) and poses[0, 2, 4] == 20
 
 
-def test_options_of_the_llff_loader(tmp_path):
+def test_parameters_of_the_llff_loader(tmp_path):
     folder = llff_scene(tmp_path / 'scene')
     _, poses, bds, path, _ = load_llff_data(folder, 0, bd_factor=None, recenter=False)
     assert bds.tolist() == [[1, 9]] * 3 and path.shape == (120, 3, 5)
@@ -233,20 +241,20 @@ def test_options_of_the_llff_loader(tmp_path):
 
 @needs_data
 def test_fern_as_a_scene():
-    scene = scene_of('--datadir', DATA / 'nerf_llff_data/fern')
+    scene = load_llff(DATA / 'nerf_llff_data/fern')
     assert scene.i_test.tolist() == [0, 8, 16] and len(scene.i_train) == 17
     assert (scene.near, scene.far) == (0, 1) and (scene.H, scene.W) == (378, 504)
-    flat = scene_of('--datadir', DATA / 'nerf_llff_data/fern', '--no_ndc')
+    flat = load_llff(DATA / 'nerf_llff_data/fern', '--no_ndc')
     assert flat.near == pytest.approx(1.2, abs=0.01) and flat.far > 5
 
 
 @needs_data
-def test_ndc_with_cameras_all_around_is_named():
+def test_ndc_with_cameras_all_around_gives_a_warning():
     with pytest.warns(UserWarning, match='--no_ndc'):
-        scene_of('--datadir', DATA / 'nerf_llff_data/fern', '--spherify')
+        load_llff(DATA / 'nerf_llff_data/fern', '--spherify')
 
 
-# --- a path of one's own ----------------------------------------------------------------------------------------
+# --- camera paths from files ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('rows', [3, 4])
 def test_render_poses_from_files(tmp_path, rows):
@@ -254,59 +262,140 @@ def test_render_poses_from_files(tmp_path, rows):
     poses[:, 0, 3] = np.arange(5)
     np.save(tmp_path / 'path.npy', poses)
     (tmp_path / 'path.json').write_text(json.dumps(poses.tolist()))
-    (tmp_path / 'frames.json').write_text(json.dumps({'frames': [{'transform_matrix': p.tolist()} for p in poses]}))
+    frames = [{'transform_matrix': pose.tolist()} for pose in poses]
+    (tmp_path / 'frames.json').write_text(json.dumps({'frames': frames}))
     for name in ('path.npy', 'path.json', 'frames.json'):
-        np.testing.assert_array_equal(blender(folder, '--render_poses', tmp_path / name).render_poses, poses[:, :3])
+        scene = load_blender(folder, '--render_poses', tmp_path / name)
+        np.testing.assert_array_equal(scene.render_poses, poses[:, :3])
 
 
-# --- ray batches ------------------------------------------------------------------------------------------------
+# --- scenes and checkpoints -------------------------------------------------------------------------------------
 
-def batcher(scene, **options):
-    return RayBatcher(scene, **{'N_rand': 500, 'no_batching': False, 'precrop_iters': 0, 'precrop_frac': 0.5,
+def test_alphas_are_kept_if_an_image_is_transparent(tmp_path):
+    folder = blender_scene(tmp_path / 'scene')
+    iio.imwrite(folder / 'train/r_1.png', noise(8, 10, 3, seed=9))
+    scene = load_blender(folder)
+    assert scene.alphas.dtype == np.uint8 and (scene.alphas[1] == 255).all()
+    assert np.array_equal(scene.alphas[0], iio.imread(folder / 'train/r_0.png')[..., 3])
+
+
+def test_opaque_images_have_no_alphas(tmp_path):
+    folder = blender_scene(tmp_path / 'scene')
+    for path in folder.rglob('*.png'):
+        iio.imwrite(path, np.dstack([noise(8, 10, 3, seed=0), np.full((8, 10), 255, np.uint8)]))
+    with pytest.warns(UserWarning, match='--random_bkgd changes nothing'):
+        assert load_blender(folder, '--random_bkgd').alphas is None
+
+
+def test_scenes_name_the_image_of_each_view(tmp_path):
+    assert load_blender(blender_scene(tmp_path / 'blender')).names == 3 * ['r_0.png', 'r_1.png', 'r_2.png']
+    folder = llff_scene(tmp_path / 'llff')
+    for factor in (0, 2):
+        assert load_llff(folder, '--factor', factor).names == ['0.png', '1.png', '2.png']
+
+
+def test_a_scene_from_a_checkpoint_has_the_same_cameras(tmp_path):
+    folder = blender_scene(tmp_path / 'scene')
+    scene = load_blender(folder)
+    restored = scene_from_checkpoint(options(folder, '--near', 3), scene.cameras())
+    assert restored.images is restored.alphas is restored.names is None
+    assert (restored.near, restored.far, restored.hwf) == (3, scene.far, scene.hwf)
+    assert restored.has_cameras_of(scene.cameras()) and restored.has_cameras_of({})
+    restored.poses = restored.poses + 0.01
+    assert not restored.has_cameras_of(scene.cameras())
+    assert not load_blender(folder, '--half_res').has_cameras_of(scene.cameras())
+
+
+# --- rays -------------------------------------------------------------------------------------------------------
+
+def ray_sampler(scene, **options):
+    return RaySampler(scene, **{'N_rand': 500, 'no_batching': False, 'precrop_iters': 0, 'precrop_frac': 0.5,
                                 'pixel_centers': False, 'device': 'cpu', **options})
 
 
 def pixels_of(scene, rays):
-    """Which view and pixel each ray belongs to, found by comparing with all rays of all training views."""
-    every = []
+    """View and pixel of each ray, found by comparison with all rays of all training views."""
+    all_rays = []
     for view in scene.i_train:
         rays_o, rays_d = get_rays(scene.H, scene.W, scene.K, torch.from_numpy(scene.poses[view]))
-        every.append(torch.cat([rays_o, rays_d], -1).reshape(-1, 6))
-    nearest = torch.cdist(torch.cat([rays[0], rays[1]], -1), torch.cat(every)).argmin(-1)
+        all_rays.append(torch.cat([rays_o, rays_d], -1).reshape(-1, 6))
+    nearest = torch.cdist(torch.cat([rays[0], rays[1]], -1), torch.cat(all_rays)).argmin(-1)
     return np.unravel_index(nearest.numpy(), (len(scene.i_train), scene.H, scene.W))
 
 
 @pytest.mark.parametrize('no_batching', [True, False])
-def test_a_batch_holds_rays_and_their_colours(tmp_path, no_batching):
-    scene = blender(blender_scene(tmp_path / 'scene'))
+def test_a_batch_has_rays_and_their_colours(tmp_path, no_batching):
+    scene = load_blender(blender_scene(tmp_path / 'scene'))
     torch.manual_seed(0)
-    rays, target = batcher(scene, no_batching=no_batching).draw(1)
+    rays, target = ray_sampler(scene, no_batching=no_batching).sample(1)
     view, y, x = pixels_of(scene, rays)
     assert rays.shape == (2, 500, 3) and target.shape == (500, 3)
     np.testing.assert_allclose(target, scene.images[scene.i_train][view, y, x] / 255, atol=1e-6)
     assert len(set(view)) == (1 if no_batching else 3)
-    assert len(set(zip(y, x))) == 80  # 500 draws meet each of 8 × 10 pixels
+    assert len(set(zip(y, x))) == 80  # 500 samples cover all 8 × 10 pixels
+
+
+def test_a_batch_has_the_alpha_of_its_pixels(tmp_path):
+    scene = load_blender(blender_scene(tmp_path / 'scene'))
+    rays, target = ray_sampler(scene, with_alpha=True).sample(1)
+    view, y, x = pixels_of(scene, rays)
+    np.testing.assert_allclose(target[:, 3], scene.alphas[scene.i_train][view, y, x] / 255, atol=1e-6)
+    scene.alphas = None
+    assert ray_sampler(scene, with_alpha=True).sample(1).target.shape == (500, 3)
 
 
 @pytest.mark.parametrize('no_batching', [True, False])
-def test_precrop_sees_the_middle_only_and_ends(tmp_path, no_batching):
-    scene = blender(blender_scene(tmp_path / 'scene'))
-    batches = batcher(scene, no_batching=no_batching, precrop_iters=3)
-    for step, rows, columns in ((1, range(2, 6), range(3, 7)), (2, range(2, 6), range(3, 7)), (3, range(8), range(10))):
-        _, y, x = pixels_of(scene, batches.draw(step)[0])
+def test_precrop_samples_the_centre_at_first(tmp_path, no_batching):
+    scene = load_blender(blender_scene(tmp_path / 'scene'))
+    sampler = ray_sampler(scene, no_batching=no_batching, precrop_iters=3)
+    centre, whole = (range(2, 6), range(3, 7)), (range(8), range(10))
+    for step, (rows, columns) in ((1, centre), (2, centre), (3, whole)):
+        _, y, x = pixels_of(scene, sampler.sample(step).rays)
         assert set(y) == set(rows) and set(x) == set(columns)
 
 
-def test_batches_through_pixel_centers(tmp_path):
-    scene = blender(blender_scene(tmp_path / 'scene'))
-    draws = []
+def test_rays_through_pixel_centers(tmp_path):
+    scene = load_blender(blender_scene(tmp_path / 'scene'))
+    directions = []
     for centers in (False, True):
         torch.manual_seed(0)
-        draws.append(batcher(scene, pixel_centers=centers).draw(1)[0][1])
-    torch.testing.assert_close(draws[1] - draws[0], torch.tensor([0.5 / scene.K[0, 0], -0.5 / scene.K[1, 1], 0.0])
-                               .float().expand(500, 3), atol=1e-5, rtol=0)
+        directions.append(ray_sampler(scene, pixel_centers=centers).sample(1).rays[1])
+    shift = torch.tensor([0.5 / scene.K[0, 0], -0.5 / scene.K[1, 1], 0.0]).float().expand(500, 3)
+    torch.testing.assert_close(directions[1] - directions[0], shift, atol=1e-5, rtol=0)
 
 
 def test_a_batch_may_be_larger_than_an_image(tmp_path):
-    scene = blender(blender_scene(tmp_path / 'scene'))
-    assert batcher(scene, N_rand=3000, no_batching=True).draw(1)[0].shape == (2, 3000, 3)
+    scene = load_blender(blender_scene(tmp_path / 'scene'))
+    assert ray_sampler(scene, N_rand=3000, no_batching=True).sample(1).rays.shape == (2, 3000, 3)
+
+
+def test_split_batches_add_up_to_the_batch():
+    batch = Batch(torch.randn(2, 500, 3), torch.rand(500, 4))
+    parts, shares = zip(*batch.split(150))
+    assert [len(part.target) for part in parts] == [150, 150, 150, 50] and shares == (0.3, 0.3, 0.3, 0.1)
+    assert torch.cat([part.rays for part in parts], 1).equal(batch.rays)
+    assert torch.cat([part.target for part in parts]).equal(batch.target)
+
+
+def test_the_number_of_rays_follows_the_samples_per_ray(tmp_path):
+    scene = load_blender(blender_scene(tmp_path / 'scene'))
+    sampler = ray_sampler(scene, N_rand_samples=1000, first_guess=8)
+
+    def num_rays():
+        return len(sampler.sample(1).target)
+    assert num_rays() == 125                     # 1000 samples / 8 per ray
+    for samples_per_ray, expected in ((4.0, 250), (2.5, 400), (0.5, 500), (5000.0, 1), (0.0, 125)):
+        sampler.follow(torch.tensor(samples_per_ray))
+        assert num_rays() == expected            # from 1 to N_rand; without any samples, as at first
+    sampler.follow(torch.tensor(4.0))
+    sampler.follow(None)
+    resumed = ray_sampler(scene, N_rand_samples=1000, first_guess=8)
+    assert resumed.state_dict() == {'samples_per_ray': None}
+    resumed.load_state_dict(sampler.state_dict())
+    assert resumed.state_dict() == {'samples_per_ray': 4.0} and len(resumed.sample(1).target) == 250
+
+
+def test_the_number_of_rays_is_fixed_without_N_rand_samples(tmp_path):
+    sampler = ray_sampler(load_blender(blender_scene(tmp_path / 'scene')))
+    sampler.follow(torch.tensor(4.0))
+    assert len(sampler.sample(1).target) == 500

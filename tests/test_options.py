@@ -1,14 +1,14 @@
-"""Options: the established names and defaults, config files, and what overrides what."""
+"""Options: nerf-pytorch's names and defaults, config files, what overrides what, and what each option affects."""
 import ast
 import re
 
 import pytest
 from conftest import ROOT
 
-from options import config_parser, listed
+from training.options import KINDS, config_parser, options_that_affect, plain_options
 
-# Names and defaults of the established code.
-ESTABLISHED = {
+# Names and defaults of nerf-pytorch.
+NERF_PYTORCH = {
     'config': None, 'expname': 'run', 'basedir': './logs/', 'datadir': './data/llff/fern', 'netdepth': 8, 'netwidth': 256,
     'netdepth_fine': 8, 'netwidth_fine': 256, 'N_rand': 4096, 'lrate': 5e-4, 'lrate_decay': 250, 'chunk': 32768,
     'netchunk': 65536, 'no_batching': False, 'no_reload': False, 'ft_path': None, 'N_samples': 64, 'N_importance': 0,
@@ -21,18 +21,19 @@ ESTABLISHED = {
 OURS = {'N_iters': 200000, 'seed': 0, 'device': 'auto', 'near': None, 'far': None, 'pixel_centers': False,
         'render_poses': None, 'no_restart': False, 'save_minutes': 10.0, 'precision': 'auto', 'backward': 'auto',
         'i_embed_views': None, 'n_levels': 16, 'n_features': 2, 'log2_hashmap_size': 19, 'finest_res': 2048,
-        'occupancy_grid': False, 'N_rand_samples': 2 ** 18, 'aabb': None, 'random_bkgd': False, 'exact_render': False}
+        'occupancy_grid': False, 'N_rand_samples': 2 ** 18, 'aabb': None, 'random_bkgd': False, 'exact_render': False,
+        'overwrite': False}
 BLENDER = ['chair', 'drums', 'ficus', 'hotdog', 'lego', 'materials', 'mic', 'ship']
 FAST = ['lego_fast', 'fern_fast', 'demo_fast', 'fast']
 LLFF = ['fern', 'flower', 'fortress', 'horns', 'leaves', 'orchids', 'room', 'trex']
 
 
 def parse(*args):
-    return dict(listed(config_parser().parse_args([str(arg) for arg in args])))
+    return dict(plain_options(config_parser().parse_args([str(arg) for arg in args])))
 
 
 def test_names_and_defaults():
-    assert parse('--expname', 'run') == {**ESTABLISHED, **OURS}
+    assert parse('--expname', 'run') == {**NERF_PYTORCH, **OURS}
 
 
 def test_every_option_has_a_group_and_a_help_line():
@@ -44,9 +45,34 @@ def test_every_option_has_a_group_and_a_help_line():
 
 def test_each_option_is_read():
     """A dead option is a defect: each has a reader outside the parser."""
-    code = '\n'.join(path.read_text() for path in ROOT.glob('*.py') if path.name != 'options.py')
+    paths = [path for path in [*ROOT.glob('*.py'), *ROOT.glob('*/*.py')]
+             if path.name != 'options.py' and 'tests' not in path.parts]
+    code = '\n'.join(path.read_text() for path in paths)
     read = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}
     assert set(parse('--expname', 'run')) - read == set()
+
+
+# What resuming warned of, and what --render_only took over, before options declared it.
+RESUME_WARNED = set(re.findall(r'\w+', """
+    N_importance N_rand N_rand_samples N_samples aabb dataset_type factor far finest_res half_res i_embed i_embed_views
+    lindisp llffhold log2_hashmap_size lrate lrate_decay multires multires_views n_features n_levels near netdepth
+    netdepth_fine netwidth netwidth_fine no_batching no_ndc occupancy_grid perturb precrop_frac precrop_iters
+    random_bkgd raw_noise_std seed spherify use_viewdirs white_bkgd"""))
+RENDER_ONLY_ADOPTED = set(re.findall(r'\w+', """
+    N_importance N_samples dataset_type datadir expname factor far finest_res half_res i_embed i_embed_views lindisp
+    llffhold log2_hashmap_size multires multires_views n_features n_levels near netdepth netdepth_fine netwidth
+    netwidth_fine no_ndc occupancy_grid pixel_centers seed spherify testskip use_viewdirs white_bkgd"""))
+
+
+def test_each_option_affects_one_kind_of_thing():
+    names = [name for kind in KINDS for name in options_that_affect(kind)]
+    assert sorted(names) == sorted(parse('--expname', 'run'))
+    assert set(options_that_affect('networks', 'scene', 'training')) == RESUME_WARNED
+    adopted = set(options_that_affect('networks', 'scene', 'training', 'source'))
+    assert adopted - RENDER_ONLY_ADOPTED <= set(options_that_affect('training')) | {'aabb'}
+    assert adopted >= RENDER_ONLY_ADOPTED
+    assert options_that_affect('scene') == ['dataset_type', 'factor', 'half_res', 'llffhold', 'no_ndc', 'spherify']
+    assert options_that_affect('rendering') == ['exact_render', 'precision', 'render_factor']
 
 
 def test_command_line_overrides_config_switches_included():
@@ -106,5 +132,5 @@ def test_no_two_configs_share_an_experiment():
 
 
 def test_readme_lists_every_option():
-    listed = set(re.findall(r'`--(?:no-)?(\w+)', (ROOT / 'README.md').read_text()))
+    listed = set(re.findall(r'`--(?:no-)?(\w+)', (ROOT / 'docs/options.md').read_text()))
     assert set(parse('--expname', 'run')) - listed == set()

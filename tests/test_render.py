@@ -1,32 +1,45 @@
-"""The rendering chain: plain twins, invariances, finite outputs and gradients."""
+"""Rendering and losses of run_nerf.py: reference implementations, invariances, finite outputs and gradients."""
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_networks import CAMERA, LearnedEncoding, assert_same_gradients, encoded_nerf
 
-from run_nerf import batchify, raw2outputs, render, render_frame, render_frames, render_path, render_rays, run_network
-from run_nerf_helpers import NeRF, get_embedder, get_rays
+import run_nerf
+from accel.network_query import NetworkQuery
+from accel.renderer import Renderer
+from run_nerf import (
+    EXACT,
+    batchify,
+    create_nerf,
+    loss_and_gradient,
+    nerf_losses,
+    raw2outputs,
+    render,
+    render_frame,
+    render_path,
+    render_rays,
+)
+from run_nerf_helpers import disparity, get_rays, img2mse
+from scenes.rays import Batch
+from training.devices import SAMPLES_AT_ONCE
+from training.frames import FrameRenderer
+from training.options import config_parser
 
 K = np.array([[12.0, 0, 5.0], [0, 12.0, 4.0], [0, 0, 1]])
 HWF = [8, 10, 12.0]
 
 
 def chain(use_viewdirs=True, netchunk=64 * 1024, **options):
-    """kwargs for `render` with two small networks, the same ones at each call."""
+    """kwargs for `render` with two small networks, the same at each call."""
     torch.manual_seed(3)
-    embed_fn, input_ch = get_embedder(4)
-    embeddirs_fn, input_ch_views = get_embedder(2) if use_viewdirs else (None, 0)
-    coarse, fine = (NeRF(D=3, W=16, input_ch=input_ch, input_ch_views=input_ch_views, output_ch=5,
-                         use_viewdirs=use_viewdirs) for _ in range(2))
-
-    def query(inputs, viewdirs, network):
-        return run_network(inputs, viewdirs, network, embed_fn, embeddirs_fn, netchunk)
-    return {'network_fn': coarse, 'network_fine': fine, 'network_query_fn': query, 'N_samples': 6, 'N_importance': 5,
-            'use_viewdirs': use_viewdirs, 'ndc': False, 'near': 2.0, 'far': 6.0, **options}
+    coarse, fine = (encoded_nerf(use_viewdirs, W=16, skips=()) for _ in range(2))
+    return {'network_fn': coarse, 'network_fine': fine, 'network_query_fn': NetworkQuery(netchunk), 'N_samples': 6,
+            'N_importance': 5, 'use_viewdirs': use_viewdirs, 'ndc': False, 'near': 2.0, 'far': 6.0, **options}
 
 
-def some_rays(*shape):
+def random_rays(*shape):
     torch.manual_seed(4)
     return torch.stack([torch.randn(*shape, 3) * 0.1, torch.randn(*shape, 3)])
 
@@ -41,8 +54,8 @@ def assert_same(one, other):
 
 # --- compositing ------------------------------------------------------------------------------------------------
 
-def composite_one_by_one(raw, z_vals, ray_d, white_bkgd):
-    """Eq. 3 for one ray, a sample at a time, in double precision."""
+def composite_in_a_loop(raw, z_vals, ray_d, white_bkgd):
+    """The reference implementation of Eq. 3 for one ray, sample by sample, in double precision."""
     transmittance, rgb, depth, acc, weights = 1.0, np.zeros(3), 0.0, 0.0, []
     for i, z in enumerate(z_vals):
         delta = (z_vals[i + 1] - z if i + 1 < len(z_vals) else 1e10) * np.linalg.norm(ray_d)
@@ -57,30 +70,31 @@ def composite_one_by_one(raw, z_vals, ray_d, white_bkgd):
 
 @pytest.mark.parametrize('white_bkgd', [False, True])
 @pytest.mark.parametrize('samples', [1, 2, 17])
-def test_compositing_equals_its_plain_twin(white_bkgd, samples):
+def test_compositing_equals_the_reference_implementation(white_bkgd, samples):
     torch.manual_seed(0)
     raw = torch.randn(9, samples, 4) * 3
     raw[2, :, 3] = -1.0  # an empty ray
     z_vals, rays_d = torch.sort(torch.rand(9, samples) * 4 + 2, -1)[0], torch.randn(9, 3)
     found = raw2outputs(raw, z_vals, rays_d, white_bkgd=white_bkgd)
     for ray in range(9):
-        expected = composite_one_by_one(raw[ray].double().numpy(), z_vals[ray].double().numpy(),
+        expected = composite_in_a_loop(raw[ray].double().numpy(), z_vals[ray].double().numpy(),
                                         rays_d[ray].double().numpy(), white_bkgd)
         for a, b in zip(found, expected):
             np.testing.assert_allclose(a[ray], b, atol=1e-5)
 
 
-extreme = st.sampled_from([-1e38, -1e10, -50.0, -1.0, -1e-30, 0.0, 1e-30, 1e-12, 1e-3, 1.0, 90.0, 1e4, 1e10, 1e30, 1e38])
+extreme = st.sampled_from([-1e38, -1e10, -50.0, -1.0, -1e-30, 0.0, 1e-30, 1e-12, 1e-3, 1.0, 90.0, 1e4, 1e10, 1e30,
+                           1e38])
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(extreme, extreme), min_size=1, max_size=8), st.booleans(), st.sampled_from([0.0, 2.0]),
        st.booleans())
-def test_outputs_and_gradients_are_finite_whatever_the_network_says(values, white_bkgd, near, doubled):
+def test_outputs_and_gradients_are_finite_for_any_network(values, white_bkgd, near, doubled):
     raw = torch.tensor([[[color, -color, 0.0, density] for color, density in values]], requires_grad=True)
     z_vals = torch.linspace(near, 6.0, len(values))[None]
     if doubled:
-        z_vals = z_vals.round()  # samples that fall together
+        z_vals = z_vals.round()  # samples in the same place
     outputs = raw2outputs(raw, z_vals, torch.tensor([[0.3, -0.2, -1.0]]), raw_noise_std=1.0, white_bkgd=white_bkgd)
     rgb, disp, acc, weights, depth = outputs
     assert all(torch.isfinite(output).all() for output in outputs)
@@ -121,51 +135,52 @@ def test_batchify_without_chunk_is_the_function():
 
 @pytest.mark.parametrize('use_viewdirs', [True, False])
 def test_chunks_change_nothing(use_viewdirs):
-    rays = some_rays(40)
+    rays = random_rays(40)
     whole = render(8, 10, K, rays=rays, retraw=True, **chain(use_viewdirs))
     assert_same(whole, render(8, 10, K, chunk=7, rays=rays, retraw=True, **chain(use_viewdirs, netchunk=11)))
 
 
 def test_shapes():
-    rgb, disp, acc, extras = render(8, 10, K, rays=some_rays(3, 4), retraw=True, **chain())
+    rgb, disp, acc, extras = render(8, 10, K, rays=random_rays(3, 4), retraw=True, **chain())
     assert rgb.shape == (3, 4, 3) and disp.shape == acc.shape == (3, 4)
     assert {key: tuple(value.shape) for key, value in extras.items()} == {
         'raw': (3, 4, 11, 4), 'rgb0': (3, 4, 3), 'disp0': (3, 4), 'acc0': (3, 4), 'z_std': (3, 4)}
 
 
-def test_a_camera_is_its_rays():
+def test_a_camera_stands_for_its_rays():
     c2w = torch.eye(4)[:3]
     for centers in (False, True):
         rays = torch.stack(get_rays(8, 10, K, c2w, pixel_centers=centers))
-        assert_same(render(8, 10, K, c2w=c2w, pixel_centers=centers, **chain()), render(8, 10, K, rays=rays, **chain()))
+        of_camera = render(8, 10, K, c2w=c2w, pixel_centers=centers, **chain())
+        assert_same(of_camera, render(8, 10, K, rays=rays, **chain()))
 
 
 def test_static_camera_keeps_its_rays_and_takes_the_directions():
     kwargs = chain()
     still, moved = torch.eye(4)[:3], torch.eye(4)[:3] + torch.tensor([[0.3, 0, 0, 0.0]])
-    plain = render(8, 10, K, c2w=still, **kwargs)
-    seen_from_elsewhere = render(8, 10, K, c2w=moved, c2w_staticcam=still, **kwargs)
-    torch.testing.assert_close(plain[2], seen_from_elsewhere[2])  # the opacity does not depend on the direction
-    assert not torch.allclose(plain[0], seen_from_elsewhere[0])
+    usual = render(8, 10, K, c2w=still, **kwargs)
+    other_directions = render(8, 10, K, c2w=moved, c2w_staticcam=still, **kwargs)
+    torch.testing.assert_close(usual[2], other_directions[2])  # the opacity does not depend on the direction
+    assert not torch.allclose(usual[0], other_directions[0])
 
 
-def test_without_fine_network_the_coarse_one_does_both():
+def test_without_a_fine_network_the_coarse_network_does_both():
     kwargs = chain(network_fine=None)
-    one = render(8, 10, K, rays=some_rays(6), **kwargs)
-    assert_same(one, render(8, 10, K, rays=some_rays(6), **{**kwargs, 'network_fine': kwargs['network_fn']}))
+    one = render(8, 10, K, rays=random_rays(6), **kwargs)
+    assert_same(one, render(8, 10, K, rays=random_rays(6), **{**kwargs, 'network_fine': kwargs['network_fn']}))
 
 
 def test_without_importance_samples_there_is_one_pass():
-    _, _, _, extras = render(8, 10, K, rays=some_rays(6), **chain(N_importance=0, network_fine=None))
+    _, _, _, extras = render(8, 10, K, rays=random_rays(6), **chain(N_importance=0, network_fine=None))
     assert extras == {}
 
 
 @pytest.mark.parametrize('ndc, near, far', [(True, 0.0, 1.0), (False, 2.0, 6.0)])
 @pytest.mark.parametrize('options', [{'perturb': 1.0}, {'raw_noise_std': 1.0}, {'white_bkgd': True}])
-def test_gradients_are_finite_all_along_the_chain(ndc, near, far, options):
+def test_gradients_are_finite_throughout(ndc, near, far, options):
     kwargs = chain(**options)
     kwargs.update(ndc=ndc, near=near, far=far)
-    rays_o, rays_d = some_rays(30)
+    rays_o, rays_d = random_rays(30)
     rays_d[:, 2] = -rays_d[:, 2].abs() - 0.1
     rgb, disp, acc, extras = render(8, 10, K, rays=torch.stack([rays_o, rays_d]), **kwargs)
     (rgb.sum() + acc.sum() + disp.clamp(max=100).sum() + extras['rgb0'].sum()).backward()
@@ -173,9 +188,9 @@ def test_gradients_are_finite_all_along_the_chain(ndc, near, far, options):
         assert all(torch.isfinite(p.grad).all() for p in network.parameters())
 
 
-def test_fixed_numbers_repeat():
+def test_pytest_fixes_the_random_numbers():
     kwargs = chain(perturb=1.0, raw_noise_std=1.0, pytest=True)
-    assert_same(render(8, 10, K, rays=some_rays(6), **kwargs), render(8, 10, K, rays=some_rays(6), **kwargs))
+    assert_same(render(8, 10, K, rays=random_rays(6), **kwargs), render(8, 10, K, rays=random_rays(6), **kwargs))
 
 
 @pytest.mark.parametrize('lindisp', [False, True])
@@ -189,11 +204,198 @@ def test_samples_cover_near_to_far(lindisp, perturb):
     batch = torch.tensor([[0.0, 0, 0, 0, 0, 1, 2, 6]]).expand(50, 8)
     render_rays(batch, None, query, 16, lindisp=lindisp, perturb=perturb)
     places = 1 / torch.linspace(1 / 2, 1 / 6, 16) if lindisp else torch.linspace(2, 6, 16)
-    mids = (places[1:] + places[:-1]) / 2  # a sample keeps to the interval around its place
+    mids = (places[1:] + places[:-1]) / 2  # a sample stays in the interval around its place
     lower, upper = torch.cat([places[:1], mids]), torch.cat([mids, places[-1:]])
     assert (seen[0] >= lower - 1e-5).all() and (seen[0] <= upper + 1e-5).all()
     if perturb == 0:
         torch.testing.assert_close(seen[0], places.expand(50, 16))
+
+
+# --- samples ----------------------------------------------------------------------------------------------------
+
+def test_the_samples_of_the_maps_are_returned():
+    rays = random_rays(3, 4)
+    rgb, disp, acc, extras = render(8, 10, K, rays=rays, retraw=True, retsamples=True, **chain())
+    shapes = {'weights': (3, 4, 11), 'z_vals': (3, 4, 11), 'depth_map': (3, 4), 'weights0': (3, 4, 6),
+              'z_vals0': (3, 4, 6)}
+    for key, shape in shapes.items():
+        assert extras[key].shape == shape
+    weights, z_vals, raw = extras['weights'], extras['z_vals'], extras['raw']
+    torch.testing.assert_close(weights.sum(-1), acc)
+    torch.testing.assert_close((weights * z_vals).sum(-1), extras['depth_map'])
+    torch.testing.assert_close((weights[..., None] * raw[..., :3].sigmoid()).sum(-2), rgb)
+    torch.testing.assert_close(disparity(extras['depth_map'], acc), disp)
+    torch.testing.assert_close(extras['weights0'].sum(-1), extras['acc0'])
+    assert (z_vals.diff() >= 0).all() and (z_vals >= 2).all() and (z_vals <= 6).all()
+    for z_val in extras['z_vals0'].unbind(-1):
+        assert (z_vals == z_val[..., None]).any(-1).all(), 'coarse samples are kept'
+    expected = raw2outputs(raw.flatten(0, 1), z_vals.flatten(0, 1), rays[1].flatten(0, 1))
+    torch.testing.assert_close(weights.flatten(0, 1), expected[3])
+
+
+def test_without_importance_samples_the_coarse_samples_are_returned():
+    *_, extras = render(8, 10, K, rays=random_rays(5), retsamples=True, **chain(N_importance=0, network_fine=None))
+    assert extras.keys() == {'weights', 'z_vals', 'depth_map'} and extras['weights'].shape == (5, 6)
+
+
+@pytest.mark.parametrize('backward', ['sparse', 'plain'])
+def test_gradients_flow_through_the_weights(backward):
+    kwargs = chain(network_query_fn=NetworkQuery(backward=backward))
+    *_, extras = render(8, 10, K, rays=random_rays(30), retsamples=True, **kwargs)
+    (extras['weights'] * extras['z_vals']).sum().backward()
+    assert kwargs['network_fine'].alpha_linear.weight.grad.any()
+    assert kwargs['network_fn'].alpha_linear.weight.grad is None, 'fine samples are drawn without gradient'
+    *_, extras = render(8, 10, K, rays=random_rays(30), retsamples=True, **kwargs)
+    extras['weights0'][..., 0].sum().backward()
+    assert kwargs['network_fn'].alpha_linear.weight.grad.any()
+
+
+# --- renderers --------------------------------------------------------------------------------------------------
+
+class Grey(Renderer):
+    """A renderer that returns the same for every ray, and records how it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.grey, self.calls = torch.nn.Parameter(torch.tensor(0.25)), []
+
+    def for_rays(self, rays_flat, **kwargs):
+        self.calls.append(('for_rays', len(rays_flat), kwargs['N_samples']))
+        return self
+
+    def render_rays(self, ray_batch, network_fn, network_query_fn, N_samples, **kwargs):
+        self.calls.append(('render_rays', len(ray_batch), N_samples))
+        grey = self.grey.expand(len(ray_batch))
+        return {'rgb_map': grey[:, None].expand(-1, 3), 'disp_map': grey, 'acc_map': grey, 'kind': grey + 1}
+
+
+def test_a_custom_renderer_is_used():
+    """It is chosen once for all rays, and renders them in chunks."""
+    renderer = Grey()
+    rgb, disp, acc, extras = render(8, 10, K, chunk=5, rays=random_rays(3, 4), renderer=renderer, **chain())
+    assert rgb.shape == (3, 4, 3) and (rgb == 0.25).all() and (disp == acc).all()
+    assert extras.keys() == {'kind'} and (extras['kind'] == 1.25).all()
+    assert renderer.calls == [('for_rays', 12, 6), *[('render_rays', count, 6) for count in (5, 5, 2)]]
+    rgb.sum().backward()
+    assert renderer.grey.grad == 36 and 'grey' in renderer.state_dict()
+
+
+def test_a_custom_renderer_renders_frames_and_batches():
+    kwargs = chain(renderer=Grey(), network_fine=None, white_bkgd=False)
+    assert (render_frame(np.eye(4), HWF, K, 64, kwargs).rgb == 0.25).all()
+    measures = loss_and_gradient(HWF, K, 64, Batch(random_rays(7), torch.ones(7, 3)), kwargs)
+    assert measures.losses['coarse'].item() == pytest.approx(0.75 ** 2)
+    assert kwargs['renderer'].grey.grad.item() == pytest.approx(-1.5)
+
+
+def test_a_renderer_may_choose_another_for_the_rays():
+    class Chooser(Renderer):
+        def for_rays(self, rays_flat, **kwargs):
+            return Grey() if len(rays_flat) > 10 else EXACT
+    kwargs = chain(renderer=Chooser())
+    for count, expected in ((20, True), (5, False)):
+        *_, extras = render(8, 10, K, chunk=4, rays=random_rays(count), **kwargs)
+        assert ('kind' in extras) == expected
+
+
+def test_what_a_renderer_does_unless_overridden():
+    renderer = Renderer()
+    assert renderer.for_rays(torch.zeros(1, 8)) is renderer and renderer.samples_per_ray(64, 128) == 192
+    renderer.update(1, network_fn=None)
+    renderer.forget()
+    renderer.reset_parameters()
+    assert not renderer.state_dict()
+    with pytest.raises(NotImplementedError):
+        renderer.render_rays(torch.zeros(1, 8), None, None, 3)
+
+
+def test_the_exact_renderer_is_render_rays():
+    torch.manual_seed(0)
+    kwargs = chain(use_viewdirs=False)
+    batch = torch.cat([*random_rays(9), torch.tensor([[2.0, 6.0]]).expand(9, 2)], -1)
+    arguments = batch, kwargs['network_fn'], kwargs['network_query_fn'], 6
+    found, expected = EXACT.render_rays(*arguments, N_importance=4), render_rays(*arguments, N_importance=4)
+    assert found.keys() == expected.keys() and all(found[key].equal(expected[key]) for key in found)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------
+
+def training_batch(N):
+    """Rays towards the origin, with random colours."""
+    torch.manual_seed(5)
+    rays = torch.stack([torch.zeros(N, 3) + CAMERA, torch.randn(N, 3) * 0.2 - CAMERA / 4])
+    return Batch(rays, torch.rand(N, 3))
+
+
+def parameters_of(kwargs):
+    return [p for name in ('network_fn', 'network_fine') for p in kwargs[name].parameters()]
+
+
+def test_the_loss_of_parts_is_that_of_the_whole_batch(monkeypatch):
+    """Large batches are split; losses, opacities and gradients are those of the whole."""
+    batch, kwargs, results = training_batch(50), chain(white_bkgd=True, N_samples=8, N_importance=8), []
+    for samples in (10 ** 6, 7 * 16):
+        monkeypatch.setitem(SAMPLES_AT_ONCE, 'cpu', samples)
+        for parameter in parameters_of(kwargs):
+            parameter.grad = None
+        measures = loss_and_gradient([16, 16], None, 1000, batch, kwargs)
+        results.append(([p.grad for p in parameters_of(kwargs)], measures))
+    (gradients, whole), (gradients_of_parts, parts) = results
+    assert_same_gradients(gradients_of_parts, gradients)
+    assert list(whole.losses) == list(whole.opacities) == ['coarse', 'fine']
+    for one, other in zip(whole.tensors(), parts.tensors(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-5)
+    assert whole.background.item() == pytest.approx(((1 - batch.target) ** 2).mean().item())
+    assert whole.num_samples is None
+
+
+def test_losses_are_the_colour_errors_of_both_networks():
+    batch, kwargs = training_batch(20), chain(white_bkgd=False)
+    measures = loss_and_gradient([16, 16], None, 1000, batch, kwargs)
+    rgb, _, acc, extras = render(16, 16, None, rays=batch.rays, **kwargs)
+    torch.testing.assert_close(measures.losses['fine'], img2mse(rgb, batch.target).detach())
+    torch.testing.assert_close(measures.losses['coarse'], img2mse(extras['rgb0'], batch.target).detach())
+    torch.testing.assert_close(measures.total, measures.losses['fine'] + measures.losses['coarse'])
+    torch.testing.assert_close(measures.opacities['fine'], acc.mean().detach())
+    torch.testing.assert_close(measures.opacities['coarse'], extras['acc0'].mean().detach())
+    kwargs = chain(network_fine=None, N_importance=0, white_bkgd=False)
+    single = loss_and_gradient([16, 16], None, 1000, batch, kwargs)
+    assert list(single.losses) == list(single.opacities) == ['coarse']
+
+
+def test_a_new_term_of_the_loss_is_trained_and_measured(monkeypatch):
+    """`nerf_losses` is the only function to change, also for a loss on the samples."""
+    def losses_with_spread(rgb, acc, extras, target, bkgd):
+        spread = (extras['weights'] * (extras['z_vals'] - 4) ** 2).sum(-1).mean()
+        return {**nerf_losses(rgb, acc, extras, target, bkgd), 'spread': 0.1 * spread}
+    batch, kwargs, results = training_batch(20), chain(white_bkgd=False), []
+    for losses in (nerf_losses, losses_with_spread):
+        monkeypatch.setattr(run_nerf, 'nerf_losses', losses)
+        for parameter in parameters_of(kwargs):
+            parameter.grad = None
+        measures = loss_and_gradient([16, 16], None, 1000, batch, kwargs)
+        results.append((measures, kwargs['network_fine'].alpha_linear.weight.grad.clone()))
+    (before, gradient), (after, gradient_with_spread) = results
+    assert after.losses.keys() - before.losses.keys() == {'spread'} and after.losses['spread'] > 0
+    torch.testing.assert_close(after.total, before.total + after.losses['spread'])
+    torch.testing.assert_close(after.losses['fine'], before.losses['fine'])
+    assert not torch.allclose(gradient, gradient_with_spread)
+
+
+# --- set-up -----------------------------------------------------------------------------------------------------
+
+def test_a_learned_encoding_is_optimised_and_saved_with_its_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_nerf, 'get_embedder', lambda multires, i: (LearnedEncoding(), LearnedEncoding.out_dim))
+    args = config_parser().parse_args([
+        '--expname', 'x', '--basedir', str(tmp_path), '--device', 'cpu', '--netwidth', '16',
+        '--netwidth_fine', '16', '--N_importance', '5', '--use_viewdirs'])
+    kwargs, _, _, grad_vars, optimizer = create_nerf(args)
+    optimised = {id(p) for group in optimizer.param_groups for p in group['params']}
+    assert optimised == {id(p) for p in grad_vars}
+    for network in (kwargs['network_fn'], kwargs['network_fine']):
+        encodings = [*network.encoding.parameters(), *network.encoding_views.parameters()]
+        assert len(encodings) == 4 and {id(p) for p in encodings} <= optimised
+        assert 'encoding_views.linear.weight' in network.state_dict()
 
 
 # --- frames -----------------------------------------------------------------------------------------------------
@@ -202,21 +404,23 @@ def test_render_path_returns_and_writes_the_frames(tmp_path, capsys):
     poses = torch.eye(4).repeat(2, 1, 1).numpy()
     rgbs, disps = render_path(poses, HWF, K, 64, chain(), gt_imgs=np.zeros((2, 8, 10, 3)), savedir=tmp_path)
     assert rgbs.shape == (2, 8, 10, 3) and disps.shape == (2, 8, 10)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['000.png', '001.png', 'depth', 'disp', 'frames.json']
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ['000.png', '001.png', 'depth', 'disp', 'frames.json']
     assert capsys.readouterr().out.count('PSNR') == 2
 
 
-def test_render_factor_shows_the_same_picture_smaller():
+def test_render_factor_makes_the_same_picture_smaller():
     """Every second pixel of the full frame: the intrinsics shrink with the image."""
     pose = torch.eye(4)[None].numpy()
-    full, half = (next(render_frames(pose, HWF, K, 64, chain(), factor)).rgb for factor in (0, 2))
+    full, half = (next(FrameRenderer(render_frame, HWF, K, 64, chain(), factor).path(pose)).rgb
+                  for factor in (0, 2))
     assert half.shape == (4, 5, 3)
     np.testing.assert_allclose(half, full[::2, ::2], atol=1e-5)
 
 
 @pytest.mark.parametrize('ndc', [False, True])
 @pytest.mark.parametrize('centers', [False, True])
-def test_a_stride_keeps_the_rays_of_the_pixels_that_are_left(ndc, centers):
+def test_a_stride_leaves_pixels_out_and_changes_no_others(ndc, centers):
     kwargs = chain(ndc=ndc, near=0.0, far=1.0, pixel_centers=centers)
     full, some = (render_frame(np.eye(4), HWF, K, 64, kwargs, stride=stride).rgb for stride in (1, 3))
     assert some.shape == (3, 4, 3)

@@ -20,26 +20,35 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cameras import homogeneous, look
-from file_io import write_image
+from scenes.cameras import homogeneous, viewmatrix
+from scenes.images import write_image
 
-CAMERA_ANGLE_X = 0.6911112070083618  # radians; the field of view of the NeRF synthetic scenes
-RADIUS = 4.0                         # camera distance from the origin, as in the NeRF synthetic scenes
+# The horizontal field of view of the NeRF synthetic scenes, in radians.
+CAMERA_ANGLE_X = 0.6911112070083618
+# Cameras are at this distance from the origin, as in the NeRF synthetic scenes.
+RADIUS = 4.0
+# Points are within this distance of the origin.
+SCENE_RADIUS = 1.7
+# The unit vector towards the sun.
 SUN = np.array([0.45, -0.55, 0.70]) / np.linalg.norm([0.45, -0.55, 0.70])
+# The colour of sunlight.
 SUN_COLOR = np.array([1.00, 0.93, 0.80])
+# The colour of ambient light from above.
 SKY_COLOR = np.array([0.62, 0.76, 0.95])
+# The colour of ambient light from below.
 GROUND_COLOR = np.array([0.45, 0.40, 0.36])
+# The height of the sea's surface.
 SEA_LEVEL = -0.30
 
 
-# --- signed distances: points [N, 3] to distances [N], negative inside ------------------------------------------
+# --- signed distances of points [N, 3]: [N], negative inside ----------------------------------------------------
 
 def sd_sphere(p, center, radius):
     return np.linalg.norm(p - center, axis=-1) - radius
 
 
 def sd_ellipsoid(p, center, radii):
-    """A bound on the distance, good enough to march on."""
+    """A lower bound on the distance, sufficient for sphere tracing."""
     q = (p - center) / radii
     k0 = np.linalg.norm(q, axis=-1)
     k1 = np.linalg.norm(q / radii, axis=-1)
@@ -52,7 +61,7 @@ def sd_box(p, center, half, rounding=0.0):
 
 
 def sd_profile(radial, z, bottom, top, r_bottom, r_top, rounding=0.0):
-    """A frustum around the z axis through the point that `radial` is measured from."""
+    """A vertical frustum; `radial` is the distance [N] from its axis."""
     slope = (r_bottom - r_top) / (top - bottom)
     side = (radial - (r_bottom - slope * (z - bottom))) / np.sqrt(1 + slope * slope)
     q = np.stack([side, np.abs(z - (bottom + top) / 2) - (top - bottom) / 2], -1) + rounding
@@ -65,20 +74,20 @@ def sd_frustum(p, center, bottom, top, r_bottom, r_top, rounding=0.0):
 
 
 def rotate_z(p, center, degrees):
-    """`p` in a frame at `center` that is turned about z."""
+    """`p` in the coordinates of a frame at `center`, rotated by `degrees` about z."""
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     q = p - center
     return np.stack([c * q[:, 0] + s * q[:, 1], -s * q[:, 0] + c * q[:, 1], q[:, 2]], -1)
 
 
-# --- the things in the scene ------------------------------------------------------------------------------------
+# --- the shapes in the scene ------------------------------------------------------------------------------------
 
-class Thing(NamedTuple):
+class Shape(NamedTuple):
     distance: Callable   # [N, 3] -> [N]
     albedo: Callable     # [N, 3] -> [N, 3]
     specular: float = 0.05
     shininess: float = 12.0
-    ripples: float = 0.0  # tilts the normal by waves, so that the highlight breaks up
+    ripples: float = 0.0  # how far waves tilt the normal, which breaks up the highlight
 
 
 def plain(r, g, b):
@@ -88,7 +97,7 @@ def plain(r, g, b):
 
 
 def blend(mask, inside, outside):
-    """Colours by a soft mask in [0, 1]."""
+    """Mix two colours by a mask [N] in [0, 1]."""
     return mask[:, None] * np.asarray(inside) + (1 - mask[:, None]) * np.asarray(outside)
 
 
@@ -96,9 +105,13 @@ def soft_step(x, width):
     return np.clip(x / width + 0.5, 0, 1)
 
 
+# The position of the lighthouse.
 TOWER = np.array([-0.22, 0.12, 0.0])
+# The position of the house.
 HOUSE = np.array([0.26, -0.12, 0.02])
+# The position of the buoy.
 BUOY = np.array([0.42, -0.80, -0.22])
+# The position of the boat.
 BOAT = np.array([-0.72, -0.52, -0.27])
 
 
@@ -108,7 +121,8 @@ def sea_distance(p):
 
 def sea_albedo(p):
     radial = np.hypot(p[:, 0], p[:, 1])
-    wave = 0.5 + 0.5 * np.sin(9 * p[:, 0] + 3 * np.sin(4 * p[:, 1])) * np.sin(8 * p[:, 1] + 2 * np.sin(5 * p[:, 0]))
+    x, y = p[:, 0], p[:, 1]
+    wave = 0.5 + 0.5 * np.sin(9 * x + 3 * np.sin(4 * y)) * np.sin(8 * y + 2 * np.sin(5 * x))
     water = blend(np.clip((radial - 0.62) / 0.5, 0, 1), [0.05, 0.27, 0.52], [0.16, 0.58, 0.70])
     water = water * (0.88 + 0.24 * wave[:, None])
     layers = blend(soft_step(np.sin(60 * p[:, 2]), 0.8), [0.80, 0.66, 0.44], [0.66, 0.50, 0.32])
@@ -118,7 +132,7 @@ def sea_albedo(p):
 def island_distance(p):
     hill = sd_ellipsoid(p, np.array([0, 0.02, -0.30]), np.array([0.72, 0.62, 0.30]))
     rock = sd_ellipsoid(p, np.array([-0.30, 0.16, -0.22]), np.array([0.36, 0.34, 0.26]))
-    k = 0.12  # smooth union, so that the rock grows out of the hill
+    k = 0.12  # the width of a smooth union, which joins rock and hill
     h = np.clip(0.5 + 0.5 * (rock - hill) / k, 0, 1)
     return rock * (1 - h) + hill * h - k * h * (1 - h)
 
@@ -176,7 +190,8 @@ def house_albedo(p):
     q = rotate_z(p, HOUSE, 25)
     planks = 0.92 + 0.08 * np.sin(q[:, 2] * 170)
     wall = np.array([0.96, 0.84, 0.58]) * planks[:, None]
-    side = np.where(np.abs(q[:, 0]) > 0.148, np.abs(q[:, 1]), np.minimum(np.abs(q[:, 0] - 0.06), np.abs(q[:, 0] + 0.06)))
+    beside_window = np.minimum(np.abs(q[:, 0] - 0.06), np.abs(q[:, 0] + 0.06))
+    side = np.where(np.abs(q[:, 0]) > 0.148, np.abs(q[:, 1]), beside_window)
     window = soft_step(0.032 - side, 0.012) * soft_step(0.035 - np.abs(q[:, 2] - 0.02), 0.012)
     return blend(window, [0.16, 0.30, 0.46], wall)
 
@@ -193,13 +208,14 @@ def house_roof_albedo(p):
     return blend(tiles, [0.76, 0.33, 0.20], [0.58, 0.22, 0.14])
 
 
+# Position x, y and height of each tree.
 TREES = [(0.10, 0.34, 0.34), (0.30, 0.28, 0.27), (-0.10, -0.36, 0.30), (0.50, 0.14, 0.24)]
 
 
 def trees_distance(p):
     distance = np.full(len(p), 1e3)
     for x, y, height in TREES:
-        for level in range(2):  # two stacked cones look like a fir
+        for level in range(2):  # two stacked cones make a fir
             foot = -0.09 + 0.40 * height * level
             radius = 0.46 * height * (1 - 0.25 * level)
             distance = np.minimum(distance, sd_frustum(p, (x, y), foot, foot + 0.75 * height, radius, 0.01))
@@ -240,25 +256,26 @@ def sail_albedo(p):
     return blend(stripe, [0.20, 0.38, 0.72], [0.97, 0.95, 0.90])
 
 
+# All shapes of the scene.
 SCENE = [
-    Thing(sea_distance, sea_albedo, specular=0.8, shininess=14.0, ripples=0.035),
-    Thing(island_distance, island_albedo),
-    Thing(tower_distance, tower_albedo, specular=0.20, shininess=24.0),
-    Thing(gallery_distance, plain(0.33, 0.33, 0.38), specular=0.3, shininess=30.0),
-    Thing(lantern_distance, lantern_albedo, specular=0.9, shininess=60.0),
-    Thing(roof_distance, plain(0.72, 0.10, 0.10), specular=0.5, shininess=30.0),
-    Thing(house_distance, house_albedo),
-    Thing(house_roof_distance, house_roof_albedo),
-    Thing(trees_distance, trees_albedo),
-    Thing(buoy_distance, buoy_albedo, specular=1.0, shininess=50.0),
-    Thing(boat_distance, plain(0.45, 0.24, 0.14), specular=0.3, shininess=24.0),
-    Thing(sail_distance, sail_albedo),
+    Shape(sea_distance, sea_albedo, specular=0.8, shininess=14.0, ripples=0.035),
+    Shape(island_distance, island_albedo),
+    Shape(tower_distance, tower_albedo, specular=0.20, shininess=24.0),
+    Shape(gallery_distance, plain(0.33, 0.33, 0.38), specular=0.3, shininess=30.0),
+    Shape(lantern_distance, lantern_albedo, specular=0.9, shininess=60.0),
+    Shape(roof_distance, plain(0.72, 0.10, 0.10), specular=0.5, shininess=30.0),
+    Shape(house_distance, house_albedo),
+    Shape(house_roof_distance, house_roof_albedo),
+    Shape(trees_distance, trees_albedo),
+    Shape(buoy_distance, buoy_albedo, specular=1.0, shininess=50.0),
+    Shape(boat_distance, plain(0.45, 0.24, 0.14), specular=0.3, shininess=24.0),
+    Shape(sail_distance, sail_albedo),
 ]
 
 
 def scene_distance(p):
-    """Distance to the nearest thing, [N, 3] -> [N]."""
-    return np.min([thing.distance(p) for thing in SCENE], axis=0)
+    """Distance to the nearest shape, [N, 3] -> [N]."""
+    return np.min([shape.distance(p) for shape in SCENE], axis=0)
 
 
 # --- ray tracing ------------------------------------------------------------------------------------------------
@@ -279,14 +296,14 @@ def march(origins, directions, near, far, steps=90):
 
 
 def normals(p, eps=2e-3):
-    """Gradient of the distance by differences at the corners of a tetrahedron."""
+    """Unit gradient of the distance, by finite differences at the corners of a tetrahedron."""
     corners = np.array([[1, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]])
     gradient = sum(corner * scene_distance(p + eps * corner)[:, None] for corner in corners)
     return gradient / np.linalg.norm(gradient, axis=-1, keepdims=True)
 
 
 def sunlight(p, n, steps=28):
-    """Soft shadow: how much of the sun a point sees, from the narrowest gap on the way."""
+    """The share of sunlight that reaches each point, from the narrowest gap on the way (soft shadows)."""
     light, t = np.ones(len(p)), np.full(len(p), 0.02)
     start = p + 0.01 * n
     for _ in range(steps):
@@ -297,6 +314,7 @@ def sunlight(p, n, steps=28):
 
 
 def ambient_occlusion(p, n):
+    """The share of ambient light that reaches each point, from the distances at a few points above it."""
     occlusion = np.zeros(len(p))
     for k in range(1, 5):
         reach = 0.05 * k
@@ -306,12 +324,12 @@ def ambient_occlusion(p, n):
 
 def shade(p, directions):
     """Colours in sRGB [N, 3] of surface points seen along `directions`."""
-    nearest = np.argmin([thing.distance(p) for thing in SCENE], axis=0)
+    nearest = np.argmin([shape.distance(p) for shape in SCENE], axis=0)
     albedo, specular, shininess, ripples = np.zeros_like(p), *np.zeros((3, len(p)))
-    for index, thing in enumerate(SCENE):
-        mine = nearest == index
-        albedo[mine] = thing.albedo(p[mine])
-        specular[mine], shininess[mine], ripples[mine] = thing.specular, thing.shininess, thing.ripples
+    for index, shape in enumerate(SCENE):
+        on_shape = nearest == index
+        albedo[on_shape] = shape.albedo(p[on_shape])
+        specular[on_shape], shininess[on_shape], ripples[on_shape] = shape.specular, shape.shininess, shape.ripples
     n = normals(p)
     tilt = np.stack([np.sin(11 * p[:, 0] + 5 * p[:, 1]), np.sin(10 * p[:, 1] - 6 * p[:, 0]), np.zeros(len(p))], -1)
     wavy = n + (ripples * (n[:, 2] > 0.9))[:, None] * tilt
@@ -330,7 +348,7 @@ def shade(p, directions):
 
 
 def render_view(c2w, size, samples):
-    """One RGBA image, uint8 [size, size, 4], with straight alpha; `samples`² rays a pixel, spread over its area."""
+    """Render RGBA uint8 [size, size, 4], straight alpha, from `samples`² rays spread over each pixel."""
     focal = 0.5 * size / np.tan(0.5 * CAMERA_ANGLE_X)
     grid = (np.arange(size * samples) + 0.5) / samples
     x, y = np.meshgrid(grid, grid)
@@ -339,7 +357,7 @@ def render_view(c2w, size, samples):
     d /= np.linalg.norm(d, axis=-1, keepdims=True)
     o = np.broadcast_to(c2w[:3, 3], d.shape)
 
-    hit, t = march(o, d, near=RADIUS - 1.7, far=RADIUS + 1.7)
+    hit, t = march(o, d, near=RADIUS - SCENE_RADIUS, far=RADIUS + SCENE_RADIUS)
     color = np.zeros_like(d)
     color[hit] = shade(o[hit] + t[hit, None] * d[hit], d[hit])
 
@@ -353,13 +371,15 @@ def render_view(c2w, size, samples):
 # --- cameras ----------------------------------------------------------------------------------------------------
 
 def look_at_origin(azimuth, elevation):
-    """c2w [4, 4] in OpenGL axes (x right, y up, -z forward) of a camera at RADIUS from the origin; angles in radians."""
+    """c2w [4, 4] of a camera at RADIUS that looks at the origin, in OpenGL axes (x right, y up, -z forward).
+    Angles are in radians."""
     back = np.array([np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)])
-    return homogeneous(look(back, [0.0, 0.0, 1.0], RADIUS * back))
+    return homogeneous(viewmatrix(back, [0.0, 0.0, 1.0], RADIUS * back))
 
 
 def hemisphere(count, offset):
-    """`count` cameras spread evenly over the upper hemisphere (a golden-angle spiral, turned by `offset`)."""
+    """c2w of `count` cameras spread evenly over the upper hemisphere, along a golden-angle spiral that starts at
+    `offset`."""
     k = np.arange(count) + 0.5
     azimuth = (k + offset) * np.pi * (3 - np.sqrt(5))
     elevation = np.arcsin(np.sin(np.radians(6)) + (np.sin(np.radians(72)) - np.sin(np.radians(6))) * k / count)
@@ -367,6 +387,7 @@ def hemisphere(count, offset):
 
 
 def write_split(out, split, poses, size, samples):
+    """Render the images of a split and write them with their `transforms_<split>.json`."""
     (out / split).mkdir(parents=True, exist_ok=True)
     frames = []
     with ProcessPoolExecutor() as pool:

@@ -1,0 +1,1 @@
+"""Scenes in memory: cameras, images, bounds, and the random rays that training samples."""

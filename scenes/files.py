@@ -1,0 +1,89 @@
+"""Reading and writing files: clear errors when reading, atomic replacement when writing."""
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from scenes.errors import UserError, first_line
+
+# Temporary files carry this in their names until they are complete.
+PARTIAL = '.part'
+
+
+def read_json(path):
+    """The content of a JSON file.
+
+    Raises:
+      UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such file') from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path}: not JSON ({first_line(error)})') from None
+
+
+def read_array(path):
+    """The numbers in a .npy file as float64. Pickled objects are refused, so no code in the file can run.
+
+    Raises:
+      UserError: the file is missing or is not an array of numbers.
+    """
+    try:
+        with open(path, 'rb') as file:
+            return np.lib.format.read_array(file, allow_pickle=False).astype(np.float64)
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such file') from None
+    except Exception as error:  # a malformed header raises errors of many types
+        raise UserError(f'{path}: not a readable .npy file of numbers ({first_line(error)})') from None
+
+
+@contextmanager
+def atomic_write(path):
+    """Yield a temporary path beside `path`, and rename it to `path` when the block succeeds.
+
+    The content is flushed to disk before the rename, and the temporary file is removed when the block fails. So a
+    file under its final name is complete, even if the process or the machine dies.
+    """
+    path = Path(path)
+    partial = path.with_name(f'.{path.stem}{PARTIAL}{path.suffix}')
+    try:
+        yield partial
+        with open(partial, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder):
+    """Remove the temporary files that killed processes left in `folder` and its subfolders."""
+    for path in Path(folder).rglob(f'.*{PARTIAL}*'):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file atomically."""
+    with atomic_write(path) as partial:
+        partial.write_text(text)
+
+
+def make_folder(path):
+    """Create the folder `path` and its parents where they are missing; returns it as a `Path`.
+
+    Raises:
+      UserError: the folder cannot be created.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{path}: cannot create this folder ({error.strerror})') from None
+    return Path(path)

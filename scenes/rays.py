@@ -1,0 +1,102 @@
+"""Random rays for training: `sampler.sample(step)` gives a `Batch` of rays and the colours of their pixels."""
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from run_nerf_helpers import pixel_rays
+
+
+class Batch(NamedTuple):
+    """Rays of one training step and the colours they should have.
+
+    rays: [2, N_rays, 3], origins and directions.
+    target: colours in [0, 1], [N_rays, 3]; [N_rays, 4] with alpha.
+    """
+    rays: torch.Tensor
+    target: torch.Tensor
+
+    def split(self, max_rays):
+        """Yield batches of at most `max_rays` rays, each with its share of the rays of this batch."""
+        for rays, target in zip(self.rays.split(max_rays, 1), self.target.split(max_rays)):
+            yield Batch(rays, target), len(target) / len(self.target)
+
+
+class RaySampler:
+    """Samples random pixels of the training views, with replacement, and computes the rays through them.
+
+    The images stay 8 bit on the device. Random numbers come from torch's global generator of that device. With
+    `N_rand_samples` the number of rays is adapted, so that the samples that the renderer takes along them come to
+    about this number; call `follow` after each step.
+
+    Args:
+      scene: a `Scene` with images.
+      N_rand: rays in a batch; the most rays with `N_rand_samples`.
+      no_batching: take all rays of a batch from one image.
+      precrop_iters: before this step only the centre of the images is sampled.
+      precrop_frac: share of each image side that this centre covers.
+      pixel_centers: put rays through pixel centres rather than corners.
+      device: where the images are kept and batches are made.
+      with_alpha: add the alpha of its pixel to each colour, if the scene has alphas.
+      N_rand_samples: samples in a batch, all rays together; None for a fixed number of rays.
+      first_guess: samples per ray assumed before the first step, needed with `N_rand_samples`.
+    """
+
+    def __init__(self, scene, N_rand, no_batching, precrop_iters, precrop_frac, pixel_centers, device,
+                 with_alpha=False, N_rand_samples=None, first_guess=None):
+        first, last = min(scene.i_train), max(scene.i_train)  # on the CPU a slice needs no copy
+        self.images = torch.from_numpy(scene.images[first:last + 1]).to(device)           # [., H, W, 3] uint8
+        self.poses = torch.from_numpy(scene.poses[first:last + 1]).to(device)             # [., 3, 4]
+        self.alphas = None                                                                # [., H, W] uint8
+        if with_alpha and scene.alphas is not None:
+            self.alphas = torch.from_numpy(scene.alphas[first:last + 1]).to(device)
+        self.views = torch.from_numpy(np.asarray(scene.i_train) - first).to(device)       # [N_views]
+        self.K, self.device = scene.K, device
+        self.N_rand, self.no_batching = N_rand, no_batching
+        self.precrop_iters, self.precrop_frac = precrop_iters, precrop_frac
+        self.pixel_offset = 0.5 if pixel_centers else 0.0
+        self.N_rand_samples, self.first_guess = N_rand_samples, first_guess
+        self.samples_per_ray = None
+
+    def sample(self, step):
+        """The `Batch` of training step `step` ≥ 1."""
+        N_rays = self.num_rays()
+
+        def random(low, high, count=N_rays):
+            return torch.randint(low, high, (count,), device=self.device)
+
+        N_views, (H, W) = len(self.views), self.images.shape[1:3]
+        view = self.views[random(0, N_views, 1).expand(N_rays) if self.no_batching else random(0, N_views)]
+        y, x = random(*self.sampled_range(H, step)), random(*self.sampled_range(W, step))  # [N_rays]
+        dtype = self.poses.dtype
+        x_image, y_image = x.to(dtype) + self.pixel_offset, y.to(dtype) + self.pixel_offset
+        rays = pixel_rays(x_image, y_image, self.K, self.poses[view])
+        target = self.images[view, y, x]
+        if self.alphas is not None:
+            target = torch.cat([target, self.alphas[view, y, x][:, None]], -1)
+        return Batch(torch.stack(rays), target.to(dtype) / 255)
+
+    def sampled_range(self, side, step):
+        """The range of pixels along an image side that is sampled at `step`."""
+        if step >= self.precrop_iters:
+            return 0, side
+        half = max(1, int(side // 2 * self.precrop_frac))
+        return max(0, side // 2 - half), min(side, side // 2 + half)
+
+    def num_rays(self):
+        """Number of rays in the next batch."""
+        if self.N_rand_samples is None:
+            return self.N_rand
+        expected = float(self.samples_per_ray or self.first_guess)  # no samples at all is no basis for a number
+        return max(1, min(self.N_rand, int(self.N_rand_samples / expected)))
+
+    def follow(self, num_samples):
+        """Adapt the number of rays to the last step's mean number of samples per ray, a scalar tensor or None."""
+        if num_samples is not None:
+            self.samples_per_ray = num_samples.detach()
+
+    def state_dict(self):
+        return {'samples_per_ray': None if self.samples_per_ray is None else float(self.samples_per_ray)}
+
+    def load_state_dict(self, state):
+        self.samples_per_ray = state['samples_per_ray']

@@ -1,0 +1,151 @@
+"""A scene in memory: images, cameras and bounds, completed and checked against the options."""
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from scenes.cameras import check_poses, focus_point
+from scenes.errors import UserError
+from scenes.files import read_array, read_json
+
+# Fields of a `Scene` that are not stored in a checkpoint.
+NOT_IN_CHECKPOINT = ('images', 'alphas', 'names')
+
+
+@dataclass
+class Scene:
+    """What training and rendering need to know about a scene of N views.
+
+    images: uint8 [N, H, W, 3], composited on the background; None if the scene comes from a checkpoint.
+    H, W: height and width of the images in pixels.
+    poses: float32 [N, 3, 4], c2w.
+    K: float64 [3, 3], intrinsics in pixels.
+    near, far: where sampling along a ray starts and ends, in units of rays_d.
+    render_poses: float32 [M, 3, 4], c2w along the path of the video.
+    i_train, i_val, i_test: indices of the views in each split.
+    alphas: uint8 [N, H, W]; None if no image has transparent pixels.
+    names: file name of each view's image; None if the scene comes from a checkpoint.
+    """
+    images: np.ndarray | None
+    H: int
+    W: int
+    poses: np.ndarray
+    K: np.ndarray
+    near: float
+    far: float
+    render_poses: np.ndarray
+    i_train: np.ndarray
+    i_val: np.ndarray
+    i_test: np.ndarray
+    alphas: np.ndarray | None = None
+    names: list[str] | None = None
+
+    @property
+    def hwf(self):
+        """[H, W, focal], the focal length in pixels."""
+        return [self.H, self.W, float(self.K[0, 0])]
+
+    def cameras(self):
+        """Everything but the images, as plain numbers and tensors for a checkpoint."""
+        return {key: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+                for key, value in vars(self).items() if key not in NOT_IN_CHECKPOINT}
+
+    def has_cameras_of(self, camera):
+        """Whether the cameras are those stored in a checkpoint; true if it stores none."""
+        if 'poses' not in camera:
+            return True
+        own = self.cameras()
+        return all(np.shape(camera[key]) == np.shape(own[key]) and np.allclose(camera[key], own[key], atol=1e-4)
+                   for key in ('H', 'W', 'K', 'poses'))
+
+
+def scene_from_checkpoint(args, camera):
+    """The scene stored in a checkpoint by `Scene.cameras`: enough to render a camera path."""
+    known = {field.name: camera[field.name] for field in fields(Scene) if field.name not in NOT_IN_CHECKPOINT}
+    known = {key: value.numpy() if torch.is_tensor(value) else value for key, value in known.items()}
+    return apply_options(args, Scene(images=None, **known))
+
+
+def finish_scene(args, scene):
+    """Complete a loaded scene with the options --near, --far and --render_poses, and check it.
+
+    Raises:
+      UserError: near and far do not fit each other or the options, no view is left for training, or the file of
+        --render_poses is unusable.
+    """
+    apply_options(args, scene)
+    if scene.near >= scene.far:
+        raise UserError(f'{args.datadir}: found near {scene.near:g} and far {scene.far:g}, expected near < far')
+    if uses_ndc(args) and (scene.near < 0 or scene.far > 1):
+        raise UserError(f'--near, --far: found {scene.near:g} and {scene.far:g}, expected 0 to 1 in normalised '
+                        'device coordinates; give --no_ndc for bounds in scene units')
+    if args.lindisp and scene.near <= 0 and not uses_ndc(args):
+        raise UserError(f'--lindisp: found near {scene.near:g}, expected more than 0')
+    if len(scene.i_train) == 0:
+        raise UserError(f'{args.datadir}: found no training view')
+    warn_of_mismatches(args, scene)
+    return scene
+
+
+def apply_options(args, scene):
+    """Replace near, far and the camera path by those of the options, where given; returns the scene."""
+    if args.near is not None:
+        scene.near = args.near
+    if args.far is not None:
+        scene.far = args.far
+    if args.render_poses:
+        scene.render_poses = read_render_poses(args.render_poses)
+    return scene
+
+
+def uses_ndc(args):
+    """Whether rays are mapped to normalised device coordinates: only those of forward-facing (llff) scenes are."""
+    return args.dataset_type == 'llff' and not args.no_ndc
+
+
+def warn_of_mismatches(args, scene):
+    """Warn if near and far miss what the cameras look at, if NDC cannot represent the cameras, or if --random_bkgd
+    has no effect."""
+    if args.dataset_type != 'llff':  # the axes of forward-facing cameras do not meet
+        distance = float(np.median(np.linalg.norm(scene.poses[:, :, 3] - focus_point(scene.poses), axis=-1)))
+        if not scene.near < distance < scene.far:
+            warnings.warn(f'the cameras look at a point {distance:.3g} away, but samples lie between '
+                          f'{scene.near:g} and {scene.far:g}: set --near and --far', stacklevel=2)
+    if uses_ndc(args):
+        agreement = np.linalg.norm(scene.poses[:, :, 2].mean(0))  # 1 if all cameras face the same way
+        if args.spherify or agreement < 0.5:
+            warnings.warn('the cameras surround the scene, which normalised device coordinates cannot represent: '
+                          'set --no_ndc --spherify --lindisp', stacklevel=2)
+    if args.random_bkgd and scene.alphas is None:
+        warnings.warn(f'{args.datadir}: the scene has no transparent pixels, so --random_bkgd changes nothing',
+                      stacklevel=2)
+
+
+def read_render_poses(path):
+    """Read a camera path from a .npy file, a .json list of c2w matrices, or the frames of a transforms file.
+
+    The poses are in the coordinates of the loaded scene; an llff scene is recentred and scaled on loading.
+
+    Returns:
+      float32 [N, 3, 4], c2w.
+    Raises:
+      UserError: the file cannot be read, or does not hold finite c2w matrices [N, 3 or 4, 4].
+    """
+    path = Path(path)
+    if path.suffix.lower() == '.json':
+        poses = read_json(path)
+        try:
+            if isinstance(poses, dict):
+                poses = [frame['transform_matrix'] for frame in poses['frames']]
+            poses = np.array(poses, np.float64)
+        except (TypeError, KeyError, ValueError, OverflowError):
+            raise UserError(f'{path}: found no matrices, expected c2w matrices [N, 3 or 4, 4]') from None
+    else:
+        poses = read_array(path)
+    if poses.ndim != 3 or poses.shape[1:] not in ((3, 4), (4, 4)) or not len(poses):
+        raise UserError(f'{path}: found an array of shape {list(poses.shape)}, '
+                        'expected c2w matrices [N, 3 or 4, 4]')
+    check_poses(poses, lambda index: f'{path}: pose {index}')
+    return poses[:, :3].astype(np.float32)

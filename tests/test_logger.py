@@ -1,0 +1,250 @@
+"""What users see of a run: lines, log file and TensorBoard, also where nothing can be written."""
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from training import logger as logger_module
+from training.logger import Console, Logger, TensorBoard, describe_run
+from training.options import config_parser
+from training.processes import Processes
+from training.safeguards import Measures
+
+CPU = torch.device('cpu')
+SAFEGUARDS = SimpleNamespace(restarts=2, bad_steps=3)
+
+
+def options(tmp_path, *args):
+    return config_parser().parse_args(['--config', str(ROOT / 'configs/demo.txt'), '--basedir', str(tmp_path),
+                                       *map(str, args)])
+
+
+def measures_of(**losses):
+    measures = Measures()
+    measures.add(1.0, {name: torch.tensor(loss) for name, loss in losses.items()}, {}, torch.tensor(0.5))
+    return measures
+
+
+def run_steps(logger, measures, n_rays=64):
+    for step in logger.steps():
+        logger.step(step, n_rays, measures, 1e-3, SAFEGUARDS)
+
+
+def recorded(folder):
+    """dict tag -> [(step, value)] of all of TensorBoard's files in `folder`."""
+    found = {}
+    for path in sorted(folder.glob('events*'), key=lambda path: path.stat().st_mtime):
+        events = EventAccumulator(str(path), {'tensors': 0, 'scalars': 0}).Reload()
+        for tag in events.Tags()['scalars']:
+            found.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+    return found
+
+
+# --- TensorBoard and lines --------------------------------------------------------------------------------------
+
+def test_every_term_of_the_loss_is_logged(tmp_path, capsys):
+    logger = Logger(options(tmp_path, '--N_iters', 5, '--i_print', 2), tmp_path, 0, CPU, Console())
+    run_steps(logger, measures_of(coarse=0.1, fine=0.01, distortion=0.002))
+    logger.image(5, 'view', torch.zeros(4, 6, 3))
+    logger.tensorboard.close()
+    found = recorded(tmp_path)
+    assert [step for step, _ in found['train/loss']] == [2, 4, 5]
+    expected = {'train/loss': 0.112, 'loss/coarse': 0.1, 'loss/fine': 0.01, 'loss/distortion': 0.002,
+                'psnr/train coarse': 10, 'psnr/train fine': 20, 'train/learning rate': 1e-3,
+                'health/restarts': 2, 'health/steps left out': 3}
+    assert {tag: found[tag][-1][1] for tag in expected} == pytest.approx(expected)
+    others = {'speed/rays per second', 'speed/seconds per step', 'health/memory, GiB'}
+    assert found.keys() == expected.keys() | others
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(':')[0] for line in lines] == ['step 2/5', 'step 4/5', 'step 5/5']
+    assert lines[0].startswith('step 2/5: loss 0.1120, PSNR 20.00, ') and lines[0].endswith(' rays/s')
+
+
+def test_without_a_folder_nothing_is_written_or_shown(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    logger = Logger(options(tmp_path, '--N_iters', 5, '--i_print', 1), None, 0, CPU, Console(quiet=True))
+    run_steps(logger, measures_of(coarse=0.1))
+    logger.scalars(5, {'a': 1.0})
+    assert logger.steps_done == 5 and capsys.readouterr() == ('', '') and not list(tmp_path.iterdir())
+
+
+def test_measures_are_read_only_when_they_are_shown(tmp_path):
+    class Scalar:
+        reads = 0
+
+        def __float__(self):
+            Scalar.reads += 1
+            return 0.1
+    logger = Logger(options(tmp_path, '--N_iters', 100, '--i_print', 50), tmp_path, 0, CPU, Console())
+    run_steps(logger, SimpleNamespace(losses={'coarse': Scalar(), 'fine': Scalar()}))
+    assert Scalar.reads == 2 * 2
+
+
+def test_only_training_counts_for_the_speed(tmp_path, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(logger_module.time, 'perf_counter', lambda: now[0])
+    logger = Logger(options(tmp_path, '--N_iters', 4, '--i_print', 2), tmp_path, 0, CPU, Console())
+    for step in logger.steps():
+        now[0] += 0.5
+        logger.step(step, 100, measures_of(coarse=0.1), 1e-3, SAFEGUARDS)
+        now[0] += 100.0  # evaluation
+    assert capsys.readouterr().out.count(' 200 rays/s') == 2
+
+
+def test_a_killed_run_keeps_what_was_logged(tmp_path):
+    script = f'''
+import os, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from pathlib import Path
+from test_logger import *
+folder = Path({str(tmp_path)!r})
+logger = Logger(options(folder, '--N_iters', 12, '--i_print', 4), folder, 0, CPU, Console())
+for step in logger.steps():
+    logger.step(step, 64, measures_of(coarse=0.1), 1e-3, SAFEGUARDS)
+    if step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+'''
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [step for step, _ in recorded(tmp_path)['train/loss']] == [4, 8]
+
+
+# --- disks and consoles that fail -------------------------------------------------------------------------------
+
+FULL_DISK = f'''
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from training import logger
+from training.logger import Console, SummaryWriter, TensorBoard
+folder, retry, lift_at = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+logger.RETRY_SECONDS = retry
+board = TensorBoard(folder, Console().say)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))  # stands for a full disk
+for step in range(1, 401):
+    if step == lift_at:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    board.call(SummaryWriter.add_scalar, 'a', step, step)
+    if step % 10 == 0:
+        board.call(SummaryWriter.flush)
+board.close()
+print('trained on')
+'''
+
+
+def run_with_full_disk(folder, retry, lift_at):
+    done = subprocess.run([sys.executable, '-c', FULL_DISK, str(folder), str(retry), str(lift_at)],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == '' and done.stdout.endswith('trained on\n'), done
+    return done.stdout.splitlines()[:-1]
+
+
+def test_a_full_disk_is_reported_in_one_line(tmp_path):
+    (line,) = run_with_full_disk(tmp_path, retry=60, lift_at=10 ** 9)
+    assert line.startswith('TensorBoard: cannot write (') and 'File too large' in line
+    (path,) = tmp_path.glob('events*')
+    assert path.stat().st_size <= 3000
+
+
+def test_writing_resumes_in_a_new_file(tmp_path):
+    lines = run_with_full_disk(tmp_path, retry=0, lift_at=200)
+    assert 1 <= len(lines) == len(list(tmp_path.glob('events*'))) - 1
+    steps = [step for step, _ in recorded(tmp_path)['a']]
+    assert steps[-200:] == list(range(201, 401)) and steps[:40] == list(range(1, 41))
+
+
+def test_a_folder_that_is_gone_does_not_end_a_run(tmp_path, capsys):
+    (tmp_path / 'file').write_text('')
+    board = TensorBoard(tmp_path / 'file', Console().say)
+    for step in range(5):
+        board.call(SummaryWriter.add_scalar, 'a', step, step)
+    board.close()
+    assert capsys.readouterr().out.count('TensorBoard: cannot write') == 1
+
+
+def test_the_log_file_begins_with_the_first_lines(tmp_path, capsys):
+    console = Console()
+    console.say('before')
+    console.log_to(tmp_path / 'log.txt')
+    console.say('after')
+    console.log('in the file only')
+    assert (tmp_path / 'log.txt').read_text() == 'before\nafter\nin the file only\n'
+    assert capsys.readouterr().out == 'before\nafter\n'
+    console.log_to(tmp_path / 'gone/log.txt')
+    console.say('still printed')
+    assert capsys.readouterr().out == 'still printed\n'
+
+
+# --- the lines around a run -------------------------------------------------------------------------------------
+
+class SavesOnce:
+    """In place of `Checkpoints`."""
+
+    def __init__(self, fails=False):
+        self.fails, self.saved_step, self.newest = fails, None, None
+
+    def path(self, step):
+        return self.folder / f'{step:06d}.tar'
+
+    def save(self, step):
+        if self.fails:
+            return None
+        self.saved_step, self.newest = step, f'{step:06d}.tar'
+        return self.newest
+
+
+@pytest.mark.parametrize('fails, expected', [(False, 'checkpoint  000003.tar\n'), (True, 'NOT SAVED')])
+def test_the_end_of_a_run(tmp_path, capsys, fails, expected):
+    logger = Logger(options(tmp_path, '--N_iters', 3), tmp_path, 0, CPU, Console())
+    run_steps(logger, measures_of(coarse=0.1))
+    logger.wrote('video', 'somewhere.mp4')
+    logger.finish(SavesOnce(fails), Processes(1))
+    out = capsys.readouterr().out
+    assert '3 steps done, 0 min' in out and expected in out and 'somewhere.mp4' in out and '--logdir' in out
+
+
+def test_a_finished_run_has_nothing_to_do(tmp_path, capsys):
+    logger = Logger(options(tmp_path, '--N_iters', 3), tmp_path, 3, CPU, Console())
+    run_steps(logger, measures_of(coarse=0.1))
+    checkpoints = SavesOnce()
+    logger.finish(checkpoints, Processes(1))
+    assert 'nothing to do: 3 steps are done' in capsys.readouterr().out and checkpoints.saved_step is None
+
+
+def test_a_lost_process_is_reported(tmp_path, capsys):
+    logger, processes = Logger(options(tmp_path, '--N_iters', 3), tmp_path, 0, CPU, Console()), Processes(1)
+    run_steps(logger, measures_of(coarse=0.1))
+    processes.lost = True
+    logger.finish(SavesOnce(), processes)
+    out = capsys.readouterr().out
+    assert 'another process of this run has ended' in out and '000003.tar' in out
+
+
+@pytest.mark.parametrize('exists, lost, saves', [(False, True, True), (True, True, False), (False, False, False)])
+def test_another_rank_saves_a_lost_run(tmp_path, monkeypatch, exists, lost, saves):
+    monkeypatch.setattr('training.processes.SAVE_SECONDS', 0.2)
+    processes = Processes(1)
+    processes.size, processes.index, processes.is_main, processes.lost = 2, 1, False, lost
+    logger = Logger(options(tmp_path, '--N_iters', 3), None, 0, CPU, Console(quiet=True))
+    run_steps(logger, measures_of(coarse=0.1))
+    checkpoints = SavesOnce()
+    checkpoints.folder = tmp_path
+    if exists:
+        checkpoints.path(3).write_text('saved by rank 0')
+    logger.finish(checkpoints, processes)
+    assert (checkpoints.saved_step == 3) == saves
+
+
+def test_the_header_of_a_run(tmp_path):
+    scene = SimpleNamespace(i_train=[0, 1], i_val=[2], i_test=[3], W=40, H=30, near=2.0, far=6.0)
+    networks = {'coarse': torch.nn.Linear(3, 1000), 'fine': torch.nn.Linear(3, 2)}
+    header = describe_run(options(tmp_path), scene, CPU, networks, tmp_path, 0)
+    assert 'a new run' in header and 'coarse 4,000 + fine 8 parameters' in header and '2 train, 1 val' in header
+    assert 'resumes after step 7' in describe_run(options(tmp_path), scene, CPU, networks, tmp_path, 7)
+    assert '2 processes, cpu each' in describe_run(options(tmp_path), scene, CPU, networks, tmp_path, 0, 2)

@@ -1,0 +1,142 @@
+"""Networks on many points: against nerf-pytorch's `run_network`, in chunks of any size, in each precision."""
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_networks import (
+    LearnedEncoding,
+    assert_same_gradients,
+    encoded_nerf,
+    hash_nerf,
+    points_and_directions,
+)
+
+from accel.network_query import NetworkQuery
+from run_nerf_helpers import NeRF, run_network
+
+CPU = torch.device('cpu')
+
+
+def samples(N_rays, N_samples, use_viewdirs=True):
+    """Points [N_rays, N_samples, 3], and unit directions [N_rays, 3] or None."""
+    points, _ = points_and_directions(N_rays * N_samples)
+    return points.reshape(N_rays, N_samples, 3), points_and_directions(N_rays, use_viewdirs)[1]
+
+
+@pytest.mark.parametrize('backward', ['sparse', 'plain'])
+@pytest.mark.parametrize('use_viewdirs', [True, False])
+def test_a_query_equals_run_network(use_viewdirs, backward):
+    """With the same weights in a `NeRF` whose encodings are outside of it: the same outputs and gradients."""
+    torch.manual_seed(0)
+    network = encoded_nerf(use_viewdirs)
+    nerf = NeRF(D=3, W=32, input_ch=27, input_ch_views=15 if use_viewdirs else 0, output_ch=5, skips=[1],
+                use_viewdirs=use_viewdirs)
+    nerf.load_state_dict(network.state_dict())
+    points, viewdirs = samples(20, 15, use_viewdirs)
+    found = NetworkQuery(70, backward=backward)(points, viewdirs, network)
+    expected = run_network(points, viewdirs, nerf, network.encoding, network.encoding_views, 70)
+    assert found.shape == (20, 15, 4 if use_viewdirs else 5)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(found)
+    for raw in (found, expected):
+        (raw * upstream).sum().backward()
+    assert_same_gradients([p.grad for p in network.parameters()], [p.grad for p in nerf.parameters()])
+
+
+# --- chunks -----------------------------------------------------------------------------------------------------
+
+@settings(deadline=None, max_examples=30)
+@given(N=st.integers(0, 300), chunk=st.integers(1, 400), with_gradient=st.booleans(), hashed=st.booleans(),
+       use_viewdirs=st.booleans())
+def test_chunks_and_padding_change_nothing(N, chunk, with_gradient, hashed, use_viewdirs):
+    torch.manual_seed(0)
+    network = hash_nerf(use_viewdirs) if hashed else encoded_nerf(use_viewdirs)
+    points, viewdirs = points_and_directions(N, use_viewdirs)
+    with torch.set_grad_enabled(with_gradient):
+        raw = NetworkQuery(chunk).at_points(points, viewdirs, network)
+    assert raw.requires_grad == with_gradient
+    torch.testing.assert_close(raw.detach(), network(points, viewdirs).detach())
+
+
+@given(netchunk=st.integers(1, 10 ** 7), width=st.integers(1, 4096), kind=st.sampled_from(['cpu', 'cuda']))
+def test_chunks_fit_caches_and_netchunk(netchunk, width, kind):
+    network, device = encoded_nerf(D=1, W=2), torch.device(kind)
+    network.W = width
+    chunk = NetworkQuery(netchunk).chunk(network, device)
+    assert 1 <= chunk <= netchunk
+    assert chunk * width <= max(network.MAX_ACTIVATIONS[kind], network.MIN_POINTS * width)
+    assert NetworkQuery(netchunk).chunk(hash_nerf(), device) == netchunk
+
+
+# --- density ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize('make', [encoded_nerf, hash_nerf])
+def test_density_is_that_of_raw_without_gradient(make, precision):
+    torch.manual_seed(0)
+    network, query = make(), NetworkQuery(64, precision)
+    points, viewdirs = points_and_directions(150)
+    density = query.density(points, network)
+    assert density.shape == (150,) and density.dtype == torch.float32 and not density.requires_grad
+    torch.testing.assert_close(density, query.at_points(points, viewdirs, network)[:, 3].detach())
+
+
+# --- backward ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('make, backward, expected', [
+    (encoded_nerf, 'auto', 'sparse'), (encoded_nerf, 'sparse', 'sparse'), (encoded_nerf, 'plain', 'plain'),
+    (hash_nerf, 'auto', 'plain'), (hash_nerf, 'sparse', 'sparse'), (hash_nerf, 'plain', 'plain')])
+def test_backward_is_sparse_where_a_relu_makes_space_transparent(make, backward, expected):
+    raw = NetworkQuery(50, backward=backward).at_points(*points_and_directions(100), make())
+    assert raw.grad_fn.name().startswith('SparseBackward') == (expected == 'sparse')
+
+
+def test_without_parameters_to_train_there_is_no_gradient():
+    network = encoded_nerf().requires_grad_(False)
+    assert not NetworkQuery(50).at_points(*points_and_directions(100), network).requires_grad
+
+
+@pytest.mark.parametrize('backward', ['sparse', 'plain'])
+def test_a_learned_encoding_is_trained(backward):
+    torch.manual_seed(0)
+    network = encoded_nerf(encoding=LearnedEncoding())
+    before = network.encoding.linear.weight.detach().clone()
+    optimizer = torch.optim.Adam(network.parameters())
+    NetworkQuery(50, backward=backward).at_points(*points_and_directions(100), network).sum().backward()
+    optimizer.step()
+    assert (network.encoding.linear.weight != before).all()
+
+
+# --- precision --------------------------------------------------------------------------------------------------
+
+def test_bf16_is_for_products_of_hidden_layers_only():
+    """Outputs and gradients are float32, near those of float32 products; so is the encoding."""
+    torch.manual_seed(0)
+    network, encodings = encoded_nerf(W=64), []
+    points, viewdirs = samples(60, 20)
+    network.pts_linears[0].register_forward_pre_hook(lambda _, inputs: encodings.append(inputs[0].dtype))
+    found = []
+    for precision in ('fp32', 'bf16'):
+        network.zero_grad()
+        raw = NetworkQuery(700, precision, 'sparse')(points, viewdirs, network)
+        raw.square().mean().backward()
+        found.append((raw.detach(), torch.cat([p.grad.flatten() for p in network.parameters()])))
+    (raw, grad), (raw_bf16, grad_bf16) = found
+    assert raw_bf16.dtype == grad_bf16.dtype == torch.float32 and set(encodings) == {torch.float32}
+    assert not torch.equal(raw, raw_bf16)
+    assert (raw - raw_bf16).norm() < 0.02 * raw.norm()
+    assert (grad - grad_bf16).norm() < 0.05 * grad.norm()
+
+
+@pytest.mark.parametrize('make', [encoded_nerf, hash_nerf])
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_training_and_rendering_compute_the_same(make, precision):
+    torch.manual_seed(0)
+    network, inputs = make(), points_and_directions(300)
+    raw = [NetworkQuery(64, precision, backward).at_points(*inputs, network).detach()
+           for backward in ('sparse', 'plain')]
+    with torch.no_grad():
+        rendered = NetworkQuery(64, precision).at_points(*inputs, network)
+    assert rendered.dtype == torch.float32
+    for trained in raw:
+        assert torch.equal(trained, rendered)

@@ -1,0 +1,281 @@
+"""Checkpoints `<basedir>/<expname>/NNNNNN.tar`, named by the number of steps done.
+
+nerf-pytorch's keys are `global_step`, `network_fn_state_dict`, `network_fine_state_dict`, `optimizer_state_dict`.
+Beside them stand `renderer_state_dict`, `ray_sampler_state_dict`, `safeguards_state_dict`, `random_state`, `args`,
+`camera` (cameras, bounds and path of the scene) and `format`. Older files are converted when they are read.
+"""
+import contextlib
+import io
+import pickle
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+from scenes.errors import UserError, first_line
+from scenes.files import atomic_write, remove_partial_files
+from training.options import options_that_affect, plain_options
+
+# The layout of the file: 2 here, 1 in older files of ours, missing in those of nerf-pytorch.
+FORMAT = 2
+# These parts must be in a checkpoint; the others are loaded if they are there.
+REQUIRED_PARTS = ('network_fn', 'network_fine', 'optimizer')
+# Only option values of these types are saved, so that the file can be read without running code.
+PLAIN_TYPES = (str, int, float, list, type(None))
+# A failed save is retried after this many seconds.
+RETRY_SECONDS = 30.0
+# Of the checkpoints that are due to --save_minutes alone, this many of the newest are kept.
+TIMED_CHECKPOINTS_KEPT = 2
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+def read_checkpoint(path):
+    """Read a checkpoint file to the CPU, without running any code in it.
+
+    Returns:
+      state: dict with the keys of the file and `steps_done`, which nerf-pytorch's `global_step` is one less than.
+    Raises:
+      UserError: the file is damaged or not a checkpoint.
+      OSError: the file cannot be read.
+    """
+    file = io.BytesIO(Path(path).read_bytes())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about odd pickles; real problems are errors
+            if zipfile.is_zipfile(file):     # torch itself ignores checksums
+                damaged = zipfile.ZipFile(file).testzip()
+                if damaged:
+                    raise ValueError(f'wrong checksum of {damaged}')
+            file.seek(0)
+            state = torch.load(file, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f'{path}: not a readable checkpoint (it holds more than tensors and plain values)') from None
+    except MemoryError:  # the file may be good
+        raise
+    except Exception as error:  # zip and torch raise errors of many types
+        raise UserError(f'{path}: not a readable checkpoint ({first_line(error)})') from None
+    types = {'global_step': int, 'network_fn_state_dict': dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in types.items()):
+        raise UserError(f'{path}: found no networks in it, expected a checkpoint of a NeRF')
+    for key in ('args', 'camera'):
+        state[key] = state[key] if isinstance(state.get(key), dict) else {}
+    state['steps_done'] = state['global_step'] + (0 if 'format' in state else 1)
+    return state if state.get('format') == FORMAT else convert_older(state)
+
+
+def convert_older(state):
+    """Bring the content of a checkpoint of nerf-pytorch, or of format 1, to today's keys."""
+    state = {**state, 'renderer_state_dict': {}}
+    state.pop('with_gradient', None)
+    safeguards = state.pop('health', None)
+    if safeguards:
+        state['safeguards_state_dict'] = safeguards
+
+    # an occupancy grid was part of the network, and held the state of the ray sampler
+    network = dict(state['network_fn_state_dict'])
+    grid = {key.partition('.')[2]: network.pop(key) for key in list(network) if key.startswith('occupancy.')}
+    if grid:
+        samples_per_ray = float(grid.pop('samples_of_a_ray', 0)) or None
+        state['network_fn_state_dict'] = network
+        state['renderer_state_dict'] = {f'grid.{key}': value for key, value in grid.items()}
+        state['ray_sampler_state_dict'] = {'samples_per_ray': samples_per_ray}
+    return state
+
+
+def load_newest(folder):
+    """Read the newest checkpoint in `folder`. Damaged ones are renamed to `NNNNNN.tar.damaged` with a warning.
+
+    Returns:
+      path, state; or (None, None) if there is none that can be read.
+    """
+    found = [path for path in Path(folder).glob('*.tar') if path.stem.isdigit()]
+    for path in sorted(found, key=lambda path: int(path.stem), reverse=True):
+        try:
+            return path, read_checkpoint(path)
+        except UserError as error:
+            warnings.warn(f'{error}; renamed to {path.name}.damaged', stacklevel=2)
+            with contextlib.suppress(OSError):  # a read-only folder
+                path.rename(path.with_name(path.name + '.damaged'))
+    if found:
+        warnings.warn(f'{folder}: none of its checkpoints can be read', stacklevel=2)
+    return None, None
+
+
+def load_checkpoint(args):
+    """Read the checkpoint to start from: `--ft_path`, otherwise the newest of the experiment.
+
+    Returns:
+      path, state; or (None, None) to start from scratch.
+    Raises:
+      UserError: the file of `--ft_path` is missing or damaged.
+    """
+    if args.no_reload and not args.render_only:
+        return None, None
+    if args.ft_path and args.ft_path != 'None':
+        if not Path(args.ft_path).is_file():
+            raise UserError(f'--ft_path: found no file {args.ft_path}')
+        return Path(args.ft_path), read_checkpoint(args.ft_path)
+    return load_newest(Path(args.basedir, args.expname or ''))
+
+
+# --- a checkpoint and the options -------------------------------------------------------------------------------
+
+def changed_options(args, state, names=None):
+    """Describe the options that differ from the checkpoint's: ['N_rand 512 (was 1024)', …].
+
+    Args:
+      names: options to compare; by default those that matter to a resumed run.
+    """
+    saved = state['args']
+    names = options_that_affect('networks', 'scene', 'training') if names is None else names
+    changed = [name for name in names if name in saved and saved[name] != getattr(args, name)]
+    return [f'{name} {getattr(args, name)} (was {saved[name]})' for name in changed]
+
+
+def adopt_options(args, state):
+    """For `--render_only`: set the options that are not given to the checkpoint's values."""
+    for name in options_that_affect('networks', 'scene', 'training', 'source'):
+        if name in state['args'] and name not in args.given:
+            setattr(args, name, state['args'][name])
+
+
+def warn_of_changes(args, scene, path, state):
+    """Warn if the options or the cameras of `scene` differ from those of the checkpoint."""
+    if args.render_only:
+        changed = changed_options(args, state, options_that_affect('networks', 'scene', 'source'))
+    else:
+        changed = changed_options(args, state)
+        if not scene.has_cameras_of(state['camera']):
+            changed.append('another scene')
+    if changed:
+        warnings.warn(f'options differ from those of {path}: {", ".join(changed)}', stacklevel=2)
+
+
+def trained_pixel_centers(args, path, state):
+    """Whether the checkpoint was trained with rays through pixel centres, which a resumed run keeps. Warns if
+    `--pixel_centers` says otherwise."""
+    pixel_centers = bool(state['camera'].get('pixel_centers', False))
+    if pixel_centers != args.pixel_centers:
+        warnings.warn(f'{path} was trained with rays through pixel {"centres" if pixel_centers else "corners"}, '
+                      'which this run keeps', stacklevel=2)
+    return pixel_centers
+
+
+# --- restoring --------------------------------------------------------------------------------------------------
+
+def restore(path, state, parts, changed=()):
+    """Load the content of a checkpoint into the objects of a run.
+
+    Args:
+      path, state: as returned by `load_checkpoint`.
+      parts: dict name -> object with `load_state_dict`, or None to leave it out.
+      changed: descriptions of options that differ, for the error message.
+    Raises:
+      UserError: a required part is missing, or a part does not fit its object.
+    """
+    for name, part in parts.items():
+        key = f'{name}_state_dict'
+        if part is None or (key not in state and name not in REQUIRED_PARTS):
+            continue
+        if key not in state:
+            raise UserError(f'{path}: found no {key}, expected one for these options')
+        try:
+            part.load_state_dict(state[key])
+        except Exception as error:  # missing, unexpected or reshaped entries; the last line names one
+            reason = ', '.join(changed) or str(error).strip().splitlines()[-1].strip()
+            raise UserError(f'{path}: its {key} does not fit these options ({reason})') from None
+
+
+def restore_random_state(state, seed):
+    """Restore torch's random state, so that a resumed run draws what an uninterrupted one would have drawn; unless
+    the checkpoint's run had another seed."""
+    if state['args'].get('seed') == seed and 'random_state' in state:
+        torch.set_rng_state(state['random_state']['cpu'])
+        for index, cuda_state in enumerate(state['random_state']['cuda'][:torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda_state, index)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+class Checkpoints:
+    """Saves the checkpoints of a run, by step and by time, and retries after a failure.
+
+    Args:
+      folder: where the files go.
+      parts: dict name -> object with `state_dict`, or None to leave it out. Includes the network `network_fn`.
+      args: the options.
+      camera: what rendering needs to know of the scene, plain numbers and tensors.
+      start_path: the checkpoint that the run started from, or None.
+      console_say: called with a line if a save fails.
+      is_main: whether this process saves what is due.
+    Attributes:
+      newest: path of the newest checkpoint of this run, `start_path` at first.
+      saved_step: its step, None as long as this run has saved nothing.
+    """
+
+    def __init__(self, folder, parts, args, camera, start_path, console_say, is_main):
+        self.folder, self.parts, self.args, self.camera = Path(folder), parts, args, camera
+        self.newest, self.saved_step, self.say, self.is_main = start_path, None, console_say, is_main
+        self.saved_at, self.retry_at, self.timed = time.monotonic(), None, []
+
+    def path(self, step):
+        """Where the checkpoint of a step is."""
+        return self.folder / f'{step:06d}.tar'
+
+    def read_newest(self):
+        """Path and content of the newest checkpoint of this run, or (None, None)."""
+        return self.newest, None if self.newest is None else read_checkpoint(self.newest)
+
+    def save_if_due(self, step, healthy=True):
+        """Save after `step` if --i_weights, --save_minutes or a retry is due and the run is healthy, and after the
+        last step in any case."""
+        now = time.monotonic()
+        due = (step % self.args.i_weights == 0 or now - self.saved_at > 60 * self.args.save_minutes
+               or (self.retry_at is not None and now > self.retry_at))
+        if self.is_main and (step == self.args.N_iters or (due and healthy)):
+            self.save(step)
+
+    def save(self, step):
+        """Write the checkpoint of `step`, in whichever process this is called. Returns its path, or None if that
+        failed, which is reported and retried later."""
+        path, is_last = self.path(step), step == self.args.N_iters
+        try:
+            self.write(path, step)
+        except OSError as error:
+            self.saved_at = time.monotonic()
+            self.retry_at = self.saved_at + RETRY_SECONDS
+            retry = '' if is_last else '; training continues and will retry'
+            self.say(f'{path}: not written ({error.strerror}){retry}')
+            remove_partial_files(self.folder)
+            return None
+        self.saved_at, self.retry_at, self.newest, self.saved_step = time.monotonic(), None, path, step
+        if step % self.args.i_weights and not is_last:
+            self.timed.append(path)
+            for old in self.timed[:-TIMED_CHECKPOINTS_KEPT]:
+                old.unlink(missing_ok=True)
+            self.timed = self.timed[-TIMED_CHECKPOINTS_KEPT:]
+        return path
+
+    def write(self, path, step):
+        """Write a checkpoint after `step` steps, all of it or nothing.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        on_cuda = any(parameter.is_cuda for parameter in self.parts['network_fn'].parameters())
+        random_state = {'cpu': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state_all() if on_cuda else []}
+        state = {
+            'global_step': step,
+            **{f'{name}_state_dict': part.state_dict() for name, part in self.parts.items() if part is not None},
+            'random_state': random_state,
+            'args': {name: value for name, value in plain_options(self.args) if isinstance(value, PLAIN_TYPES)},
+            'camera': self.camera,
+            'format': FORMAT,
+        }
+        content = io.BytesIO()  # torch's own file writing does not raise OSError
+        torch.save(state, content)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content.getbuffer())

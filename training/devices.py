@@ -1,0 +1,82 @@
+"""Which device computes, with which precision, and how much of it at once."""
+import os
+
+import torch
+
+from scenes.errors import UserError, first_line
+
+# On a CPU, layers narrower than this lose more to conversions than they gain from bfloat16.
+MIN_BF16_WIDTH = 64
+# At most this many samples of rays are composited at once, on each type of device.
+SAMPLES_AT_ONCE = {'cpu': 2 ** 18, 'cuda': 2 ** 22}
+
+
+def pick_device(name):
+    """The torch device for `--device`.
+
+    Raises:
+      UserError: the device is not available.
+    """
+    if str(name) == 'auto':
+        return own_gpu() if torch.cuda.is_available() else torch.device('cpu')
+    try:
+        device = torch.device(name)
+        if device.type == 'cuda' and 'LOCAL_RANK' in os.environ:
+            return own_gpu()
+        if device.type == 'meta':
+            raise RuntimeError('a device without memory')
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device {name}: not available ({first_line(error)})') from None
+    return device
+
+
+def own_gpu():
+    """The GPU of this process: the default one, or with torchrun the one numbered by LOCAL_RANK.
+
+    Raises:
+      UserError: more processes than GPUs.
+    """
+    if 'LOCAL_RANK' not in os.environ:
+        return torch.device('cuda')
+    index = int(os.environ['LOCAL_RANK'])
+    if index >= torch.cuda.device_count():
+        raise UserError(f'found {torch.cuda.device_count()} GPUs, expected one for each process of torchrun; '
+                        'lower --nproc_per_node, or give --device cpu')
+    torch.cuda.set_device(index)
+    return torch.device('cuda', index)
+
+
+def has_fast_bf16(device):
+    """Whether `device` multiplies bfloat16 matrices faster than float32 matrices."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    checks = [getattr(torch.cpu, f'_is_{feature}_supported', None) for feature in ('avx512_bf16', 'amx_tile')]
+    return device.type == 'cpu' and any(check() for check in checks if check)
+
+
+def pick_precision(name, device, width):
+    """Resolve `--precision` for layers of `width` channels on `device`. Also switches TF32 on or off, globally.
+
+    Returns:
+      'fp32', 'tf32' or 'bf16'.
+    Raises:
+      UserError: the device has no TF32.
+    """
+    if name == 'tf32' and (device.type != 'cuda' or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise UserError(f'--precision tf32: found {device}, '
+                        'expected an NVIDIA GPU of the Ampere generation or later')
+    torch.set_float32_matmul_precision('high' if name == 'tf32' else 'highest')
+    if name == 'auto':
+        return 'bf16' if has_fast_bf16(device) and (device.type != 'cpu' or width >= MIN_BF16_WIDTH) else 'fp32'
+    return name
+
+
+def rendering_precision(name):
+    """The precision of exact rendering for `--precision`: the one it names, and 'fp32' for 'auto'."""
+    return 'fp32' if name == 'auto' else name
+
+
+def rays_at_once(chunk, samples, device):
+    """The number of rays of `samples` samples to composite at once, at most `chunk`; limits the memory used."""
+    return max(1, min(chunk, SAMPLES_AT_ONCE.get(device.type, SAMPLES_AT_ONCE['cuda']) // max(samples, 1)))

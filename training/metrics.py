@@ -1,0 +1,101 @@
+"""Image metrics as the field reports them: of 8-bit images, averaged over the images.
+
+PSNR; SSIM (Wang et al. 2004) with an 11 × 11 Gaussian window of σ 1.5, averaged over the pixels whose window lies
+inside the image; LPIPS with VGG if the optional package `lpips` and its weights are available.
+"""
+import csv
+import importlib.util
+import io
+import json
+
+import numpy as np
+import torch
+
+from scenes.errors import first_line
+from scenes.files import write_text
+
+# The window of SSIM is this many pixels wide and high.
+WINDOW = 11
+# The Gaussian weights of the window have this standard deviation, in pixels.
+SIGMA = 1.5
+# This constant stabilises the luminance term of SSIM.
+K1 = 0.01
+# This constant stabilises the contrast term of SSIM.
+K2 = 0.03
+
+
+def psnr(image, target):
+    """Peak signal-to-noise ratio in dB of two uint8 images of the same shape; infinite if they are equal."""
+    mse = np.mean((image.astype(np.float64) - target.astype(np.float64)) ** 2) / 255 ** 2
+    return float('inf') if mse == 0 else float(-10 * np.log10(mse))
+
+
+def blur(x):
+    """Gaussian mean of each window inside the image: [..., H, W, C] to [..., H - 10, W - 10, C]."""
+    taps = np.exp(-0.5 * (np.arange(WINDOW) - WINDOW // 2) ** 2 / SIGMA ** 2)
+    taps /= taps.sum()
+    for axis in (-3, -2):
+        length = x.shape[axis] - WINDOW + 1
+        x = sum(tap * x.take(range(k, k + length), axis) for k, tap in enumerate(taps))
+    return x
+
+
+def ssim(image, target):
+    """Mean structural similarity of two uint8 images [H, W, C]; None if they are smaller than the window."""
+    if min(image.shape[:2]) < WINDOW:
+        return None
+    x, y = image / 255.0, target / 255.0
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = blur(np.stack([x, y, x * x, y * y, x * y]))
+    var_x, var_y, covariance = mean_xx - mean_x ** 2, mean_yy - mean_y ** 2, mean_xy - mean_x * mean_y
+    c1, c2 = K1 ** 2, K2 ** 2
+    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+                  / ((mean_x ** 2 + mean_y ** 2 + c1) * (var_x + var_y + c2)))
+    return float(similarity.mean())
+
+
+def load_lpips(device):
+    """Load LPIPS-VGG.
+
+    Returns:
+      distance: a function of two uint8 images [H, W, 3], or None if LPIPS is not available.
+      problem: why it is not available, or None.
+    """
+    if importlib.util.find_spec('lpips') is None:
+        return None, 'LPIPS is not measured: pip install lpips'
+    try:
+        import lpips
+        network = lpips.LPIPS(net='vgg', verbose=False).to(device).eval()
+    except Exception as error:  # the weights are downloaded, which can fail in many ways
+        return None, f'LPIPS is not measured: its weights are not available ({first_line(error)})'
+
+    @torch.no_grad()
+    def distance(image, target):
+        pair = [torch.from_numpy(x).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1 for x in (image, target)]
+        return float(network(*pair))
+    return distance, None
+
+
+def write_metrics(folder, rows, about):
+    """Write `metrics.json` and `metrics.csv`: the conditions (`about`), the means, and a row for each image.
+
+    Args:
+      rows: dicts with the same keys: view, image (file name), psnr, ssim, lpips, seconds; None if not measured.
+      about: dict of what the numbers depend on: step, resolution, background, …
+    Returns:
+      dict of the means of all keys but view and image.
+    """
+    def mean(key):
+        values = [row[key] for row in rows if row[key] is not None]
+        return float(np.mean(values)) if values else None
+
+    means = {key: mean(key) for key in rows[0] if key not in ('view', 'image')}
+    finite_means, *images = [{key: None if value == float('inf') else value for key, value in row.items()}
+                             for row in [means, *rows]]  # JSON has no infinity
+    content = {**about, 'mean': finite_means, 'images': images}
+    write_text(folder / 'metrics.json', json.dumps(content, indent=1) + '\n')
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [*about, *rows[0]])
+    writer.writeheader()
+    writer.writerows([{**about, **row} for row in [*rows, {'view': 'mean', **means}]])
+    write_text(folder / 'metrics.csv', table.getvalue())
+    return means

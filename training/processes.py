@@ -1,0 +1,204 @@
+"""One run in several processes: `torchrun --nproc_per_node=N run_nerf.py ...`.
+
+Every process (rank) has the whole scene and the same networks, and draws its share of each step's rays. Gradients
+are averaged after the backward pass, so that all ranks make the same update. Rank 0 writes all files; frames are
+rendered by all ranks. Without torchrun there is a single rank, and these functions cost nothing.
+"""
+import contextlib
+import datetime
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+from scenes.errors import UserError, first_line
+
+# A lost process shows by its closed connection, so collective operations may wait this long for a slow one.
+TIMEOUT = datetime.timedelta(days=7)
+# After a process is lost, each rank gives the rank before it this many seconds to save the run.
+SAVE_SECONDS = 5.0
+
+
+class ProcessLost(Exception):
+    """Another process of the run has ended unexpectedly."""
+
+
+def derive_seed(seed, step, index):
+    """A random seed for use number `index` at `step`, different for each of the three."""
+    return ((seed * 1_000_003 + step) * 1_009 + index) % 2 ** 63
+
+
+class Processes:
+    """This process among those of its run.
+
+        with Processes() as processes:
+            for step in ...:
+                ...  # backward pass
+                processes.average(parameters, tensors, weight)
+
+    Args:
+      size: number of processes; taken from torchrun's environment by default.
+    Attributes:
+      size: number of processes.
+      index: number of this process, from 0.
+      is_main: whether this is rank 0, which writes files and evaluates.
+      lost: whether another process has ended unexpectedly.
+    """
+
+    def __init__(self, size=None):
+        self.size = int(os.environ.get('WORLD_SIZE', 1)) if size is None else size
+        self.index = int(os.environ.get('RANK', 0)) if self.size > 1 else 0
+        self.is_main, self.lost, self.control = self.index == 0, False, None
+
+    def __enter__(self):
+        if self.size > 1:
+            with self._detect_loss('the processes of this run cannot reach each other'):
+                backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
+                dist.init_process_group(backend, timeout=TIMEOUT)
+                self.control = dist.new_group(backend='gloo', timeout=TIMEOUT)
+        return self
+
+    def __exit__(self, exception_type, *_):
+        # NCCL waits for all ranks here, so a rank that leaves on its own skips it
+        if self.size > 1 and exception_type is None and not self.lost:
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _detect_loss(self, problem='another process of this run has ended'):
+        """Turn the RuntimeError of a collective operation into `ProcessLost`."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.lost = True
+            raise ProcessLost(f'{problem} ({first_line(error)})') from None
+
+    # --- training ---
+
+    def share(self, count):
+        """How many of a step's `count` rays this process draws.
+
+        Raises:
+          UserError: fewer rays than processes.
+        """
+        if count < self.size:
+            raise UserError(f'--N_rand: found {count}, '
+                            f'expected at least one ray for each of the {self.size} processes')
+        return count // self.size + (self.index < count % self.size)
+
+    def seed_per_rank(self, seed, step):
+        """Give each rank its own random numbers after `step`; rank 0 keeps those of a run with one process."""
+        if not self.is_main:
+            torch.manual_seed(derive_seed(seed, step, self.index))
+
+    def average(self, parameters, tensors, weight):
+        """Replace gradients and tensors by their weighted means over the ranks, in place.
+
+        Args:
+          parameters: their `grad` is averaged; a missing one counts as zero.
+          tensors: scalar tensors.
+          weight: this process's share of the step's rays.
+        Raises:
+          ProcessLost: nothing has been changed.
+        """
+        if self.size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        parts = [*(parameter.grad for parameter in parameters), *tensors]
+        flat = torch.cat([part.flatten() for part in parts]) * weight
+        if flat.is_cuda:  # NCCL would wait for a lost process forever, the control group notices it
+            torch.cuda.synchronize(flat.device)
+            self.any(False)
+        with self._detect_loss():
+            dist.all_reduce(flat)
+        for part, mean in zip(parts, flat.split([part.numel() for part in parts])):
+            part.copy_(mean.view_as(part))
+
+    def any(self, flag):
+        """Whether `flag` is true in any process. All ranks call it together.
+
+        Raises:
+          ProcessLost: another process has ended.
+        """
+        if self.size == 1:
+            return bool(flag)
+        result = torch.tensor([int(flag)])
+        with self._detect_loss():
+            dist.all_reduce(result, dist.ReduceOp.MAX, self.control)
+        return bool(result)
+
+    # --- rank 0 before or for the others ---
+
+    def from_rank0(self, make):
+        """The result of `make()` on rank 0, in all processes. A `UserError` there is raised in all of them."""
+        if self.size == 1:
+            return make()
+        box = [None]
+        if self.is_main:
+            try:
+                box = [make()]
+            except UserError as error:
+                box = [error]
+        with self._detect_loss():
+            dist.broadcast_object_list(box, 0, self.control)
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return box[0]
+
+    def run_rank0_first(self, make):
+        """`make()` in all processes, in rank 0 before the others because it may create files that they read.
+        Returns each process's own result. A `UserError` of rank 0 is raised in all of them."""
+        own = []
+        self.from_rank0(lambda: own.append(make()))
+        return own[0] if self.is_main else make()
+
+    def should_save(self, path):
+        """After a process is lost: whether this one is to save the run's checkpoint `path`. Rank 0 does; another
+        rank does if the ranks before it have not, after waiting for them."""
+        deadline = time.monotonic() + SAVE_SECONDS * self.index
+        while not self.is_main and time.monotonic() < deadline and not path.exists():
+            time.sleep(0.1)
+        return self.is_main or not path.exists()
+
+    # --- rendering: rank 0 hands out frames, the others serve ---
+
+    def each(self, render, poses, *arguments):
+        """Called by rank 0 while the others `serve`: `render(pose, *arguments)` for up to `size` poses, each in a
+        different process. Returns the results in order."""
+        if self.size == 1:
+            return [render(pose, *arguments) for pose in poses]
+        with self._detect_loss():
+            dist.broadcast_object_list([(poses, arguments)], 0, self.control)
+        return self._render_and_gather(render, poses, arguments)
+
+    def serve(self, render):
+        """Render the frames that rank 0 hands out until it calls `release`."""
+        while True:
+            box = [None]
+            with self._detect_loss():
+                dist.broadcast_object_list(box, 0, self.control)
+            if box[0] is None:
+                return
+            self._render_and_gather(render, *box[0])
+
+    def release(self):
+        """Called by rank 0: end `serve` in the other processes."""
+        if self.size > 1 and not self.lost:
+            with self._detect_loss():
+                dist.broadcast_object_list([None], 0, self.control)
+
+    def _render_and_gather(self, render, poses, arguments):
+        try:
+            result = render(poses[self.index], *arguments) if self.index < len(poses) else None
+        except Exception as error:  # raised by rank 0, which knows what needs the frame
+            result = error
+        results = [None] * self.size if self.is_main else None
+        with self._detect_loss():
+            dist.gather_object(result, results, 0, self.control)
+        for result in results or ():
+            if isinstance(result, Exception):
+                raise result
+        return results and results[:len(poses)]
