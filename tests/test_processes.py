@@ -55,6 +55,8 @@ def nerf_gradients_of(rows):
 
 TWO_RANKS = '''
 import os, sys, time, torch
+import torch._dynamo  # optimizers import it, and then it keeps a reference to the default group
+from pathlib import Path
 sys.path.insert(0, {tests!r})
 from scenes.errors import UserError
 from training.processes import Processes
@@ -106,7 +108,8 @@ with Processes() as processes:
         processes.release()
     else:
         processes.serve(render)
-    torch.save(found, f'{folder}/{{processes.index}}.pt')
+found['threads'] = [comm.read_text().strip() for comm in Path('/proc/self/task').glob('*/comm')]
+torch.save(found, f'{folder}/{{processes.index}}.pt')
 '''
 
 
@@ -155,6 +158,12 @@ def test_each_rank_draws_its_own_numbers(two_ranks):
 def test_frames_are_shared_out(two_ranks):
     assert two_ranks[0]['frames'] == ['aa by 0', 'bb by 1', 'c by 0']
     assert two_ranks[0]['error'] == 'bad pose in rank 1'
+
+
+@needs_proc
+def test_no_thread_of_a_process_group_is_left(two_ranks):
+    for found in two_ranks:
+        assert found['threads'] and not any('gloo' in name for name in found['threads'])
 
 
 def test_derived_seeds_differ():

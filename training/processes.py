@@ -62,6 +62,7 @@ class Processes:
     def __exit__(self, exception_type, *_):
         # NCCL waits for all ranks here, so a rank that leaves on its own skips it
         if self.size > 1 and exception_type is None and not self.lost:
+            self.control = None  # a group that is still referenced keeps threads, which may crash the exit of Python
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
 
