@@ -1,10 +1,12 @@
-"""The Blender layout: `transforms_{train,val,test}.json`, or a single `transforms.json`, beside folders of images.
+"""The Blender layout: `transforms_{train,val,test}.json` or a single
+`transforms.json`, and folders of images.
 
     scene/transforms_train.json   {"camera_angle_x": .69, "frames": [{"file_path": "./train/r_0",
     scene/transforms_val.json         "transform_matrix": [[…] × 4]}, …]}
     scene/transforms_test.json    or, for intrinsics in pixels, "fl_x", "fl_y", "cx", "cy", "w", "h"
-    scene/train/r_0.png …         PNG or JPEG, RGBA or RGB; "file_path" may omit the ending
+    scene/train/r_0.png …         PNG or JPEG, RGBA or RGB; "file_path" may omit the extension
 """
+import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -16,11 +18,12 @@ import numpy as np
 from scenes.cameras import check_poses, focus_point, homogeneous, normalize, viewmatrix
 from scenes.errors import UserError
 from scenes.files import read_json
-from scenes.images import IMAGE_ENDINGS, composite, read_image, resize_area
+from scenes.images import IMAGE_EXTENSIONS, composite, read_image, resize_area
 from scenes.scene import Scene
 
-# Error messages describe the layout in these words.
-LAYOUT = 'expected transforms_train.json, transforms_val.json and transforms_test.json, or transforms.json'
+# Error messages describe the expected files in these words.
+BLENDER_LAYOUT = ('expected transforms_train.json, transforms_val.json and transforms_test.json, '
+                  'or transforms.json')
 # These keys of a transforms file give the intrinsics in pixels.
 INTRINSICS = ('fl_x', 'fl_y', 'cx', 'cy')
 # These keys of a transforms file give the lens distortion.
@@ -52,31 +55,31 @@ def load_blender_scene(args):
         alpha = image[..., 3:] if image.shape[-1] == 4 else np.ones_like(image[..., :1])
         return np.round(255 * np.concatenate([composite(image, args.white_bkgd), alpha], -1)).astype(np.uint8)
 
-    imgs, poses, render_poses, _, (i_train, i_val, i_test), K = load_blender_data(
-        args.datadir, args.half_res, args.testskip, llffhold=args.llffhold, convert=to_8bit, return_K=True)
+    imgs, poses, render_poses, _, (i_train, i_val, i_test), K, names = load_blender_data(
+        args.datadir, args.half_res, args.testskip, llffhold=args.llffhold, convert=to_8bit, details=True)
     alphas = np.ascontiguousarray(imgs[..., 3])
-    names = [path.name for path in read_frames(args.datadir, args.testskip, args.llffhold).paths]
     return Scene(np.ascontiguousarray(imgs[..., :3]), *imgs.shape[1:3], poses[:, :3], K, NEAR, FAR,
                  render_poses[:, :3], i_train, i_val, i_test, alphas if alphas.min() < 255 else None, names)
 
 
-def load_blender_data(basedir, half_res=False, testskip=1, *, llffhold=8, convert=np.asarray, return_K=False):
+def load_blender_data(basedir, half_res=False, testskip=1, *, llffhold=8, convert=np.asarray, details=False):
     """Load a scene in the Blender layout.
 
     Args:
       basedir: folder of the scene.
-      half_res: halve width and height (mean of 2 × 2 pixels).
-      testskip: load every n-th image of val and test; 0 means 1.
+      half_res: halve width and height, averaging over areas of 2 × 2 pixels.
+      testskip: load every n-th image of val and test, 0 means 1; no effect on a single transforms.json.
       llffhold: in a single transforms.json every n-th frame is a test view; 0 means the first frame only.
       convert: applied to each image, float32 [H, W, 3 or 4], right after it is read.
-      return_K: also return the intrinsics.
+      details: also return the intrinsics and the names of the images.
     Returns:
       imgs: float32 [N, H, W, 4] in [0, 1], straight alpha; [N, H, W, 3] if no image has alpha.
       poses: float32 [N, 4, 4], c2w.
       render_poses: float32 [40, 4, 4], c2w on an orbit.
       [H, W, focal]: focal length in pixels.
       i_split: index arrays of train, val and test.
-      K: with `return_K`, float64 [3, 3], intrinsics in pixels.
+      K, names: with `details`, intrinsics in pixels, float64 [3, 3], and paths
+        of the images within `basedir`.
     Raises:
       UserError: files are missing, damaged or inconsistent.
     """
@@ -88,18 +91,20 @@ def load_blender_data(basedir, half_res=False, testskip=1, *, llffhold=8, conver
     imgs = np.stack(images)
     render_poses = synthetic_orbit() if frames.has_splits else orbit_of_cameras(frames.poses)
     loaded = imgs, frames.poses, render_poses, [*imgs.shape[1:3], K[0, 0]], frames.i_split
-    return (*loaded, K) if return_K else loaded
+    names = [os.path.relpath(path, basedir) for path in frames.paths]
+    return (*loaded, K, names) if details else loaded
 
 
-# --- camera paths -----------------------------------------------------------------------------------------------
+# --- camera paths -------------------------------------------------------------------------------------------
 
 def pose_spherical(theta, phi, radius):
     """c2w [4, 4] float32 of a camera that looks at the origin from distance `radius`; z is up.
 
-    The camera's elevation is `-phi` and its azimuth `90 - theta`, in degrees.
+    The camera's azimuth is `90 - theta` and its elevation `-phi`, in degrees, as in nerf-pytorch.
     """
     azimuth, elevation = np.radians(90 - theta), np.radians(-phi)
-    back = np.array([np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)])
+    level = np.array([np.cos(azimuth), np.sin(azimuth)])
+    back = np.append(np.cos(elevation) * level, np.sin(elevation))
     return homogeneous(viewmatrix(back, [0.0, 0.0, 1.0], radius * back)).astype(np.float32)
 
 
@@ -109,7 +114,8 @@ def synthetic_orbit(count=40):
 
 
 def orbit_of_cameras(poses, count=40):
-    """A circle at the cameras' mean distance and height around the point they look at, [count, 4, 4] float32."""
+    """A circle around the point that the cameras look at, at their mean height and mean distance from the
+    vertical axis through it; [count, 4, 4] float32."""
     poses = poses.astype(np.float64)
     up, focus = normalize(poses[:, :3, 1].sum(0)), focus_point(poses)
     arms = poses[:, :3, 3] - focus
@@ -123,16 +129,15 @@ def orbit_of_cameras(poses, count=40):
     return np.stack(path).astype(np.float32)
 
 
-# --- transforms files -------------------------------------------------------------------------------------------
+# --- transforms files ---------------------------------------------------------------------------------------
 
 def read_frames(basedir, testskip=1, llffhold=8):
-    """The content of the transforms files in `basedir` as `BlenderFrames`; no image is opened.
-
+    """The content of the transforms files in `basedir` as `BlenderFrames`; the images are not opened.
     Arguments and errors are those of `load_blender_data`.
     """
     basedir = Path(basedir)
     if not basedir.is_dir():
-        raise UserError(f'{basedir}: no such folder; {LAYOUT} in it')
+        raise UserError(f'{basedir}: no such folder; {BLENDER_LAYOUT} in it')
     source = basedir / 'transforms.json'
     has_splits = (basedir / 'transforms_train.json').is_file()
     if has_splits:
@@ -143,7 +148,7 @@ def read_frames(basedir, testskip=1, llffhold=8):
         i_test = np.arange(len(frames))[::llffhold] if llffhold > 0 else np.arange(1)
         i_split = [np.setdiff1d(np.arange(len(frames)), i_test), i_test, i_test]
     else:
-        raise UserError(f'{basedir}: found no transforms file; {LAYOUT}')
+        raise UserError(f'{basedir}: found no transforms file; {BLENDER_LAYOUT}')
     paths = [find_image(basedir, frame['file_path']) for frame in frames]
     poses = np.stack([frame['transform_matrix'] for frame in frames])
     return BlenderFrames(paths, poses, i_split, intrinsics, source, has_splits)
@@ -158,7 +163,7 @@ def read_splits(basedir, testskip):
     files = {split: basedir / f'transforms_{split}.json' for split in ('train', 'val', 'test')}
     missing = [path.name for path in files.values() if not path.is_file()]
     if missing:
-        raise UserError(f'{basedir}: found no {" and no ".join(missing)}; {LAYOUT}')
+        raise UserError(f'{basedir}: found no {" and no ".join(missing)}; {BLENDER_LAYOUT}')
     metas = {split: read_transforms(path) for split, path in files.items()}
     for split, meta in metas.items():
         for key in ('camera_angle_x', *INTRINSICS):
@@ -186,16 +191,18 @@ def read_transforms(path):
             if not isinstance(frame, dict) or not isinstance(frame.get(key), kind) or not frame[key]:
                 raise UserError(f'{path}: frame {index} has no "{key}"')
         frame['transform_matrix'] = parse_matrix(frame['transform_matrix'], f'{path}: frame {index}')
-        for key in INTRINSICS:
+        for key in (*INTRINSICS, *DISTORTION):
             if key in frame and frame[key] != meta.setdefault(key, frame[key]):
-                raise UserError(f'{path}: frame {index} has its own {key}, expected one camera for all frames')
+                raise UserError(f'{path}: frame {index} has its own {key}, '
+                                'expected one camera for all frames')
     check_intrinsics(meta, path)
-    check_poses(np.stack([frame['transform_matrix'] for frame in frames]), lambda index: f'{path}: frame {index}')
+    poses = np.stack([frame['transform_matrix'] for frame in frames])
+    check_poses(poses, lambda index: f'{path}: frame {index}')
     return meta
 
 
 def parse_matrix(rows, where):
-    """Nested lists as a float32 matrix [4, 4]; `where` names them in the error message."""
+    """Nested lists as a float32 matrix [4, 4]; `where` is the start of the error message."""
     try:
         pose = np.array(rows, np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -208,26 +215,31 @@ def parse_matrix(rows, where):
 
 
 def check_intrinsics(meta, path):
-    """Raise UserError if an intrinsic is not a positive number, or `camera_angle_x` is not a field of view."""
+    """Raise UserError if an intrinsic is not a positive number, or
+    `camera_angle_x` is not a field of view."""
     for key in ('camera_angle_x', *INTRINSICS, 'w', 'h'):
         value = meta.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
             raise UserError(f'{path}: found {key} = {str(value)[:40]}, expected a positive number')
     if meta.get('camera_angle_x', 1) >= np.pi:
-        raise UserError(f'{path}: found camera_angle_x = {meta["camera_angle_x"]:g}, expected radians below 3.14')
+        raise UserError(f'{path}: found camera_angle_x = {meta["camera_angle_x"]:g}, '
+                        'expected radians less than pi')
 
 
 def intrinsics_matrix(frames, H, W):
-    """K [3, 3] float64 in pixels, for images of H × W pixels on disk. Lens distortion is ignored, with a warning.
+    """K [3, 3] float64 in pixels, for images of H × W pixels on disk. Lens
+    distortion is ignored, with a warning.
 
     Raises:
       UserError: there is neither a field of view nor a focal length, or `w` and `h` are not the images' size.
     """
     meta, source = frames.intrinsics, frames.source
     if any(meta.get(key) for key in DISTORTION):
-        warnings.warn(f'{source}: lens distortion (k1, …) is not modelled; undistort the images', stacklevel=2)
+        warnings.warn(f'{source}: lens distortion (k1, …) is not modelled; undistort the images',
+                      stacklevel=2)
     if (meta.get('w', W), meta.get('h', H)) != (W, H):
-        raise UserError(f'{source}: found w, h = {meta.get("w")}, {meta.get("h")}, but the images are {W}×{H}')
+        raise UserError(f'{source}: found w, h = {meta.get("w")}, {meta.get("h")}, '
+                        f'but the images are {W}×{H}')
     if 'fl_x' in meta:
         fx = meta['fl_x']
     elif 'camera_angle_x' in meta:
@@ -238,14 +250,22 @@ def intrinsics_matrix(frames, H, W):
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
 
 
-# --- images -----------------------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------------------
 
 def find_image(basedir, file_path):
-    """The image file that `file_path` refers to; an image ending is added if it has none."""
-    if Path(file_path).suffix.lower() in IMAGE_ENDINGS:
-        return basedir / file_path
-    endings = [*IMAGE_ENDINGS, *(ending.upper() for ending in IMAGE_ENDINGS)]
-    paths = [basedir / (file_path + ending) for ending in endings]
+    """The image file that `file_path` refers to; an extension is added if it has none.
+
+    Raises:
+      UserError: the file exists, but is not of a supported type.
+    """
+    path = basedir / file_path
+    if path.suffix.lower() in IMAGE_EXTENSIONS:
+        return path
+    if path.is_file():
+        raise UserError(f'{path}: found a type of image that is not supported, '
+                        f'expected {" or ".join(IMAGE_EXTENSIONS)}')
+    extensions = [*IMAGE_EXTENSIONS, *(extension.upper() for extension in IMAGE_EXTENSIONS)]
+    paths = [basedir / (file_path + extension) for extension in extensions]
     return next((path for path in paths if path.is_file()), paths[0])
 
 
@@ -260,7 +280,7 @@ def read_images(frames, half_res, convert):
     K = intrinsics_matrix(frames, H, W)
     height, width = (H // 2, W // 2) if half_res else (H, W)
     if min(height, width) < 1:
-        raise UserError(f'{frames.paths[0]}: found {W}×{H} pixels, too few for --half_res')
+        raise UserError(f'{frames.paths[0]}: found {W}×{H} pixels, too small for --half_res')
 
     def load(path):
         image = read_image(path)

@@ -1,9 +1,9 @@
 """The LLFF layout: photos of a real scene, with poses and depth bounds from structure from motion.
 
-    scene/poses_bounds.npy   [N, 17]: a 3 × 5 matrix (axes down, right, back | position | H, W, focal), then the
-                             nearest and farthest depth in view
+    scene/poses_bounds.npy   [N, 17]: a 3 × 5 matrix (axes down, right, back | position | H, W, focal), and
+                             the nearest and farthest depth in view
     scene/images/            N photos, in the order of their names
-    scene/images_<factor>/   the same, reduced; created on loading if it is missing
+    scene/images_<factor>/   the same, downsampled; created on loading if it is missing
 """
 import os
 import shutil
@@ -16,12 +16,12 @@ import numpy as np
 from scenes.cameras import check_poses, focus_point, homogeneous, normalize, viewmatrix
 from scenes.errors import UserError
 from scenes.files import PARTIAL, read_array
-from scenes.images import IMAGE_ENDINGS, composite, read_image, resize_area, write_image
+from scenes.images import IMAGE_EXTENSIONS, composite, read_image, resize_area, write_image
 from scenes.scene import Scene, uses_ndc
 
-# Error messages describe the layout in these words.
-LAYOUT = 'expected poses_bounds.npy and images/ or images_<factor>/'
-# The video has this number of views; half of it with `path_zflat`.
+# Error messages describe the expected files in these words.
+LLFF_LAYOUT = 'expected poses_bounds.npy and images/ or images_<factor>/'
+# The path of the video has this number of views, half as many with `path_zflat`.
 PATH_VIEWS = 120
 
 
@@ -49,7 +49,7 @@ def load_llff_data(basedir, factor=8, recenter=True, bd_factor=.75, spherify=Fal
 
     Args:
       basedir: folder of the scene.
-      factor: use the images reduced by this factor; 0, 1 or None for full size.
+      factor: use the images downsampled by this factor; 0, 1 or None for full size.
       recenter: put the mean camera at the origin.
       bd_factor: scale the world so that the nearest bound is 1 / bd_factor; None for no scaling.
       spherify: for cameras all around an object: origin at its centre, mean distance 1, a circular path.
@@ -67,7 +67,7 @@ def load_llff_data(basedir, factor=8, recenter=True, bd_factor=.75, spherify=Fal
     """
     basedir, factor = Path(basedir), max(factor or 1, 1)
     if not basedir.is_dir():
-        raise UserError(f'{basedir}: no such folder; {LAYOUT} in it')
+        raise UserError(f'{basedir}: no such folder; {LLFF_LAYOUT} in it')
     poses, bds = read_poses_bounds(basedir / 'poses_bounds.npy')
     paths = image_files(basedir, factor)
     if len(paths) != len(poses):
@@ -78,63 +78,71 @@ def load_llff_data(basedir, factor=8, recenter=True, bd_factor=.75, spherify=Fal
     for recorded, found, name in ((poses[0, 0, 4], H, 'high'), (poses[0, 1, 4], W, 'wide')):
         if abs(recorded / factor - found) > 1:
             raise UserError(f'{image_folder(basedir, factor)}: found images {found} pixels {name}, '
-                            f'expected {recorded:g} / {factor} as poses_bounds.npy says')
+                            f'expected {recorded:g} / {factor} as in poses_bounds.npy')
     poses[:, :2, 4] = H, W
     poses[:, 2, 4] /= factor
     poses, bds, render_poses, i_test = place_poses(poses, bds, recenter, bd_factor, spherify, path_zflat)
     return images if as_uint8 else images / np.float32(255), poses, bds, render_poses, i_test
 
 
-# --- files ------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 def image_folder(basedir, factor):
-    """The folder of the images reduced by `factor`; 0, 1 or None for full size."""
+    """The folder of the images downsampled by `factor`; 0, 1 or None for full size."""
     return Path(basedir) / (f'images_{factor}' if factor and factor > 1 else 'images')
 
 
 def image_files(basedir, factor):
-    """The image files of `image_folder`, sorted by name. The folder is created from `images/` if it is missing."""
+    """The image files of `image_folder`, sorted by name. The folder is created from
+    `images/` if it is missing."""
     folder = image_folder(basedir, factor)
     if not folder.is_dir():
         if folder.name == 'images':
-            raise UserError(f'{folder}: no such folder; {LAYOUT}')
-        reduce_images(Path(basedir), factor)
+            raise UserError(f'{folder}: no such folder; {LLFF_LAYOUT}')
+        downsample_images(Path(basedir), factor)
     return list_images(folder)
 
 
 def list_images(folder):
     """The image files of a folder, sorted by name, without hidden files."""
     return sorted(path for path in folder.iterdir()
-                  if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith('.'))
+                  if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith('.'))
 
 
-def reduce_images(basedir, factor):
-    """Create `images_<factor>/` from `images/` with an area filter.
+def downsample_images(basedir, factor):
+    """Create `images_<factor>/` from `images/` with an area filter. The folder
+    gets its name when it is complete.
 
-    The images are written to a temporary folder, which is renamed when it is complete.
+    Raises:
+      UserError: there are no photos, two of them have the same name, or the folder cannot be created.
     """
     target, source = basedir / f'images_{factor}', basedir / 'images'
     paths = list_images(source) if source.is_dir() else []
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
-        raise UserError(f'{source}: found {max(names, key=names.count)} twice, expected different names')
+        raise UserError(f'{source}: found two images called {max(names, key=names.count)}, '
+                        'expected different names')
     if not paths:
-        raise UserError(f'{basedir}: found neither {target.name}/ nor photos in images/; {LAYOUT}')
+        raise UserError(f'{basedir}: found neither {target.name}/ nor photos in images/; {LLFF_LAYOUT}')
     try:
         partial = Path(tempfile.mkdtemp(prefix=f'.{target.name}{PARTIAL}', dir=basedir))
     except OSError as error:
         raise UserError(f'{target}: is missing and cannot be created ({error.strerror})') from None
 
-    def reduce(path):
+    def downsample(path):
         image = read_image(path)
         height, width = (max(1, round(side / factor)) for side in image.shape[:2])
-        write_image(partial / f'{path.stem}.png', np.round(resize_area(image, height, width)).astype(np.uint8))
+        small = np.round(resize_area(image, height, width)).astype(np.uint8)
+        write_image(partial / f'{path.stem}.png', small)
 
     try:
         with ThreadPoolExecutor() as pool:
-            list(pool.map(reduce, paths))
+            list(pool.map(downsample, paths))
         partial.chmod(0o755)
         os.rename(partial, target)
+    except OSError:
+        if not target.is_dir():  # another process may have been quicker
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -147,9 +155,12 @@ def read_images(paths, white_bkgd):
         if image.shape[:2] != images[0].shape[:2]:
             raise UserError(f'{path}: found {image.shape[1]}×{image.shape[0]} pixels, '
                             f'expected {images[0].shape[1]}×{images[0].shape[0]} as in {paths[0]}')
-    return np.stack([
-        np.round(composite(image / np.float32(255), white_bkgd) * 255).astype(np.uint8) if image.shape[-1] == 4
-        else image for image in images])
+
+    def opaque(image):
+        if image.shape[-1] == 3:
+            return image
+        return np.round(255 * composite(image / np.float32(255), white_bkgd)).astype(np.uint8)
+    return np.stack([opaque(image) for image in images])
 
 
 def read_poses_bounds(path):
@@ -159,7 +170,7 @@ def read_poses_bounds(path):
       UserError: the file is missing, is not [N, 17], or has numbers that cannot be cameras or depths.
     """
     if not path.is_file():
-        raise UserError(f'{path}: no such file; {LAYOUT}')
+        raise UserError(f'{path}: no such file; {LLFF_LAYOUT}')
     table = read_array(path)
     if table.ndim != 2 or table.shape[1] != 17 or not len(table):
         raise UserError(f'{path}: found an array of shape {list(table.shape)}, expected [N, 17]')
@@ -171,16 +182,17 @@ def read_poses_bounds(path):
         row = np.flatnonzero(~((bds > 0).all(-1) & (bds[:, 0] < bds[:, 1])))[0]
         raise UserError(f'{path}: found bounds {bds[row].tolist()} in row {row}, expected 0 < near < far')
     if not (poses[:, :, 4] > 0).all():
-        raise UserError(f'{path}: found H, W, focal {poses[:, :, 4].min(0).tolist()}, expected positive numbers')
+        raise UserError(f'{path}: found H, W, focal {poses[:, :, 4].min(0).tolist()}, '
+                        'expected positive numbers')
     check_poses(poses, lambda index: f'{path}: row {index}')
     down, right, others = poses[..., 0:1], poses[..., 1:2], poses[..., 2:]
     return np.concatenate([right, -down, others], -1), bds
 
 
-# --- poses ------------------------------------------------------------------------------------------------------
+# --- poses --------------------------------------------------------------------------------------------------
 
 def average_pose(poses):
-    """The mean camera, c2w [3, 4]: mean position, and mean axes made orthogonal."""
+    """The mean camera, c2w [3, 4]: mean position, and the sum of the axes made orthogonal."""
     return viewmatrix(poses[:, :3, 2].sum(0), poses[:, :3, 1].sum(0), poses[:, :3, 3].mean(0))
 
 
@@ -192,7 +204,13 @@ def recenter_poses(poses):
 
 
 def spiral_path(center, up, radii, focus_depth, rotations, views, rate=0.5):
-    """Poses [views, 3, 4] on a spiral around the camera `center`, looking at a point `focus_depth` ahead of it."""
+    """Poses [views, 3, 4] on a spiral around the camera `center`, looking at a
+    point `focus_depth` ahead of it.
+
+    Args:
+      radii: extent of the spiral along the three axes of `center`, in scene units.
+      rate: oscillations along the third axis, for each rotation.
+    """
     target = center @ np.array([0, 0, -focus_depth, 1.0])
     path = []
     for theta in np.linspace(0, 2 * np.pi * rotations, views + 1)[:-1]:
@@ -203,20 +221,21 @@ def spiral_path(center, up, radii, focus_depth, rotations, views, rate=0.5):
 
 
 def forward_facing_path(poses, bds, path_zflat):
-    """The spiral of the paper's videos, [M, 3, 4]: as wide as the cameras spread, focused between near and far."""
-    near, far = bds.min() * 0.9, bds.max() * 5.0
-    focus_depth = 1.0 / (0.25 / near + 0.75 / far)  # a weighted mean in disparity
+    """The spiral of the paper's videos, [M, 3, 4]: as wide as the cameras spread,
+    focused between near and far."""
+    close_depth, far_depth = bds.min() * 0.9, bds.max() * 5.0
+    focus_depth = 1.0 / (0.25 / close_depth + 0.75 / far_depth)  # a weighted mean in disparity
     center, up = average_pose(poses), normalize(poses[:, :3, 1].sum(0))
     radii = np.percentile(np.abs(poses[:, :3, 3]), 90, 0)
     if not path_zflat:
         return spiral_path(center, up, radii, focus_depth, rotations=2, views=PATH_VIEWS)
-    center[:, 3] -= 0.1 * near * center[:, 2]
+    center[:, 3] -= 0.1 * close_depth * center[:, 2]
     return spiral_path(center, up, radii * [1, 1, 0], focus_depth, rotations=1, views=PATH_VIEWS // 2)
 
 
 def spherify_poses(poses, bds):
-    """Transform cameras around an object: the point they look at becomes the origin, up becomes z, and their root
-    mean square distance becomes 1.
+    """Transform cameras around an object: the point they look at becomes the origin, up becomes z, and their
+    root mean square distance becomes 1.
 
     Returns:
       poses, a circular path [PATH_VIEWS, 3, 4] at the cameras' mean height, and the bounds in the new unit.
@@ -233,7 +252,7 @@ def spherify_poses(poses, bds):
     height = moved[:, 2, 3].mean()
     radius = np.sqrt(1 - height ** 2)
     path = []
-    for angle in np.linspace(0, 2 * np.pi, PATH_VIEWS):
+    for angle in np.linspace(0, 2 * np.pi, PATH_VIEWS):  # the last view is the first, as in nerf-pytorch
         position = np.array([radius * np.cos(angle), radius * np.sin(angle), height])
         path.append(viewmatrix(position, np.array([0, 0, 1.0]), position))
     return moved, np.stack(path), bds * scale
@@ -259,7 +278,8 @@ def place_poses(poses, bds, recenter=True, bd_factor=.75, spherify=False, path_z
         else:
             path = forward_facing_path(poses, bds, path_zflat)
     if not (np.isfinite(poses).all() and np.isfinite(path).all()):
-        raise UserError('poses_bounds.npy: found cameras that are parallel or coincide, expected different ones')
+        raise UserError('poses_bounds.npy: found cameras that are all parallel or all in one place, '
+                        'expected different ones')
     hwf = np.broadcast_to(poses[0, :3, 4:], (len(path), 3, 1))
     render_poses = np.concatenate([path, hwf], -1).astype(np.float32)
     distances = np.sum((average_pose(poses)[:, 3] - poses[:, :3, 3]) ** 2, -1)

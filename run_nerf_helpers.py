@@ -6,30 +6,36 @@ Vocabulary, as in the paper and in `run_nerf.py`:
   z_vals          the t of the samples along a ray
   pts             the sample positions r(t)
   weights         how much each sample contributes to its pixel, T_i * (1 - exp(-sigma_i * delta_i)), Eq. 3
-  c2w, K          camera-to-world [3, 4] in OpenGL axes (x right, y up, -z forward); intrinsics [3, 3] in pixels
+  c2w             camera to world [3, 4], in OpenGL axes: x right, y up, -z forward
+  K               intrinsics [3, 3] in pixels
 """
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Added to every weight before sampling, so that a ray without weights is sampled evenly.
-PDF_FLOOR = 1e-5
-# A ray of less opacity has met nothing: its disparity is 0.
+# This is added to every weight before sampling, so that a ray without any weight is sampled evenly.
+PDF_EPS = 1e-5
+# An interval of less probability than this is sampled at its lower end, instead of dividing by almost 0.
+MIN_PROBABILITY = 1e-5
+# Rays of less opacity than this count as empty; their disparity is 0.
 MIN_OPACITY = 1e-10
+# Depths are clamped to this before they are inverted.
+MIN_DEPTH = 1e-10
 
 
-# --- losses and 8-bit images ------------------------------------------------------------------------------------
+# --- losses and 8-bit images --------------------------------------------------------------------------------
 
 def img2mse(x, y):
     """Mean squared error over all elements, a scalar tensor (Sec. 5.3, Eq. 6, as a mean)."""
     return torch.mean((x - y) ** 2)
 
 
-def img2mse_any_bkgd(rgb, acc, target, bkgd):
-    """The mean of `img2mse` over all backgrounds b, uniform in [0, 1]^3, in closed form.
+def img2mse_random_bkgd(rgb, acc, target, bkgd):
+    """The expectation of `img2mse` over background colours b, uniform in [0, 1]^3, in closed form.
 
-    On background b the error e becomes e + (b - bkgd) a, where a is the target's alpha minus the rendered opacity.
+    On background b the error e becomes e + (b - bkgd) a, where a is the target's
+    alpha minus the rendered opacity.
 
     Args:
       rgb: rendered colours on `bkgd` [N, 3].
@@ -47,14 +53,14 @@ def mse2psnr(x):
 
 
 def to8b(x):
-    """Array in [0, 1] to uint8; values outside are clipped."""
+    """Array in [0, 1] to uint8; values outside are clipped, fractions are cut off as in nerf-pytorch."""
     return (255 * np.clip(x, 0, 1)).astype(np.uint8)
 
 
-# --- positional encoding (Sec. 5.1) -----------------------------------------------------------------------------
+# --- positional encoding (Sec. 5.1) -------------------------------------------------------------------------
 
 class Embedder(nn.Module):
-    """gamma(x) of Eq. 4: x itself, then sin and cos of x times each frequency, for all frequencies in turn.
+    """gamma(x) of Eq. 4: x itself, then sin and cos of each frequency times x, frequency after frequency.
 
     As in the paper's released code the frequencies are 2^k, without the factor pi of Eq. 4.
 
@@ -76,25 +82,25 @@ class Embedder(nn.Module):
 
     def frequencies(self, like):
         """The frequency bands [num_freqs] on the device and in the dtype of the tensor `like`."""
-        kind = {'device': like.device, 'dtype': like.dtype}
+        factory_kwargs = {'device': like.device, 'dtype': like.dtype}
         if self.log_sampling:
-            return 2.0 ** torch.linspace(0.0, self.max_freq_log2, self.num_freqs, **kind)
-        return torch.linspace(1.0, 2.0 ** self.max_freq_log2, self.num_freqs, **kind)
+            return 2.0 ** torch.linspace(0.0, self.max_freq_log2, self.num_freqs, **factory_kwargs)
+        return torch.linspace(1.0, 2.0 ** self.max_freq_log2, self.num_freqs, **factory_kwargs)
 
     def embed(self, inputs):
         """`inputs` [..., C] to their encoding [..., C * (include_input + num_freqs * len(periodic_fns))]."""
-        C, L, F_ = inputs.shape[-1], self.num_freqs, len(self.periodic_fns)
-        scaled = inputs[..., None, :] * self.frequencies(inputs)[:, None]                # [..., L, C]
+        C, L, P = inputs.shape[-1], self.num_freqs, len(self.periodic_fns)
+        scaled = inputs[..., None, :] * self.frequencies(inputs)[:, None]              # [..., L, C]
         if inputs.requires_grad and torch.is_grad_enabled():
-            waves = torch.stack([fn(scaled) for fn in self.periodic_fns], -2)            # [..., L, F, C]
-            waves = waves.flatten(-3)                                                    # [..., L * F * C]
+            waves = torch.stack([fn(scaled) for fn in self.periodic_fns], -2)          # [..., L, P, C]
+            waves = waves.flatten(-3)                                                  # [..., L * P * C]
             return torch.cat([inputs, waves], -1) if self.include_input else waves
 
-        # Without gradients each number is written once, straight to its place.
+        # without gradients, write into one tensor: that is faster than to stack and concatenate
         first = C if self.include_input else 0
-        encoded = inputs.new_empty(*inputs.shape[:-1], first + L * F_ * C)
+        encoded = inputs.new_empty(*inputs.shape[:-1], first + L * P * C)
         encoded[..., :first] = inputs[..., :first]
-        waves = encoded[..., first:].unflatten(-1, (L, F_, C))
+        waves = encoded[..., first:].unflatten(-1, (L, P, C))
         for i, fn in enumerate(self.periodic_fns):
             waves[..., i, :] = fn(scaled)
         return encoded
@@ -103,7 +109,8 @@ class Embedder(nn.Module):
 
 
 class SphericalHarmonics(nn.Module):
-    """Unit vectors [..., 3] to the 16 real spherical harmonics up to degree 3, [..., 16]."""
+    """Unit vectors [..., 3] to the 16 real spherical harmonics up to degree 3, [..., 16], in instant-ngp's
+    order and with its signs."""
     out_dim = 16
 
     def forward(self, directions):
@@ -140,10 +147,10 @@ def get_embedder(multires, i=0):
     return embedder, embedder.out_dim
 
 
-# --- the network (Fig. 7 of the paper's supplement) -------------------------------------------------------------
+# --- the network (Fig. 7 of the paper's supplement) ---------------------------------------------------------
 
 def in_float32(layer, h):
-    """Apply an encoding or a last layer in float32 where autocast computes the other layers in bfloat16."""
+    """Apply an encoding or a last layer in float32, even where autocast computes in bfloat16."""
     with torch.autocast(h.device.type, enabled=False):
         return layer(h.float())
 
@@ -166,8 +173,8 @@ class NeRF(nn.Module):
         self.skips = [i for i in skips if i < D - 1]  # a skip needs a layer after it
         self.use_viewdirs = use_viewdirs
 
-        # Names and order of the layers are those of existing checkpoints, optimizer states included. `views_linears`
-        # exists without view directions too, unused, for the same reason.
+        # Names and order of the layers are those of existing checkpoints, optimizer states included.
+        # `views_linears` exists without view directions too, unused, for the same reason.
         widths = [input_ch] + [W + input_ch if i in self.skips else W for i in range(D - 1)]
         self.pts_linears = nn.ModuleList([nn.Linear(width, W) for width in widths])
         self.views_linears = nn.ModuleList([nn.Linear(input_ch_views + W, W // 2)])
@@ -179,7 +186,7 @@ class NeRF(nn.Module):
             self.output_linear = nn.Linear(W, output_ch)
 
     def features(self, input_pts):
-        """The activations behind the layers that see the position: [..., input_ch] to [..., W]."""
+        """The activations after the layers that see the position: [..., input_ch] to [..., W]."""
         h = input_pts
         for i, layer in enumerate(self.pts_linears):
             h = F.relu(layer(h), inplace=True)
@@ -188,8 +195,8 @@ class NeRF(nn.Module):
         return h
 
     def forward(self, x):
-        """`x` [..., input_ch + input_ch_views] to raw [..., 4]: three colour logits and a density before its ReLU.
-        Without view directions [..., output_ch]."""
+        """`x` [..., input_ch + input_ch_views] to raw [..., 4]: three colour logits and a density before its
+        ReLU. Without view directions [..., output_ch]."""
         input_pts, input_views = torch.split(x, [self.input_ch, self.input_ch_views], dim=-1)
         h = self.features(input_pts)
         if not self.use_viewdirs:
@@ -203,11 +210,12 @@ class NeRF(nn.Module):
         return torch.cat([in_float32(self.rgb_linear, h), alpha], -1)
 
     def load_weights_from_keras(self, weights):
-        """Take over the weights of the paper's TensorFlow model: a list of kernel, bias, kernel, bias, … as Keras'
-        `get_weights` returns it (position layers, bottleneck, view layer, colour, density; or position layers, output).
+        """Copy the weights of the paper's TensorFlow model: a list of kernel, bias, kernel, bias, … as Keras'
+        `get_weights` returns it (position layers, bottleneck, view layer, colour, density; or position
+        layers, output).
 
         Raises:
-          ValueError: the list does not fit this network.
+          ValueError: the list does not fit this network, which is left as it is.
         """
         if self.use_viewdirs:
             tail = [self.feature_linear, self.views_linears[0], self.rgb_linear, self.alpha_linear]
@@ -216,57 +224,63 @@ class NeRF(nn.Module):
         layers = [*self.pts_linears, *tail]
         if len(weights) != 2 * len(layers):
             raise ValueError(f'found {len(weights)} arrays of weights, expected {2 * len(layers)}')
+        weights = [torch.as_tensor(np.asarray(array)) for array in weights]
         for layer, kernel, bias in zip(layers, weights[0::2], weights[1::2]):
-            kernel, bias = torch.as_tensor(np.asarray(kernel)).T, torch.as_tensor(np.asarray(bias)).reshape(-1)
-            if kernel.shape != layer.weight.shape or bias.shape != layer.bias.shape:
-                raise ValueError(f'found a Keras layer of {tuple(kernel.T.shape)}, '
-                                 f'expected {tuple(layer.weight.T.shape)}')
-            with torch.no_grad():
-                layer.weight.copy_(kernel)
-                layer.bias.copy_(bias)
+            found, expected = [*kernel.shape, bias.numel()], [*layer.weight.T.shape, layer.bias.numel()]
+            if found != expected:
+                raise ValueError(f'found a Keras layer of shape {found} (in, out, bias), expected {expected}')
+        with torch.no_grad():
+            for layer, kernel, bias in zip(layers, weights[0::2], weights[1::2]):
+                layer.weight.copy_(kernel.T)
+                layer.bias.copy_(bias.reshape(-1))
 
 
 class RadianceField(nn.Module):
-    """The interface of a network: positions and directions, not encoded, to raw colour and density.
+    """The interface of a network that encodes its inputs itself: positions and
+    directions to raw colour and density.
 
-    Subclasses hold their encodings as submodules, so that learned ones are trained, saved and moved with them. A submodule
+    Encodings are submodules, so that learned ones are trained, saved and moved with the network. A submodule
     that owns parameters has a method `reset_parameters`, as torch's layers do.
     """
+    W = 256  # Width of the hidden layers; narrow ones do not gain from bfloat16.
     adam_options = {'betas': (0.9, 0.999)}  # noqa: RUF012 - read only
-    relu_density = True  # Empty space has exactly no density and no gradient, as a ReLU gives it.
+    relu_density = True  # The density passes a ReLU: empty space has exactly no density and no gradient.
 
     def forward(self, points, viewdirs=None):
-        """Points [N, 3] and unit directions [N, 3] or None to raw [N, 4 or more]: three colour logits and a density
-        before its ReLU."""
+        """Points [N, 3] and unit directions [N, 3] or None to raw [N, 4 or more]: three colour logits and a
+        density before its ReLU."""
         raise NotImplementedError
 
     def density(self, points):
-        """The density before its ReLU in `points` [N, 3], [N]: equal to `forward(points, …)[:, 3]`."""
+        """The density before its ReLU [N] at `points` [N, 3], equal to `forward(points, …)[:, 3]`."""
         raise NotImplementedError
 
-    def max_points(self, device):
-        """The most points to compute at once on `device` for the best speed; None for no limit."""
+    def preferred_chunk(self, device):
+        """How many points to compute at once for the best speed on `device`; None for as many as possible."""
         return None
 
     def reset_parameters(self):
-        """Initialise all layers and encodings anew."""
+        """Reinitialise all layers and encodings."""
         for module in self.modules():
             if module is not self and any(True for _ in module.parameters(recurse=False)):
                 module.reset_parameters()
 
 
 class EncodedNeRF(RadianceField, NeRF):
-    """A `NeRF` that encodes its inputs itself.
+    """A `NeRF` that encodes its inputs itself. It inherits the layers, so that its
+    checkpoints are those of a `NeRF`.
 
     Args:
       encoding: module that encodes positions, [..., 3] to [..., input_ch].
-      encoding_views: module that encodes directions, [..., 3] to [..., input_ch_views]; None without view directions.
+      encoding_views: module that encodes directions, [..., 3] to [...,
+        input_ch_views]; None without view directions.
       kwargs: for `NeRF`.
     """
 
-    # Activations of a layer that fit a CPU's caches, and that fill a GPU (256 MiB of float32).
-    MAX_ACTIVATIONS = {'cpu': 2 ** 20, 'cuda': 2 ** 26}  # noqa: RUF012 - read only
-    MIN_POINTS = 1024  # A chunk of fewer points costs more in calls than it gains in caches.
+    # A chunk has this many activations in a layer, which fit a CPU's caches or fill a GPU.
+    CHUNK_ACTIVATIONS = {'cpu': 2 ** 20, 'cuda': 2 ** 26}  # noqa: RUF012 - read only
+    # A chunk of fewer points costs more in calls than it gains in caches.
+    MIN_CHUNK = 1024
 
     def __init__(self, encoding, encoding_views=None, **kwargs):
         NeRF.__init__(self, **kwargs)
@@ -284,12 +298,32 @@ class EncodedNeRF(RadianceField, NeRF):
             return in_float32(self.alpha_linear, h)[..., 0]
         return in_float32(self.output_linear, h)[..., 3]
 
-    def max_points(self, device):
-        activations = self.MAX_ACTIVATIONS.get(device.type, self.MAX_ACTIVATIONS['cuda'])
-        return max(self.MIN_POINTS, activations // self.W)
+    def preferred_chunk(self, device):
+        activations = self.CHUNK_ACTIVATIONS.get(device.type, self.CHUNK_ACTIVATIONS['cuda'])
+        return max(self.MIN_CHUNK, activations // self.W)
 
 
-# --- networks on many points, as nerf-pytorch applies them ------------------------------------------------------
+class BoundedModule(nn.Module):
+    """A module that covers a bounding box, such as a grid. Training sets the box to that of the scene.
+
+    Buffers:
+      aabb: lowest and highest corner of the box, [2, 3].
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('aabb', torch.tensor([[-1.0, -1, -1], [1, 1, 1]]))
+
+    def set_aabb(self, aabb, possible=None):
+        """Use the box `aabb` [2, 3].
+
+        Args:
+          possible: cells of the box that can hold anything, bool [G, G, G]; None for all.
+        """
+        self.aabb.copy_(torch.as_tensor(aabb))
+
+
+# --- networks on many points, as nerf-pytorch evaluates them ------------------------------------------------
 
 def batchify(fn, chunk):
     """`fn` applied to `chunk` rows at a time; `fn` itself if chunk is None."""
@@ -302,7 +336,8 @@ def batchify(fn, chunk):
 
 
 def run_network(inputs, viewdirs, fn, embed_fn, embeddirs_fn, netchunk=1024 * 64):
-    """Encode points (and directions) and apply `fn`. For networks that hold their encodings use `NetworkQuery`.
+    """Encode points (and directions) and apply a network on encoded inputs, such as `NeRF`. A network that
+    encodes its inputs itself is evaluated by `NetworkQuery` instead.
 
     Args:
       inputs: points [N_rays, N_samples, 3].
@@ -313,9 +348,10 @@ def run_network(inputs, viewdirs, fn, embed_fn, embeddirs_fn, netchunk=1024 * 64
     Returns:
       raw [N_rays, N_samples, C].
     """
-    points = inputs.reshape(-1, inputs.shape[-1])                                           # [N, 3]
+    points = inputs.reshape(-1, inputs.shape[-1])                                      # [N, 3]
     if viewdirs is not None:
-        points = torch.cat([points, viewdirs[:, None].expand(inputs.shape).reshape(-1, 3)], -1)  # [N, 6]
+        viewdirs = viewdirs[:, None].expand(inputs.shape).reshape(-1, 3)
+        points = torch.cat([points, viewdirs], -1)                                     # [N, 6]
 
     def encode_and_apply(points):
         encoded = embed_fn(points[:, :3])
@@ -326,7 +362,7 @@ def run_network(inputs, viewdirs, fn, embed_fn, embeddirs_fn, netchunk=1024 * 64
     return raw.reshape(*inputs.shape[:-1], raw.shape[-1])
 
 
-# --- rays -------------------------------------------------------------------------------------------------------
+# --- rays ---------------------------------------------------------------------------------------------------
 
 def pixel_rays(x, y, K, c2w):
     """Rays through given points of the image plane.
@@ -338,22 +374,23 @@ def pixel_rays(x, y, K, c2w):
     Returns:
       rays_o, rays_d: [..., 3] each, in world space.
     """
-    dirs = torch.stack([(x - K[0][2]) / K[0][0], -(y - K[1][2]) / K[1][1], -torch.ones_like(x)], -1)  # [..., 3]
+    dirs = [(x - K[0][2]) / K[0][0], -(y - K[1][2]) / K[1][1], -torch.ones_like(x)]
+    dirs = torch.stack(dirs, -1)                                                       # [..., 3]
     rays_d = torch.sum(dirs[..., None, :] * c2w[..., :3, :3], -1)  # the camera's axes are the columns of c2w
     return c2w[..., :3, 3].expand(rays_d.shape), rays_d
 
 
 def get_rays(H, W, K, c2w, pixel_centers=False):
-    """Rays through all pixels of an image, rays_o and rays_d [H, W, 3]; through the pixels' upper left corners (i, j),
-    as in nerf-pytorch, or through their centres (i + .5, j + .5)."""
+    """Rays through all pixels of an image, rays_o and rays_d [H, W, 3]; through the pixels' upper left
+    corners (i, j), as in nerf-pytorch, or through their centres (i + .5, j + .5)."""
     c2w, shift = torch.as_tensor(c2w), 0.5 if pixel_centers else 0.0
-    kind = {'device': c2w.device, 'dtype': c2w.dtype}
-    y, x = torch.meshgrid(torch.arange(H, **kind) + shift, torch.arange(W, **kind) + shift, indexing='ij')
+    rows, columns = (torch.arange(count, device=c2w.device, dtype=c2w.dtype) + shift for count in (H, W))
+    y, x = torch.meshgrid(rows, columns, indexing='ij')
     return pixel_rays(x, y, K, c2w)
 
 
 def get_rays_np(H, W, K, c2w):
-    """`get_rays` for NumPy arrays."""
+    """`get_rays` with NumPy arrays, as in nerf-pytorch."""
     rays_o, rays_d = get_rays(H, W, K, torch.as_tensor(np.asarray(c2w, np.float32)))
     return rays_o.numpy(), rays_d.numpy()
 
@@ -371,7 +408,8 @@ def ndc_rays(H, W, focal, near, rays_o, rays_d):
       rays_o, rays_d: [..., 3] in NDC.
     """
     d_z = rays_d[..., 2]
-    d_z = torch.where(d_z.abs() < 1e-9, torch.full_like(d_z, -1e-9), d_z)  # a ray parallel to the plane never meets it
+    # rays parallel to the plane never meet it
+    d_z = torch.where(d_z.abs() < 1e-9, torch.full_like(d_z, -1e-9), d_z)
     rays_d = torch.cat([rays_d[..., :2], d_z[..., None]], -1)
     t = -(near + rays_o[..., 2]) / d_z
     rays_o = rays_o + t[..., None] * rays_d  # start on the near plane
@@ -385,27 +423,36 @@ def ndc_rays(H, W, focal, near, rays_o, rays_d):
     return origin, direction
 
 
-# --- disparity --------------------------------------------------------------------------------------------------
+# --- disparity ----------------------------------------------------------------------------------------------
 
 def disparity(depth_map, acc_map):
-    """The inverse of the mean depth of rays, and 0 for empty ones: depth_map, acc_map [N_rays] as `raw2outputs` returns
-    them, to [N_rays]. Values and gradients are finite."""
+    """The inverse of the mean depth of rays, and 0 for empty ones: depth_map, acc_map [N_rays] as
+    `raw2outputs` returns them, to [N_rays]. Values and gradients are finite."""
     empty = acc_map < MIN_OPACITY
     mean_depth = depth_map / torch.where(empty, torch.ones_like(acc_map), acc_map)
-    disp_map = 1.0 / torch.clamp(torch.where(empty, torch.ones_like(mean_depth), mean_depth), min=1e-10)
+    disp_map = 1.0 / torch.where(empty, torch.ones_like(mean_depth), mean_depth).clamp(min=MIN_DEPTH)
     return torch.where(empty, torch.zeros_like(disp_map), disp_map)
 
 
-# --- samples along rays (Sec. 4 and 5.2) ---------------------------------------------------------------------------
+# --- samples along rays (Sec. 4 and 5.2) --------------------------------------------------------------------
 
-def uniform_like_numpy(shape, like):
+def fixed_uniform(shape, like):
     """NumPy's fixed uniform numbers in [0, 1) in place of torch's: what `pytest=True` stands for."""
     return torch.as_tensor(np.random.RandomState(0).rand(*shape), dtype=like.dtype, device=like.device)
 
 
 def stratified_samples(near, far, N_samples, lindisp, perturb, pytest):
-    """One sample in each of N_samples equal intervals between near and far [N_rays, 1], Eq. 2: at its lower end, or
-    anywhere in it with `perturb`; equal in depth, or in disparity with `lindisp`. Returns z_vals [N_rays, N_samples]."""
+    """Positions of the coarse samples of rays, Eq. 2 as nerf-pytorch computes it: evenly spaced from near to
+    far, both included, or anywhere between the midpoints to their neighbours.
+
+    Args:
+      near, far: bounds [N_rays, 1].
+      lindisp: space them evenly in disparity instead of depth.
+      perturb: more than 0 for random positions between the midpoints.
+      pytest: use NumPy's fixed random numbers in place of torch's.
+    Returns:
+      z_vals [N_rays, N_samples], ascending.
+    """
     t_vals = torch.linspace(0.0, 1.0, N_samples, dtype=near.dtype, device=near.device)
     if lindisp:
         z_vals = 1.0 / (1.0 / near * (1.0 - t_vals) + 1.0 / far * t_vals)
@@ -415,24 +462,24 @@ def stratified_samples(near, far, N_samples, lindisp, perturb, pytest):
         mids = 0.5 * (z_vals[..., 1:] + z_vals[..., :-1])
         upper = torch.cat([mids, z_vals[..., -1:]], -1)
         lower = torch.cat([z_vals[..., :1], mids], -1)
-        t_rand = uniform_like_numpy(z_vals.shape, z_vals) if pytest else torch.rand_like(z_vals)
+        t_rand = fixed_uniform(z_vals.shape, z_vals) if pytest else torch.rand_like(z_vals)
         z_vals = lower + (upper - lower) * t_rand
     return z_vals
 
 
 def sample_pdf(bins, weights, N_samples, det=False, pytest=False):
-    """Draw from the piecewise constant density that `weights` give over `bins`, by inverting its distribution.
+    """Sample the piecewise constant density that `weights` define over `bins`, by inverse-transform sampling.
 
     Args:
       bins: edges of the intervals, [..., M + 1], ascending.
       weights: of the intervals, [..., M]; not negative, need not sum to 1.
-      N_samples: samples a ray.
-      det: evenly spaced quantiles in place of random ones.
-      pytest: NumPy's fixed random numbers in place of torch's.
+      N_samples: samples per ray.
+      det: use evenly spaced quantiles instead of random ones.
+      pytest: use NumPy's fixed random numbers in place of torch's.
     Returns:
       samples [..., N_samples], ascending where det is true.
     """
-    weights = weights + PDF_FLOOR
+    weights = weights + PDF_EPS
     pdf = weights / weights.sum(-1, keepdim=True)
     cdf = torch.cumsum(pdf, -1)
     cdf = torch.cat([torch.zeros_like(cdf[..., :1]), cdf], -1)  # [..., M + 1]
@@ -441,7 +488,7 @@ def sample_pdf(bins, weights, N_samples, det=False, pytest=False):
     if det:
         u = torch.linspace(0.0, 1.0, N_samples, dtype=cdf.dtype, device=cdf.device).expand(shape)
     elif pytest:
-        u = uniform_like_numpy(shape, cdf)
+        u = fixed_uniform(shape, cdf)
     else:
         u = torch.rand(shape, dtype=cdf.dtype, device=cdf.device)
 
@@ -451,6 +498,7 @@ def sample_pdf(bins, weights, N_samples, det=False, pytest=False):
     cdf_below, cdf_above = cdf.gather(-1, below), cdf.gather(-1, above)
     bin_below, bin_above = bins.gather(-1, below), bins.gather(-1, above)
 
-    height = cdf_above - cdf_below
-    height = torch.where(height < PDF_FLOOR, torch.ones_like(height), height)  # an interval of almost no weight
-    return bin_below + (u - cdf_below) / height * (bin_above - bin_below)
+    # invert the cdf, which is linear within each interval
+    probability = cdf_above - cdf_below
+    probability = torch.where(probability < MIN_PROBABILITY, torch.ones_like(probability), probability)
+    return bin_below + (u - cdf_below) / probability * (bin_above - bin_below)

@@ -1,1 +1,1 @@
-"""Optional speed, one idea a file; every compiled kernel stands beside a reference implementation in PyTorch."""
+"""Optional speed, one technique per file. Each compiled kernel has a reference implementation in PyTorch."""

@@ -1,94 +1,93 @@
-"""Bakes the density of a trained network into an occupancy grid.
+"""Bakes the density of a trained network into a grid of the cells where it may be visible.
 
-Cells of a coarse grid that may hold something are divided into small ones, which are evaluated in their centres.
-That misses blobs smaller than a cell: ripples of the encoding that rise above 0 in space that is otherwise a bit
-below, where a sample counts for all of its interval. So small cells whose density before its ReLU is within a
-margin below 0 are evaluated in eight more points, and kept if one of these comes within half of that margin.
+Coarse cells that may hold something are divided into small ones, which are evaluated at their centres. That
+misses blobs smaller than a cell: ripples of the encoding that rise above 0 in space where the density before
+its ReLU is a little below 0. One sample in such a blob counts for its whole interval. So small cells just
+below 0 are evaluated at eight more points, and kept if one of these comes half as close to 0.
 """
 import torch
 import torch.nn.functional as F
 
-from accel.occupancy import OccupancyGrid
+from accel.occupancy import CellGrid
 
-# Cells along a side of the coarse grid.
-COARSE_RESOLUTION = 64
-# A coarse cell is divided into this many small cells along each side, fewer in fog.
-DIVISIONS = 4
-# A cell is empty where a coarse sample has at most this optical depth.
+# The coarse grid has this many cells along each side.
+BAKING_RESOLUTION = 64
+# A coarse cell is divided into at most this many small cells along each side; fewer in fog.
+MAX_DIVISIONS = 4
+# A coarse sample of at most this optical depth is not visible.
 MIN_OPTICAL_DEPTH = 1e-4
-# Margins below 0 to choose from, as optical depths of a coarse sample; 0 evaluates no cell more closely.
-MARGINS = 0.8, 0.4, 0.2, 0.1, 0.05, 0.025, 0.0
-# For each coarse cell, at most this many small cells are evaluated, and this many points in just empty ones.
-MAX_POINTS = 16
+# Cells may hold something if their optical depth, before the ReLU, exceeds the lowest of these that the
+# budget allows.
+THRESHOLDS = -0.8, -0.4, -0.2, -0.1, -0.05, -0.025, MIN_OPTICAL_DEPTH
+# For each coarse cell, at most this many small cells are evaluated at their centres.
+MAX_CELLS = 16
+# For each coarse cell, at most this many small cells are evaluated at eight more points.
+MAX_SUSPECTS = 2
 
 
 @torch.no_grad()
-def bake(density, aabb, points_per_cell):
-    """Find the cells in which a network may be seen: those where it is not transparent, and their neighbours.
+def bake(optical_depth, aabb, max_cells):
+    """Find the cells in which a network may be visible: those where it is not
+    transparent, and their neighbours.
 
     Args:
-      density: function of points [M, 3] that returns densities [M] before their ReLU, multiplied by the length of
-        a coarse interval: the optical depth of a coarse sample.
-      aabb: box of the grid [2, 3].
-      points_per_cell: the largest margin is used that divides at most this many small cells for each coarse cell.
+      optical_depth: function of points [M, 3] that returns the density before its ReLU, multiplied by the
+        length of a coarse interval [M].
+      aabb: bounding box of the grid [2, 3].
+      max_cells: the lowest of THRESHOLDS is used that leaves at most this many
+        small cells for each coarse cell.
     Returns:
-      an `OccupancyGrid` of COARSE_RESOLUTION times up to DIVISIONS cells along each side.
+      a `CellGrid` of BAKING_RESOLUTION times up to MAX_DIVISIONS cells along each side.
     """
-    grid = make_grid(COARSE_RESOLUTION, aabb)
-    coarse = max_density_per_cell(grid, density)
-    margin = next(margin for margin in MARGINS
-                  if margin == 0 or num_small_cells(above(coarse, margin), DIVISIONS) <= points_per_cell)
-    divided = above(coarse, margin)
-    divisions = max(n for n in range(1, DIVISIONS + 1) if num_small_cells(divided, n) <= MAX_POINTS)
+    coarse = max_per_cell(bounded_grid(BAKING_RESOLUTION, aabb), optical_depth)
+    for threshold in THRESHOLDS:
+        divided = with_neighbours(exceeds(coarse, threshold))                          # [G, G, G]
+        if divided.float().mean() * MAX_DIVISIONS ** 3 <= max_cells:
+            break
+    divisions = max(n for n in range(1, MAX_DIVISIONS + 1) if divided.float().mean() * n ** 3 <= MAX_CELLS)
 
-    grid, steps = make_grid(COARSE_RESOLUTION * divisions, aabb), lattice([divisions] * 3, aabb.device)
-    cells = (with_neighbours(divided).nonzero()[:, None] * divisions + steps).reshape(-1, 3)
-    cells = (cells[:, 0] * grid.resolution + cells[:, 1]) * grid.resolution + cells[:, 2]
-    found = density(grid.points_in(cells, 0.5))
+    grid = bounded_grid(BAKING_RESOLUTION * divisions, aabb)
+    steps = cell_indices([divisions] * 3, aabb.device)
+    cells = (divided.nonzero()[:, None] * divisions + steps).reshape(-1, 3)
+    cells = (cells[:, 0] * grid.resolution + cells[:, 1]) * grid.resolution + cells[:, 2]             # [M]
+    in_centers = optical_depth(grid.cell_points(cells, 0.5))
     occupied = torch.zeros_like(grid.occupied)
-    occupied.view(-1)[cells] = above(found, 0)
+    occupied.view(-1)[cells] = exceeds(in_centers, MIN_OPTICAL_DEPTH)
     occupied = with_neighbours(occupied)
 
-    # evaluate cells that are only just empty more closely, those nearest to 0 first
-    suspects = (above(found, margin) & ~occupied.view(-1)[cells]).nonzero()[:, 0]
-    found, nearest = found[suspects].topk(min(len(suspects), MAX_POINTS * coarse.numel() // 8))
-    cells = cells[suspects[nearest]]
-    for within in lattice([2] * 3, aabb.device) / 2 + 0.25:
-        found = torch.maximum(found, density(grid.points_in(cells, within)))
-    occupied.view(-1)[cells] = above(found, margin / 2)
+    # evaluate the other cells above the threshold at more points, those closest to 0 first
+    suspects = (exceeds(in_centers, threshold) & ~occupied.view(-1)[cells]).nonzero()[:, 0]
+    found, closest = in_centers[suspects].topk(min(len(suspects), MAX_SUSPECTS * coarse.numel()))
+    cells = cells[suspects[closest]]
+    for position in cell_indices([2] * 3, aabb.device) / 2 + 0.25:
+        found = torch.maximum(found, optical_depth(grid.cell_points(cells, position)))
+    occupied.view(-1)[cells] = exceeds(found, threshold / 2)
     grid.set_occupied(occupied)
     return grid
 
 
-def above(optical_depth, margin):
-    """Which cells are not empty, or not below 0 by more than a `margin` that is not 0; NaN is not."""
-    return ~(optical_depth <= (-margin if margin else MIN_OPTICAL_DEPTH))
+def exceeds(optical_depth, threshold):
+    """Where `optical_depth` is greater than `threshold`, or NaN."""
+    return ~(optical_depth <= threshold)
 
 
-def num_small_cells(divided, divisions):
-    """How many small cells there are for each coarse cell if the cells `divided` [G, G, G] and their neighbours
-    are divided into `divisions` along each side."""
-    return with_neighbours(divided).float().mean().item() * divisions ** 3
-
-
-def max_density_per_cell(grid, density):
-    """The largest `density` in the corners and the centre of each cell, [G, G, G]."""
+def max_per_cell(grid, optical_depth):
+    """The largest optical depth at the corners and the centre of each cell, [G, G, G]."""
     G, device = grid.resolution, grid.aabb.device
-    corners = grid.aabb[0] + (grid.aabb[1] - grid.aabb[0]) / G * lattice([G + 1] * 3, device)
-    in_corners = F.max_pool3d(density(corners).view(1, 1, G + 1, G + 1, G + 1), 2, 1)[0, 0]
-    in_centers = density(grid.points_in(torch.arange(G ** 3, device=device), 0.5)).view(G, G, G)
-    return torch.maximum(in_corners, in_centers)
+    corners = grid.aabb[0] + (grid.aabb[1] - grid.aabb[0]) / G * cell_indices([G + 1] * 3, device)
+    at_corners = F.max_pool3d(optical_depth(corners).view(1, 1, G + 1, G + 1, G + 1), 2, 1)[0, 0]
+    at_centers = optical_depth(grid.cell_points(torch.arange(G ** 3, device=device), 0.5)).view(G, G, G)
+    return torch.maximum(at_corners, at_centers)
 
 
-def make_grid(resolution, aabb):
-    """An `OccupancyGrid` of the box `aabb` [2, 3], without the opacities that training records."""
-    grid = OccupancyGrid(resolution).to(aabb.device)
-    grid.set_box(aabb)
-    grid.opacity = grid.opacity.new_empty(0)  # of a grid this fine it would be large
+def bounded_grid(resolution, aabb):
+    """A `CellGrid` of the bounding box `aabb` [2, 3]."""
+    grid = CellGrid(resolution).to(aabb.device)
+    grid.set_aabb(aabb)
     return grid
 
 
-def lattice(shape, device):
+def cell_indices(shape, device):
     """All indices of an array of `shape`, [N, 3]."""
     return torch.cartesian_prod(*[torch.arange(count, device=device) for count in shape])
 

@@ -1,22 +1,25 @@
-"""The small network behind a hash encoding (Müller et al., SIGGRAPH 2022): two short MLPs in place of one deep one."""
+"""The network behind a hash encoding (Müller et al., SIGGRAPH 2022): two short MLPs instead of a deep one."""
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from run_nerf_helpers import RadianceField, in_float32
 
-# Channels of a hidden layer.
-HIDDEN = 64
-# Outputs of the density's MLP that the colour's MLP takes; the first of them is the density's logarithm.
-FEATURES = 16
-# Exponents are clamped to this, so that densities and gradients stay finite.
+# The hidden layers have this many channels.
+HIDDEN_WIDTH = 64
+# The density's MLP has this many outputs: the log density, less INITIAL_LOG_DENSITY, and features for the
+# colour's MLP, which takes all of them.
+DENSITY_OUTPUTS = 16
+# Log densities are clamped to this, so that densities and gradients stay finite.
 MAX_LOG_DENSITY = 15.0
-# The logarithm of the density at the start. In thinner fog surfaces form later, and from frontal photos hardly at all.
+# New networks have about this log density. In thinner fog surfaces form later, and from
+# forward-facing photos hardly ever.
 INITIAL_LOG_DENSITY = 2.0
 
 
 class TruncatedExp(torch.autograd.Function):
-    """exp(x), whose gradient stays finite where x is large."""
+    """exp(x), with x clamped to MAX_LOG_DENSITY. The gradient does not vanish where x
+    is clamped, but stays finite."""
 
     @staticmethod
     def forward(ctx, x):
@@ -30,8 +33,8 @@ class TruncatedExp(torch.autograd.Function):
 
 
 class HashNeRF(RadianceField):
-    """Positions and directions to raw colour and density. The density is the exponential of the first MLP's output: it is
-    never negative, so that the ReLU in `raw2outputs` changes nothing.
+    """Positions and directions to raw colour and density. The density is an exponential and never negative,
+    so the ReLU in `raw2outputs` has no effect.
 
     Args:
       encoding: a `HashGrid`.
@@ -39,19 +42,21 @@ class HashNeRF(RadianceField):
       input_ch_views: size of the encoded direction.
     """
 
-    # An entry gets a gradient in few steps: a small eps lets each of them count. `fused` passes over the table once.
+    # Most table entries get a gradient in few steps only: a small eps lets each of them count.
+    # `fused` passes over the table once.
     adam_options = {'betas': (0.9, 0.99), 'eps': 1e-15, 'fused': True}  # noqa: RUF012 - read only
     relu_density = False
+    W = HIDDEN_WIDTH
 
     def __init__(self, encoding, encoding_views=None, input_ch_views=0):
         super().__init__()
-        self.encoding, self.encoding_views = encoding, encoding_views
-        self.density_linears = nn.ModuleList([nn.Linear(encoding.out_dim, HIDDEN), nn.Linear(HIDDEN, FEATURES)])
-        self.rgb_linears = nn.ModuleList([nn.Linear(FEATURES + input_ch_views, HIDDEN), nn.Linear(HIDDEN, HIDDEN),
-                                          nn.Linear(HIDDEN, 3)])
+        self.encoding, self.encoding_views, W = encoding, encoding_views, HIDDEN_WIDTH
+        self.density_linears = nn.ModuleList([nn.Linear(encoding.out_dim, W), nn.Linear(W, DENSITY_OUTPUTS)])
+        self.rgb_linears = nn.ModuleList([nn.Linear(DENSITY_OUTPUTS + input_ch_views, W), nn.Linear(W, W),
+                                          nn.Linear(W, 3)])
 
     def features(self, points):
-        """Points [N, 3] to the log density and what the colour depends on beside the direction, [N, FEATURES]."""
+        """Points [N, 3] to the outputs of the density's MLP [N, DENSITY_OUTPUTS]."""
         h = F.relu(self.density_linears[0](self.encoding(points)), inplace=True)
         return in_float32(self.density_linears[1], h)
 
@@ -62,7 +67,7 @@ class HashNeRF(RadianceField):
         h = self.features(points)
         density = TruncatedExp.apply(h[:, :1] + INITIAL_LOG_DENSITY)
         if self.encoding_views is not None:
-            h = torch.cat([h, self.encoding_views(viewdirs)], -1)
+            h = torch.cat([h, in_float32(self.encoding_views, viewdirs)], -1)
         for layer in self.rgb_linears[:-1]:
             h = F.relu(layer(h), inplace=True)
         return torch.cat([in_float32(self.rgb_linears[-1], h), density], -1)

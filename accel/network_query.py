@@ -1,4 +1,4 @@
-"""Networks on many points: in chunks that fit caches and memory, in the chosen precision, forward and backward."""
+"""Evaluates networks at many points: in chunks, in the chosen precision, with a choice of backward passes."""
 import torch
 
 from accel.sparse_backward import SparseBackward, evaluate_in_chunks, evaluate_padded
@@ -9,14 +9,18 @@ class NetworkQuery:
 
     Args:
       netchunk: the most points to compute at once.
-      precision: 'fp32', 'tf32', or 'bf16' for bfloat16 products in the hidden layers.
-      backward: 'sparse' keeps no activations and goes back through samples with a gradient only, see
-        `accel/sparse_backward.py`; 'plain' keeps all activations; 'auto' is sparse for networks whose density passes a
-        ReLU, plain for the others, whose samples nearly all have a gradient.
+      precision: 'bf16' for bfloat16 products in the hidden layers; 'fp32', or 'tf32', which is a global
+        setting of torch's (`pick_precision`) and the same here.
+      backward: 'sparse' keeps no activations and backpropagates only through samples that have a gradient,
+        see `accel/sparse_backward.py`; 'plain' is ordinary backpropagation; 'auto' is sparse for networks
+        whose density passes a ReLU, and plain for the others, whose samples nearly all have a gradient.
     """
 
     def __init__(self, netchunk=1024 * 64, precision='fp32', backward='auto'):
         self.netchunk, self.precision, self.backward = netchunk, precision, backward
+
+    def __repr__(self):
+        return f'NetworkQuery({self.precision})'  # what its outputs depend on
 
     def __call__(self, pts, viewdirs, network):
         """Raw outputs of samples along rays.
@@ -34,8 +38,8 @@ class NetworkQuery:
         return raw.reshape(*pts.shape[:-1], raw.shape[-1])
 
     def at_points(self, points, viewdirs, network):
-        """Raw outputs [M, 4 or more] in `points` [M, 3] with unit directions `viewdirs` [M, 3] or None."""
-        inputs = points if viewdirs is None else torch.cat([points, viewdirs], -1)       # [M, 3 or 6]
+        """Raw outputs [M, 4 or more] at `points` [M, 3] with unit directions `viewdirs` [M, 3] or None."""
+        inputs = points if viewdirs is None else torch.cat([points, viewdirs], -1)      # [M, 3 or 6]
 
         def evaluate(inputs):
             with self.autocast(inputs.device):
@@ -47,12 +51,13 @@ class NetworkQuery:
             if self.backward == 'sparse' or (self.backward == 'auto' and network.relu_density):
                 return SparseBackward.apply(evaluate, chunk, inputs, *parameters)
             return torch.cat([evaluate_padded(evaluate, part, chunk) for part in inputs.split(chunk)])
-        with torch.autocast(inputs.device.type, enabled=False):  # the outermost autocast keeps the weights it has cast
+        # the outermost autocast keeps the weights that it has cast: one around all chunks casts them once
+        with torch.autocast(inputs.device.type, enabled=False):
             return evaluate_in_chunks(evaluate, inputs, chunk)
 
     @torch.no_grad()
     def density(self, points, network):
-        """The density before its ReLU [M] in `points` [M, 3], without gradients."""
+        """The density before its ReLU [M] at `points` [M, 3], without gradients."""
         def evaluate(points):
             with self.autocast(points.device):
                 return network.density(points).float()
@@ -61,7 +66,7 @@ class NetworkQuery:
 
     def chunk(self, network, device):
         """How many points to compute at once."""
-        return min(self.netchunk, network.max_points(device) or self.netchunk)
+        return min(self.netchunk, network.preferred_chunk(device) or self.netchunk)
 
     def autocast(self, device):
         """A context in which products of the hidden layers are bfloat16, with --precision bf16."""

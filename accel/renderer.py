@@ -1,38 +1,43 @@
-"""The interface of a renderer: how rays become colours.
+"""The interface of a renderer, which turns rays into colours.
 
-`ExactRenderer` in run_nerf.py is the paper's hierarchical sampling; `GridRenderer` samples the occupied cells of a grid;
-`FastRenderer` leaves out samples that cannot be seen. A renderer is a module: its grids and networks are saved, moved and
-trained like those of any other module.
+`ExactRenderer` in run_nerf.py is the paper's hierarchical sampling; `GridRenderer` samples the occupied cells
+of a grid; `FastRenderer` skips samples that cannot be seen. A renderer is a module: its grids and networks
+are saved, moved and trained like those of any other module.
 """
 from torch import nn
 
+# At most this many samples of rays are in memory at once, on each type of device.
+MAX_SAMPLES = {'cpu': 2 ** 18, 'cuda': 2 ** 22}
+
 
 class Renderer(nn.Module):
-    # `FastRenderer` may leave out samples of a dense renderer: one that evaluates `network_fn`, then `network_fine`, at
-    # samples all along the rays.
+    """Turns a batch of rays into colours; subclasses override `render_rays`."""
+
+    # A dense renderer evaluates `network_fn`, then `network_fine`, at samples all along the rays, the last of
+    # which is at `far`. `FastRenderer` can skip samples of such renderers.
     dense = False
 
     def render_rays(self, ray_batch, network_fn, network_query_fn, N_samples, **kwargs):
-        """Render `ray_batch` [N_rays, 8 or 11]; arguments and results as those of `render_rays` in run_nerf.py."""
+        """Render `ray_batch` [N_rays, 8 or 11]; arguments and results are those of
+        `render_rays` in run_nerf.py."""
         raise NotImplementedError
 
     def for_rays(self, rays_flat, **kwargs):
-        """The renderer to use for `rays_flat` [N_rays, 8 or 11], all rays of a frame or batch: itself unless overridden.
-
-        Args:
-          kwargs: those of `render_rays`.
-        """
+        """The renderer to use for `rays_flat` [N_rays, 8 or 11], all rays of a frame or batch: itself unless
+        overridden. The other arguments are those of `render_rays`."""
         return self
 
     def update(self, step, **kwargs):
-        """Called after training step `step` with the arguments of `render_rays`, for what follows the networks."""
+        """Called after training step `step` with the arguments of `render_rays`: update
+        what depends on the networks."""
 
-    def forget(self):
+    def drop_cache(self):
         """Drop whatever was computed from the networks, because they have changed."""
 
-    def reset_parameters(self):
-        """Called when a network is initialised anew."""
+    def reset(self):
+        """Called when a network is reinitialised: forget what was learned about it."""
 
-    def samples_per_ray(self, N_samples, N_importance):
-        """How many samples of a ray are in memory at the same time."""
-        return N_samples + N_importance
+    def max_rays(self, device, N_samples, N_importance=0, **kwargs):
+        """How many rays to render at once at most, so that their samples fit in memory; the other arguments
+        are those of `render_rays`."""
+        return max(1, MAX_SAMPLES.get(device.type, MAX_SAMPLES['cuda']) // (N_samples + N_importance))

@@ -1,19 +1,24 @@
-"""Backward through the samples that have a gradient, and no others.
+"""Backpropagation through the samples that have a gradient, and no others.
 
-Where the density before its ReLU is not positive, a sample is transparent, and the gradients of its colour and density are
-exactly zero. In training that is soon true of most samples. So forward keeps nothing but its inputs; backward selects the
-points where the gradient of `raw` is not zero, evaluates the network there once more, and differentiates that. The gradient
-is the same. With F the cost of forward and p the share of such points, a step costs F(1 + 3p) instead of 3F, and its memory
-depends on the size of a chunk alone.
+Where the density before its ReLU is not positive, a sample is transparent, and the gradients of its colour
+and density are exactly zero. In training that soon holds for most samples. So the forward pass keeps
+nothing but its inputs; the backward pass selects the points where the gradient of `raw` is not zero,
+evaluates the network there once more, and differentiates that. The gradient is the same. With F the cost of
+a forward pass and p the share of such points, a step costs F(1 + 3p) instead of 3F, and its memory depends
+on the size of a chunk only.
 """
 import math
 
 import torch
 
+# On a CPU, chunks are padded to one of this many lengths: oneDNN compiles a kernel for each new number of
+# rows and keeps hundreds of them, which costs more time and memory than a few superfluous rows.
+CHUNK_LENGTHS = 32
+
 
 class SparseBackward(torch.autograd.Function):
-    """`fn(points)`, computed `chunk` rows at a time. The parameters of `fn` are inputs, so that autograd requests their
-    gradients."""
+    """`fn(points)`, computed `chunk` rows at a time. The parameters of `fn` are inputs, so that autograd
+    requests their gradients."""
 
     @staticmethod
     def forward(ctx, fn, chunk, points, *parameters):
@@ -25,11 +30,11 @@ class SparseBackward(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_raw):
         points, *parameters = ctx.saved_tensors
-        live = (grad_raw != 0).any(-1).nonzero().squeeze(-1)  # NaN is not 0: it stays and is noticed
+        with_gradient = (grad_raw != 0).any(-1).nonzero().squeeze(-1)  # NaN is not 0: it is kept and noticed
         to_points = ctx.needs_input_grad[2]
         grad_points = torch.zeros_like(points) if to_points else None
         sums = [None] * len(parameters)
-        for rows in live.split(ctx.chunk) if len(live) else ():
+        for rows in with_gradient.split(ctx.chunk) if len(with_gradient) else ():
             inputs = points[rows].detach().requires_grad_(to_points)
             with torch.enable_grad():
                 raw = evaluate_padded(ctx.fn, inputs, ctx.chunk)
@@ -50,13 +55,6 @@ def add_gradients(sums, grads):
     return [grad if total is None else total for total, grad in zip(sums, grads)]
 
 
-# --- chunks -----------------------------------------------------------------------------------------------------
-
-# A chunk has one of this many lengths on a CPU: oneDNN compiles a kernel for each new number of rows and keeps hundreds
-# of them, which costs more time and memory than a few superfluous rows.
-CHUNK_LENGTHS = 32
-
-
 def evaluate_in_chunks(fn, points, chunk):
     """`fn` on `chunk` rows of `points` at a time, into one tensor that is allocated once."""
     first = evaluate_padded(fn, points[:chunk], chunk)
@@ -70,7 +68,10 @@ def evaluate_in_chunks(fn, points, chunk):
 
 
 def evaluate_padded(fn, part, chunk):
-    """`fn` on `part` [M, C], M <= chunk; on a CPU padded with zero rows to one of CHUNK_LENGTHS lengths."""
+    """`fn` on `part` [M, C], M <= chunk; on a CPU with its last row repeated up to
+    one of CHUNK_LENGTHS lengths."""
+    if part.device.type != 'cpu' or len(part) == 0:
+        return fn(part)
     multiple = math.ceil(chunk / CHUNK_LENGTHS)
-    missing = min(-len(part) % multiple, chunk - len(part)) if part.device.type == 'cpu' else 0
-    return fn(torch.nn.functional.pad(part, (0, 0, 0, missing)))[:len(part)] if missing else fn(part)
+    padding = min(-len(part) % multiple, chunk - len(part))
+    return fn(torch.cat([part, part[-1:].expand(padding, -1)]))[:len(part)] if padding else fn(part)

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: options, a run to measure, nerf-pytorch's way of computing, clocks, tables."""
+"""Shared by the benchmarks: options, a run to measure, nerf-pytorch's implementation, clocks, tables."""
 import argparse
 import atexit
 import itertools
@@ -16,43 +16,41 @@ from typing import NamedTuple
 
 import torch
 
+# The repository.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from accel.network_query import NetworkQuery  # noqa: E402
-from run_nerf import ExactRenderer, frame_renderer, loss_and_gradient, prepare  # noqa: E402
+from run_nerf import ExactRenderer, frame_renderer, loss_and_gradient, prepare, set_learning_rate  # noqa: E402
 from run_nerf_helpers import EncodedNeRF, NeRF, batchify  # noqa: E402
 from scenes.rays import RaySampler  # noqa: E402
 from scenes.scene import Scene  # noqa: E402
-from training import setup  # noqa: E402
 from training.devices import has_fast_bf16  # noqa: E402
 from training.frames import FrameRenderer  # noqa: E402
-from training.logger import Console  # noqa: E402
 from training.options import config_parser  # noqa: E402
 from training.processes import Processes  # noqa: E402
-from training.signals import StopRequest  # noqa: E402
+from training.start import ray_sampler  # noqa: E402
 
 
-def parse(doc, *own):
-    """Parse the command line.
+def parse(doc, *options):
+    """Parse the options of a benchmark and of run_nerf.py.
 
     Args:
       doc: docstring of the benchmark.
-      own: its options beside --json, pairs (name, keywords of add_argument).
+      options: pairs (name, keyword arguments of add_argument), in addition to --json.
     Returns:
-      own: namespace of its options; `own.rest` is the list of all other options.
-      args: namespace of the options of run_nerf.py.
+      bench, args: namespaces of the options of the benchmark and of run_nerf.py;
+        `bench.rest` is the list of the latter.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog='All other options are those of run_nerf.py.')
-    for name, keywords in own:
+    for name, keywords in options:
         parser.add_argument(name, **keywords)
     parser.add_argument('--json', metavar='FILE', help='also write the results to this file')
-    own, rest = parser.parse_known_args()
-    own.rest = rest
-    return own, config_parser().parse_args(rest)
+    bench, bench.rest = parser.parse_known_args()
+    return bench, config_parser().parse_args(bench.rest)
 
 
-# --- a run to measure -------------------------------------------------------------------------------------------
+# --- a run to measure ---------------------------------------------------------------------------------------
 
 class Run(NamedTuple):
     """A scene, its networks, and what trains and renders them."""
@@ -78,34 +76,40 @@ class Run(NamedTuple):
         hwf, K = self.scene.hwf, self.scene.K
         return batch, loss_and_gradient(hwf, K, self.args.chunk, batch, self.kwargs_train)
 
-    def follow(self, step, measures):
-        """Let the occupancy grid, baked grids and the number of rays follow an update of the networks."""
+    def update(self, step, measures, finite=True):
+        """Update the networks, unless the gradient is not `finite`, and what depends on them."""
+        set_learning_rate(self.optimizer, self.args.lrate, self.args.lrate_decay, step - 1)
+        if finite:
+            self.optimizer.step()
         self.kwargs_train['renderer'].update(step, **self.kwargs_train)
-        self.frames.forget()
-        self.rays.follow(measures.num_samples)
+        self.rays.adapt_to(measures.mean_samples)
+
+    def train_step(self, step):
+        """Do a training step; returns its `Batch` and `Measures`."""
+        batch, measures = self.backpropagate(step)
+        self.update(step, measures)
+        return batch, measures
 
 
 def build(args):
-    """Build a `Run` as run_nerf.py does.
-
-    Sets --basedir to a temporary folder that is deleted at exit: no checkpoint but that of --ft_path is loaded.
-    """
+    """Build a `Run` as run_nerf.py does. Sets --basedir to a temporary folder, which is deleted at exit, so
+    that only a checkpoint of --ft_path is loaded."""
     args.basedir = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, args.basedir, ignore_errors=True)
     processes = Processes(1)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         scene, (path, state), kwargs_train, kwargs_test, start, _, optimizer = prepare(args, processes)
-    frames = frame_renderer(args, scene, kwargs_test, processes, StopRequest(print), Console())
-    rays = setup.ray_sampler(args, scene, kwargs_train, frames.device, processes)
+    frames = frame_renderer(args, scene, kwargs_train, kwargs_test, processes, None, print)
+    rays = ray_sampler(args, scene, kwargs_train['pixel_centers'], frames.device, processes)
     return Run(args, scene, path, state, kwargs_train, kwargs_test, start, optimizer, rays, frames)
 
 
-# --- ways to compute --------------------------------------------------------------------------------------------
+# --- variants to compare ------------------------------------------------------------------------------------
 
 class NerfPytorchQuery(NetworkQuery):
-    """Evaluates networks as nerf-pytorch does: all points are encoded at once, then go through the network 65,536
-    at a time; all activations are kept."""
+    """Evaluates networks as nerf-pytorch does: all points are encoded at once, then go through the network
+    65,536 at a time; all activations are kept."""
 
     def at_points(self, points, viewdirs, network):
         encoded = network.encoding(points)
@@ -117,8 +121,8 @@ class NerfPytorchQuery(NetworkQuery):
 class UnlimitedRenderer(ExactRenderer):
     """Renders as many rays at once as --chunk says, whatever memory their samples take."""
 
-    def samples_per_ray(self, N_samples, N_importance):
-        return 1
+    def max_rays(self, device, *args, **kwargs):
+        return sys.maxsize
 
 
 def as_nerf_pytorch(render_kwargs):
@@ -132,27 +136,28 @@ def fast_precisions(device):
     return ['fp32'] + ['tf32'] * (fast and device.type == 'cuda') + ['bf16'] * fast
 
 
-def choose_ways(requested, precisions, run):
-    """The ways to measure: those requested, or all that are available. Exits if a requested one is not.
+def choose_variants(requested, precisions, run):
+    """The variants to measure: those requested, or all that are available. Exits if a requested one is not.
 
     Args:
-      requested: names of ways, or None.
-      precisions: dict way -> precision, which the device must support.
+      requested: names of variants, or None.
+      precisions: dict variant -> precision, which the device must support.
       run: a `Run`; nerf-pytorch has its networks and its renderer only.
     """
-    available = [way for way, precision in precisions.items() if precision in fast_precisions(run.device)]
+    supported = fast_precisions(run.device)
+    available = [variant for variant, precision in precisions.items() if precision in supported]
     if not isinstance(run.kwargs_train['network_fn'], EncodedNeRF) or run.args.occupancy_grid:
         available.remove('nerf-pytorch')
-    missing = [way for way in requested or () if way not in available]
+    missing = [variant for variant in requested or () if variant not in available]
     if missing:
-        sys.exit(f'--ways: found {", ".join(missing)}, expected some of {", ".join(available)}')
+        sys.exit(f'--variants: found {", ".join(missing)}, expected some of {", ".join(available)}')
     return requested or available
 
 
-# --- measuring --------------------------------------------------------------------------------------------------
+# --- measuring ----------------------------------------------------------------------------------------------
 
 def clock(device):
-    """The time in seconds once all work given to `device` is done."""
+    """The time in seconds, after all work of `device` is done."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -165,14 +170,14 @@ def seconds_of(work, device):
     return clock(device) - began
 
 
-def peak_gib(way):
-    """Peak memory of a way, measured by this script with --memory_of in its own process."""
-    command = [sys.executable, *sys.argv, '--memory_of', way]
+def peak_gib(variant):
+    """Peak memory of a variant, measured by this script with --memory_of in its own process."""
+    command = [sys.executable, *sys.argv, '--memory_of', variant]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
 
-# --- results ----------------------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------------------
 
 def machine(device):
     """Name of the device, number of threads, version of torch."""

@@ -3,9 +3,10 @@
     python benchmarks/quality.py --config configs/demo.txt --seeds 0 1 2 --precisions fp32 bf16
     python benchmarks/quality.py --config configs/lego.txt --datadir data/nerf_synthetic/lego --minutes 9
 
-Trains as run_nerf.py does, one run after another, and renders test views --evaluations times in each run; that
-time does not count as training. --minutes limits the time of all runs together: a run may then end before
---N_iters, but its learning rate falls as in a full run. The last table shows the means over the seeds.
+Trains as run_nerf.py does, one run after another, and renders test views --evaluations times in each run,
+fast unless --exact_render is given; that time does not count as training. --minutes limits the time of all
+runs together: a run may then end before --N_iters, but its learning rate falls as in a full run. The last
+table shows the means over the seeds.
 """
 import itertools
 import statistics
@@ -13,33 +14,34 @@ import time
 
 from common import build, clock, fast_precisions, machine, parse, show, write_json
 
-from run_nerf import set_learning_rate
 from run_nerf_helpers import to8b
+from training.checkpoints import networks_of
 from training.devices import pick_device
 from training.metrics import psnr
 from training.safeguards import Safeguards
-from training.setup import networks_of
 
-# The time reserved for the last evaluation, in units of the longest one so far.
+# The time reserved for the last evaluation is this multiple of the longest one so far.
 RESERVED_EVALUATIONS = 1.2
 
 
 def main():
-    own, args = parse(__doc__, ('--seeds', {'type': int, 'nargs': '+', 'default': [0, 1, 2]}),
-                      ('--precisions', {'nargs': '+', 'help': 'default: fp32 and those that are faster'}),
-                      ('--evaluations', {'type': int, 'default': 4, 'help': 'times to render the test views'}),
-                      ('--views', {'type': int, 'default': 8, 'help': 'number of test views, evenly spread'}),
-                      ('--minutes', {'type': float, 'default': 1e9, 'help': 'time for all runs together'}))
+    bench, args = parse(
+        __doc__, ('--seeds', {'type': int, 'nargs': '+', 'default': [0, 1, 2]}),
+        ('--precisions', {'nargs': '+', 'help': 'default: fp32 and those that are faster'}),
+        ('--evaluations', {'type': int, 'default': 4, 'help': 'times to render the test views'}),
+        ('--views', {'type': int, 'default': 8, 'help': 'number of test views, evenly spread'}),
+        ('--minutes', {'type': float, 'default': 1e9, 'help': 'time for all runs together'}))
     device = pick_device(args.device)
-    precisions = own.precisions or fast_precisions(device)
-    runs, deadline = list(itertools.product(own.seeds, precisions)), time.monotonic() + 60 * own.minutes
+    precisions = bench.precisions or fast_precisions(device)
+    runs, deadline = list(itertools.product(bench.seeds, precisions)), time.monotonic() + 60 * bench.minutes
     results = []
-    for number, (args.seed, args.precision) in enumerate(runs):
+    for number, (seed, precision) in enumerate(runs):
+        args.seed, args.precision = seed, precision
         budget = (deadline - time.monotonic()) / (len(runs) - number)
-        curve = train(args, own, budget)
+        curve = train(args, bench, budget)
         show(curve, f'{args.expname}, seed {args.seed}, {args.precision}, {machine(device)}')
         results.append({'seed': args.seed, 'precision': args.precision, 'curve': curve})
-        write_json(own.json, {'config': args.expname, 'machine': machine(device), 'runs': results})
+        write_json(bench.json, {'config': args.expname, 'machine': machine(device), 'runs': results})
     means = []
     for precision in precisions:
         ends = [result['curve'][-1] for result in results if result['precision'] == precision]
@@ -49,27 +51,25 @@ def main():
     show(means, 'means at the end')
 
 
-def train(args, own, budget):
+def train(args, bench, budget):
     """Train for at most `budget` seconds, evaluations included; returns a row for each evaluation."""
     began = time.monotonic()
     run = build(args)
-    safeguards = Safeguards(networks_of(run.kwargs_train), run.optimizer, args.seed, not args.no_restart, print,
-                            run.kwargs_train['renderer'])
+    followers = {'renderer': run.kwargs_train['renderer'], 'ray_sampler': run.rays}
+    networks = networks_of(run.kwargs_train)
+    safeguards = Safeguards(networks, run.optimizer, args.seed, not args.no_restart, print, followers)
     seconds, longest_evaluation, curve = 0.0, 0.0, []
     for step in range(1, args.N_iters + 1):
         started = clock(run.device)
         _, measures = run.backpropagate(step)
-        set_learning_rate(run.optimizer, args.lrate, args.lrate_decay, step - 1)
-        if safeguards.finite(measures):
-            run.optimizer.step()
+        run.update(step, measures, safeguards.all_finite(measures))
         safeguards.restart_collapsed(step, measures)
-        run.follow(step, measures)
         seconds += clock(run.device) - started
         time_left = budget - (time.monotonic() - began)
         last = step == args.N_iters or time_left < RESERVED_EVALUATIONS * longest_evaluation
-        if last or step % max(1, args.N_iters // own.evaluations) == 0:
+        if last or step % max(1, args.N_iters // bench.evaluations) == 0:
             started = time.monotonic()
-            curve.append({'step': step, 'seconds': seconds, 'psnr': evaluate(run, own.views),
+            curve.append({'step': step, 'seconds': seconds, 'psnr': evaluate(run, bench.views),
                           'restarts': safeguards.restarts})
             longest_evaluation = max(longest_evaluation, time.monotonic() - started)
         if last:
@@ -80,7 +80,8 @@ def evaluate(run, count):
     """Mean PSNR of `count` test views."""
     scene = run.scene
     views = scene.i_test[:: max(1, len(scene.i_test) // count)][:count]
-    frames = run.frames.path(scene.poses[views])
+    run.frames.drop_cache()
+    frames = run.frames.render_path(scene.poses[views])
     return statistics.mean(psnr(to8b(frame.rgb), scene.images[view]) for view, frame in zip(views, frames))
 
 

@@ -18,34 +18,34 @@ from load_blender import pose_spherical
 from run_nerf import create_nerf, frame_renderer
 from scenes.scene import Scene
 from training.evaluation import Evaluator
-from training.logger import Console, memory_gib
+from training.logger import memory_gib
 from training.options import config_parser
 from training.processes import Processes
-from training.signals import StopRequest
 
 # Networks and rays so small that the pictures take most of the memory.
 OPTIONS = ['--netdepth', '1', '--netwidth', '4', '--multires', '2', '--N_samples', '4', '--chunk', '16384']
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--frames', type=int, default=40)
     parser.add_argument('--size', type=int, default=1000, help='width and height of a frame in pixels')
-    own = parser.parse_args()
+    bench = parser.parse_args()
     torch.manual_seed(0)
-    size, no_views, device = own.size, np.arange(0), torch.device('cpu')
-    poses = np.stack([pose_spherical(angle, -30, 4)[:3] for angle in np.linspace(0, 360, own.frames)])
+    size, no_views, device = bench.size, np.arange(0), torch.device('cpu')
+    poses = np.stack([pose_spherical(angle, -30, 4)[:3] for angle in np.linspace(0, 360, bench.frames)])
     K = np.array([[size, 0, size / 2], [0, size, size / 2], [0, 0, 1.0]])
     scene = Scene(None, size, size, poses, K, 2.0, 6.0, poses, no_views, no_views, no_views)
     with tempfile.TemporaryDirectory() as folder:
-        args = config_parser().parse_args([*OPTIONS, '--expname', 'run', '--basedir', folder, '--dataset_type',
-                                           'blender', '--device', 'cpu', '--render_only'])
-        _, render_kwargs, *_ = create_nerf(args, (None, None))
-        render_kwargs.update(near=scene.near, far=scene.far)
-        processes, console = Processes(1), Console()
-        frames = frame_renderer(args, scene, render_kwargs, processes, StopRequest(print), console)
-        evaluator = Evaluator(args, scene, frames, processes, console.say)
-        for count, _ in enumerate(evaluator.path(poses, Path(folder, 'frames')), 1):
+        args = config_parser().parse_args([*OPTIONS, '--expname', 'run', '--basedir', folder, '--render_only',
+                                           '--dataset_type', 'blender', '--device', 'cpu'])
+        kwargs_train, kwargs_test, *_ = create_nerf(args, (None, None))
+        kwargs_test.update(near=scene.near, far=scene.far)
+        processes = Processes(1)
+        frames = frame_renderer(args, scene, kwargs_train, kwargs_test, processes, None, print)
+        evaluator = Evaluator(args, scene, frames, processes, print)
+        for count, _ in enumerate(evaluator.write_frames(poses, Path(folder, 'frames')), 1):
             if count in (1, 2, 5) or count % 10 == 0:
                 peak = 1024 * memory_gib(device)
                 print(f'{count:4} frames of {size}×{size}: peak {peak:,.0f} MiB', flush=True)

@@ -1,38 +1,53 @@
-"""The bounding box of a scene, and the cells of it that may contain something, from cameras and images.
+"""The bounding box of a scene, and the cells of it that may contain something, from cameras and silhouettes.
 
-A box is a tensor [2, 3]: lowest and highest corner. Cells divide each side of a box into `resolution` intervals.
+A box is a tensor [2, 3]: lowest and highest corner. Cells divide each side of a
+box into `resolution` intervals.
 """
 import numpy as np
 import torch
 
-from run_nerf_helpers import ndc_rays, pixel_rays
+from run_nerf_helpers import BoundedModule, ndc_rays, pixel_rays
 
-# A box is widened by this share of its extent on each side.
+# A box is widened by this fraction of its extent on each side.
 BOX_MARGIN = 0.01
 # The visual hull is first computed with about this number of cells along a side.
-COARSE_RESOLUTION = 32
-# The box around the visual hull is found after halving the coarse cells this number of times.
+HULL_RESOLUTION = 32
+# The box around the visual hull is found after halving these cells this number of times.
 BOX_SUBDIVISIONS = 2
-# A cell belongs to the visual hull if more than this share of the views that see it have opaque pixels there.
-MIN_OPAQUE_SHARE = 0.5
-# A cell must be seen by more than this share of the views that see the most visible cell.
-MIN_VIEW_SHARE = 0.25
+# A cell of the visual hull has opaque pixels in more than this fraction of the views that see it.
+MIN_OPAQUE_FRACTION = 0.5
+# A cell of the visual hull is seen by more than this fraction of the views that see the most visible cell.
+MIN_VIEW_FRACTION = 0.25
+# A sphere reaches at most this much farther from its centre's pixel than focal length * radius / depth, up to
+# about 48 degrees off the optical axis.
+PERSPECTIVE_STRETCH = 1.5
+
+
+def fit_bounds(modules, scene, ndc, resolution, aabb=None):
+    """Give the `BoundedModule`s among `modules` the bounding box of a scene; the others are left as they are.
+    The other arguments are those of `find_bounds`."""
+    bounded = [part for module in modules for part in module.modules() if isinstance(part, BoundedModule)]
+    if bounded:
+        aabb, possible = find_bounds(scene, ndc, resolution, aabb)
+    for module in bounded:
+        module.set_aabb(aabb, possible)
 
 
 def find_bounds(scene, ndc, resolution, aabb=None):
     """The bounding box of a scene, and which of its cells may contain something.
 
-    Images with alpha bound the scene by their visual hull (Laurentini 1994). Without alpha, and in NDC, the box
-    holds everything that the training views see between near and far.
+    Images with alpha bound the scene by their visual hull (Laurentini 1994). Without alpha, and in NDC, the
+    box holds everything that the training views see between near and far.
 
     Args:
       scene: a `Scene`.
       ndc: whether rays are mapped to normalised device coordinates.
       resolution: number G of cells along a side.
-      aabb: the box as six numbers, lowest corner first, if it is known. Cells of it that few views see are kept.
+      aabb: the box as six numbers, lowest corner first, if it is known. Cells of
+        it that few views see are kept.
     Returns:
       aabb: [2, 3].
-      possible: bool [G, G, G], the cells that may contain something; None if that is all of them.
+      possible: cells that may contain something, bool [G, G, G]; None for all.
     """
     if aabb is None:
         box = box_of_rays(scene, ndc, scene.poses[scene.i_train])
@@ -41,7 +56,8 @@ def find_bounds(scene, ndc, resolution, aabb=None):
     if scene.alphas is None or ndc:
         return box, None
     if aabb is None:
-        centers, half = visual_hull(scene, box, COARSE_RESOLUTION * 2 ** BOX_SUBDIVISIONS)
+        # first find a tighter box, then the cells of that box
+        centers, half = visual_hull(scene, box, HULL_RESOLUTION * 2 ** BOX_SUBDIVISIONS)
         if len(centers) == 0:  # the images show nothing but background
             return box, None
         box = add_margin(centers.amin(0) - half, centers.amax(0) + half)
@@ -80,11 +96,12 @@ def visual_hull(scene, aabb, resolution, keep_rarely_seen=False):
       centers: of these cells, [N, 3].
       half: half the extent of a cell, [3].
     """
-    halvings = (resolution & -resolution).bit_length() - 1  # how often `resolution` can be halved
-    halvings = max(0, min(halvings, resolution.bit_length() - COARSE_RESOLUTION.bit_length()))
-    centers, half = divide_box(aabb, resolution >> halvings)
+    halvings = 0
+    while resolution % 2 == 0 and resolution > HULL_RESOLUTION:
+        resolution, halvings = resolution // 2, halvings + 1
+    centers, half = divide_box(aabb, resolution)
     centers = centers[in_visual_hull(scene, centers, half, keep_rarely_seen)]
-    octants = torch.tensor([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=torch.float32)
+    octants = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)                   # [8, 3]
     for _ in range(halvings):
         half = half / 2
         centers = (centers[:, None] + octants * half).reshape(-1, 3)
@@ -102,9 +119,9 @@ def divide_box(aabb, resolution):
 def in_visual_hull(scene, centers, half, keep_rarely_seen=False):
     """Which cells belong to the visual hull of the training images.
 
-    A view sees a cell if a part of it lies in the image and between near and far. The view rules the cell out if
-    it sees all of it and only transparent pixels there. The remaining cells need opaque pixels in enough of the
-    views that see them. They also need enough views, because cells that few views see are hardly ever ruled out.
+    A view sees a cell if a part of it lies in the image and between near and far. The view rules the cell out
+    if it sees all of it and only transparent pixels there. The remaining cells need opaque pixels in enough
+    of the views that see them, and enough such views, because few views hardly ever rule a cell out.
 
     Args:
       scene: a `Scene` with alphas.
@@ -120,18 +137,19 @@ def in_visual_hull(scene, centers, half, keep_rarely_seen=False):
     K = torch.as_tensor(scene.K, dtype=torch.float32)
     size = torch.tensor([scene.W, scene.H])
     for view in scene.i_train:
-        # the square of pixels around each cell's bounding sphere, and the range of its depths
+        # the square of pixels that each cell's bounding sphere projects to, and the range of its depths
         c2w = torch.from_numpy(scene.poses[view])
         in_camera = (centers[remaining] - c2w[:, 3]) @ c2w[:, :3]                     # [N_remaining, 3]
         depth = -in_camera[:, 2:]
         near, far = depth - radius, depth + radius
         focal = K.diagonal()[:2]
         pixel = K[:2, 2] + in_camera[:, :2] * focal * torch.tensor([1.0, -1.0]) / depth.clamp(min=1e-6)
-        reach = 1.5 * focal.max() * radius / near.clamp(min=1e-6) + 1
+        reach = PERSPECTIVE_STRETCH * focal.max() * radius / near.clamp(min=1e-6) + 1
         low, high = pixel - reach, pixel + reach                                      # [N_remaining, 2]
 
         seen = ((far > scene.near) & (near < scene.far) & (high > 0) & (low < size)).all(-1).nonzero()[:, 0]
-        (x0, y0), (x1, y1) = (torch.minimum(side[seen].clamp(min=0), size).long().T for side in (low, high.ceil()))
+        x0, y0 = torch.minimum(low[seen].clamp(min=0), size).long().T
+        x1, y1 = torch.minimum(high[seen].ceil().clamp(min=0), size).long().T
         sums = summed_area_table(scene.alphas[view] > 0)
         opaque = seen[sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0] > 0]
         num_views[remaining[seen]] += 1
@@ -141,10 +159,11 @@ def in_visual_hull(scene, centers, half, keep_rarely_seen=False):
         ruled_out[opaque] = False
         remaining = remaining[~ruled_out]
     hull = torch.zeros(len(centers), dtype=torch.bool)
-    hull[remaining] = num_opaque[remaining] > (0 if keep_rarely_seen else MIN_OPAQUE_SHARE * num_views[remaining])
-    if keep_rarely_seen or not hull.any():
+    if keep_rarely_seen:
+        hull[remaining] = num_opaque[remaining] > 0
         return hull
-    return hull & (num_views > MIN_VIEW_SHARE * num_views[hull].amax())
+    hull[remaining] = num_opaque[remaining] > MIN_OPAQUE_FRACTION * num_views[remaining]
+    return hull & (num_views > MIN_VIEW_FRACTION * num_views[hull].amax()) if hull.any() else hull
 
 
 def summed_area_table(mask):

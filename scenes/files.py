@@ -1,6 +1,7 @@
 """Reading and writing files: clear errors when reading, atomic replacement when writing."""
 import json
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from scenes.errors import UserError, first_line
 
-# Temporary files carry this in their names until they are complete.
+# Incomplete files and folders have this in their names until they are renamed.
 PARTIAL = '.part'
 
 
@@ -19,7 +20,7 @@ def read_json(path):
       UserError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise UserError(f'{path}: no such file') from None
     except (ValueError, RecursionError) as error:
@@ -41,15 +42,20 @@ def read_array(path):
         raise UserError(f'{path}: not a readable .npy file of numbers ({first_line(error)})') from None
 
 
+def partial_path(path):
+    """The temporary path beside `path` for content that is not complete yet."""
+    return path.with_name(f'.{path.stem}{PARTIAL}{path.suffix}')
+
+
 @contextmanager
 def atomic_write(path):
     """Yield a temporary path beside `path`, and rename it to `path` when the block succeeds.
 
-    The content is flushed to disk before the rename, and the temporary file is removed when the block fails. So a
-    file under its final name is complete, even if the process or the machine dies.
+    The content is flushed to disk before the rename, and the temporary file is removed when the block fails.
+    So a file under its final name is complete, even if the process or the machine dies.
     """
     path = Path(path)
-    partial = path.with_name(f'.{path.stem}{PARTIAL}{path.suffix}')
+    partial = partial_path(path)
     try:
         yield partial
         with open(partial, 'rb') as file:
@@ -63,17 +69,35 @@ def atomic_write(path):
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path):
+    """Yield a new temporary folder beside `path`, and rename it to `path` when the block succeeds, in place
+    of any folder there. The temporary folder is removed when the block fails."""
+    path = Path(path)
+    partial = partial_path(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def remove_partial_files(folder):
-    """Remove the temporary files that killed processes left in `folder` and its subfolders."""
-    for path in Path(folder).rglob(f'.*{PARTIAL}*'):
-        if path.is_file():
+    """Remove the temporary files and folders that killed processes left in `folder` and its subfolders."""
+    for path in list(Path(folder).rglob(f'.*{PARTIAL}*')):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
 
 
 def write_text(path, text):
     """Write a text file atomically."""
     with atomic_write(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding='utf-8')
 
 
 def make_folder(path):

@@ -1,4 +1,4 @@
-"""Images as arrays: read as 8 bit, composite, reduce, write."""
+"""Images as arrays: read as 8 bit, composite, downsample, write."""
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -7,8 +7,8 @@ import numpy as np
 from scenes.errors import UserError, first_line
 from scenes.files import atomic_write
 
-# File name endings of the images that scenes may contain, in lower case.
-IMAGE_ENDINGS = ('.png', '.jpg', '.jpeg')
+# Images of scenes have one of these extensions, in lower or upper case.
+IMAGE_EXTENSIONS = ('.png', '.jpg', '.jpeg')
 
 
 def read_image(path):
@@ -23,7 +23,7 @@ def read_image(path):
             mode = None
             if meta['mode'] in ('CMYK', 'YCCK'):   # the fourth channel is ink, not alpha
                 mode = 'RGB'
-            elif 'transparency' in meta:           # one colour is declared transparent; there is no alpha channel
+            elif 'transparency' in meta:           # one colour is transparent; there is no alpha channel
                 mode = 'RGBA'
             image = np.asarray(file.read(index=0, mode=mode))
     except FileNotFoundError:
@@ -60,7 +60,8 @@ def area_weights(n_in, n_out):
 
 
 def resize_area(image, height, width):
-    """Reduce `image` [H, W, C] to float32 [height, width, C]: each pixel is the mean of the area it covers."""
+    """Downsample `image` [H, W, C] to float32 [height, width, C]: each pixel is the
+    mean of the area it covers."""
     H, W, C = image.shape
     image = image.astype(np.float32)
     if H % height == 0 and W % width == 0:

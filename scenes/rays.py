@@ -1,4 +1,5 @@
-"""Random rays for training: `sampler.sample(step)` gives a `Batch` of rays and the colours of their pixels."""
+"""Random rays for training: `sampler.sample(step)` gives a `Batch` of rays and
+the colours of their pixels."""
 from typing import NamedTuple
 
 import numpy as np
@@ -25,38 +26,38 @@ class Batch(NamedTuple):
 class RaySampler:
     """Samples random pixels of the training views, with replacement, and computes the rays through them.
 
-    The images stay 8 bit on the device. Random numbers come from torch's global generator of that device. With
-    `N_rand_samples` the number of rays is adapted, so that the samples that the renderer takes along them come to
-    about this number; call `follow` after each step.
+    The images stay 8 bit on the device. Random numbers come from torch's global generator of that device.
+    With `N_rand_samples` the number of rays is adapted, so that the renderer takes about this many samples
+    along them; call `adapt_to` after each step.
 
     Args:
       scene: a `Scene` with images.
       N_rand: rays in a batch; the most rays with `N_rand_samples`.
       no_batching: take all rays of a batch from one image.
       precrop_iters: before this step only the centre of the images is sampled.
-      precrop_frac: share of each image side that this centre covers.
+      precrop_frac: fraction of each image side that this centre covers.
       pixel_centers: put rays through pixel centres rather than corners.
       device: where the images are kept and batches are made.
       with_alpha: add the alpha of its pixel to each colour, if the scene has alphas.
       N_rand_samples: samples in a batch, all rays together; None for a fixed number of rays.
-      first_guess: samples per ray assumed before the first step, needed with `N_rand_samples`.
+      expected_samples: samples per ray expected before the first step; needed with `N_rand_samples`.
     """
 
     def __init__(self, scene, N_rand, no_batching, precrop_iters, precrop_frac, pixel_centers, device,
-                 with_alpha=False, N_rand_samples=None, first_guess=None):
-        first, last = min(scene.i_train), max(scene.i_train)  # on the CPU a slice needs no copy
-        self.images = torch.from_numpy(scene.images[first:last + 1]).to(device)           # [., H, W, 3] uint8
-        self.poses = torch.from_numpy(scene.poses[first:last + 1]).to(device)             # [., 3, 4]
-        self.alphas = None                                                                # [., H, W] uint8
+                 with_alpha=False, N_rand_samples=None, expected_samples=None):
+        first, last = min(scene.i_train), max(scene.i_train)  # a slice, which on the CPU is no copy
+        self.images = torch.from_numpy(scene.images[first:last + 1]).to(device)        # [., H, W, 3] uint8
+        self.poses = torch.from_numpy(scene.poses[first:last + 1]).to(device)          # [., 3, 4]
+        self.alphas = None                                                             # [., H, W] uint8
         if with_alpha and scene.alphas is not None:
             self.alphas = torch.from_numpy(scene.alphas[first:last + 1]).to(device)
-        self.views = torch.from_numpy(np.asarray(scene.i_train) - first).to(device)       # [N_views]
+        self.views = torch.from_numpy(np.asarray(scene.i_train) - first).to(device)    # [N_views]
         self.K, self.device = scene.K, device
         self.N_rand, self.no_batching = N_rand, no_batching
         self.precrop_iters, self.precrop_frac = precrop_iters, precrop_frac
         self.pixel_offset = 0.5 if pixel_centers else 0.0
-        self.N_rand_samples, self.first_guess = N_rand_samples, first_guess
-        self.samples_per_ray = None
+        self.N_rand_samples, self.expected_samples = N_rand_samples, expected_samples
+        self.mean_samples = None  # samples per ray in the last step
 
     def sample(self, step):
         """The `Batch` of training step `step` ≥ 1."""
@@ -87,16 +88,21 @@ class RaySampler:
         """Number of rays in the next batch."""
         if self.N_rand_samples is None:
             return self.N_rand
-        expected = float(self.samples_per_ray or self.first_guess)  # no samples at all is no basis for a number
-        return max(1, min(self.N_rand, int(self.N_rand_samples / expected)))
+        mean_samples = float(self.mean_samples or self.expected_samples)  # 0 is no basis for a number of rays
+        return max(1, min(self.N_rand, int(self.N_rand_samples / mean_samples)))
 
-    def follow(self, num_samples):
-        """Adapt the number of rays to the last step's mean number of samples per ray, a scalar tensor or None."""
-        if num_samples is not None:
-            self.samples_per_ray = num_samples.detach()
+    def adapt_to(self, mean_samples):
+        """Adapt the number of rays to the mean number of samples per ray in the last step, a scalar
+        tensor; None if it is not known."""
+        if mean_samples is not None:
+            self.mean_samples = mean_samples.detach()
+
+    def reset(self):
+        """Forget the number of samples per ray, because the renderer has been reset."""
+        self.mean_samples = None
 
     def state_dict(self):
-        return {'samples_per_ray': None if self.samples_per_ray is None else float(self.samples_per_ray)}
+        return {'mean_samples': None if self.mean_samples is None else float(self.mean_samples)}
 
     def load_state_dict(self, state):
-        self.samples_per_ray = state['samples_per_ray']
+        self.mean_samples = state['mean_samples']

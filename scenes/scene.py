@@ -10,7 +10,7 @@ from scenes.cameras import check_poses, focus_point
 from scenes.errors import UserError
 from scenes.files import read_array, read_json
 
-# Fields of a `Scene` that are not stored in a checkpoint.
+# These fields of a `Scene` are not stored in a checkpoint.
 NOT_IN_CHECKPOINT = ('images', 'alphas', 'names')
 
 
@@ -26,7 +26,7 @@ class Scene:
     render_poses: float32 [M, 3, 4], c2w along the path of the video.
     i_train, i_val, i_test: indices of the views in each split.
     alphas: uint8 [N, H, W]; None if no image has transparent pixels.
-    names: file name of each view's image; None if the scene comes from a checkpoint.
+    names: path of each view's image within the scene's folder; None if the scene comes from a checkpoint.
     """
     images: np.ndarray | None
     H: int
@@ -47,42 +47,39 @@ class Scene:
         """[H, W, focal], the focal length in pixels."""
         return [self.H, self.W, float(self.K[0, 0])]
 
-    def cameras(self):
+    def checkpoint_fields(self):
         """Everything but the images, as plain numbers and tensors for a checkpoint."""
-        return {key: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
-                for key, value in vars(self).items() if key not in NOT_IN_CHECKPOINT}
+        plain = {key: value for key, value in vars(self).items() if key not in NOT_IN_CHECKPOINT}
+        for key, value in plain.items():
+            if isinstance(value, (np.ndarray, np.generic)):
+                plain[key] = torch.as_tensor(value) if value.ndim else value.item()
+        return plain
 
-    def has_cameras_of(self, camera):
-        """Whether the cameras are those stored in a checkpoint; true if it stores none."""
-        if 'poses' not in camera:
+    def has_cameras_of(self, saved):
+        """Whether the cameras are those of `saved`, the `checkpoint_fields` of a
+        checkpoint; true if it has none."""
+        if 'poses' not in saved:
             return True
-        own = self.cameras()
-        return all(np.shape(camera[key]) == np.shape(own[key]) and np.allclose(camera[key], own[key], atol=1e-4)
+        own = self.checkpoint_fields()
+        return all(np.shape(saved[key]) == np.shape(own[key]) and np.allclose(saved[key], own[key], atol=1e-4)
                    for key in ('H', 'W', 'K', 'poses'))
 
 
-def scene_from_checkpoint(args, camera):
-    """The scene stored in a checkpoint by `Scene.cameras`: enough to render a camera path."""
-    known = {field.name: camera[field.name] for field in fields(Scene) if field.name not in NOT_IN_CHECKPOINT}
+def scene_from_checkpoint(args, saved):
+    """The scene whose `checkpoint_fields` a checkpoint holds: enough to render a camera path. Raises
+    UserError as `apply_options` does."""
+    known = {field.name: saved[field.name] for field in fields(Scene) if field.name not in NOT_IN_CHECKPOINT}
     known = {key: value.numpy() if torch.is_tensor(value) else value for key, value in known.items()}
     return apply_options(args, Scene(images=None, **known))
 
 
 def finish_scene(args, scene):
-    """Complete a loaded scene with the options --near, --far and --render_poses, and check it.
+    """Apply the options to a loaded scene, and check it.
 
     Raises:
-      UserError: near and far do not fit each other or the options, no view is left for training, or the file of
-        --render_poses is unusable.
+      UserError: as `apply_options` does, or no view is left for training.
     """
     apply_options(args, scene)
-    if scene.near >= scene.far:
-        raise UserError(f'{args.datadir}: found near {scene.near:g} and far {scene.far:g}, expected near < far')
-    if uses_ndc(args) and (scene.near < 0 or scene.far > 1):
-        raise UserError(f'--near, --far: found {scene.near:g} and {scene.far:g}, expected 0 to 1 in normalised '
-                        'device coordinates; give --no_ndc for bounds in scene units')
-    if args.lindisp and scene.near <= 0 and not uses_ndc(args):
-        raise UserError(f'--lindisp: found near {scene.near:g}, expected more than 0')
     if len(scene.i_train) == 0:
         raise UserError(f'{args.datadir}: found no training view')
     warn_of_mismatches(args, scene)
@@ -90,24 +87,38 @@ def finish_scene(args, scene):
 
 
 def apply_options(args, scene):
-    """Replace near, far and the camera path by those of the options, where given; returns the scene."""
+    """Replace near, far and the camera path by --near, --far and --render_poses
+    where given; returns the scene.
+
+    Raises:
+      UserError: near and far do not fit each other or the options, or the file of --render_poses is unusable.
+    """
     if args.near is not None:
         scene.near = args.near
     if args.far is not None:
         scene.far = args.far
     if args.render_poses:
         scene.render_poses = read_render_poses(args.render_poses)
+    if scene.near >= scene.far:
+        raise UserError(f'{args.datadir}: found near {scene.near:g} and far {scene.far:g}, '
+                        'expected near < far')
+    if uses_ndc(args) and (scene.near < 0 or scene.far > 1):
+        raise UserError(f'--near, --far: found {scene.near:g} and {scene.far:g}, expected 0 to 1 in '
+                        'normalised device coordinates; give --no_ndc for bounds in scene units')
+    if args.lindisp and scene.near <= 0 and not uses_ndc(args):
+        raise UserError(f'--lindisp: found near {scene.near:g}, expected more than 0')
     return scene
 
 
 def uses_ndc(args):
-    """Whether rays are mapped to normalised device coordinates: only those of forward-facing (llff) scenes are."""
+    """Whether rays are mapped to normalised device coordinates: only those of
+    forward-facing (llff) scenes are."""
     return args.dataset_type == 'llff' and not args.no_ndc
 
 
 def warn_of_mismatches(args, scene):
-    """Warn if near and far miss what the cameras look at, if NDC cannot represent the cameras, or if --random_bkgd
-    has no effect."""
+    """Warn if near and far miss what the cameras look at, if NDC cannot represent the cameras, or if
+    --random_bkgd has no effect."""
     if args.dataset_type != 'llff':  # the axes of forward-facing cameras do not meet
         distance = float(np.median(np.linalg.norm(scene.poses[:, :, 3] - focus_point(scene.poses), axis=-1)))
         if not scene.near < distance < scene.far:
@@ -116,10 +127,10 @@ def warn_of_mismatches(args, scene):
     if uses_ndc(args):
         agreement = np.linalg.norm(scene.poses[:, :, 2].mean(0))  # 1 if all cameras face the same way
         if args.spherify or agreement < 0.5:
-            warnings.warn('the cameras surround the scene, which normalised device coordinates cannot represent: '
-                          'set --no_ndc --spherify --lindisp', stacklevel=2)
+            warnings.warn('the cameras surround the scene, which normalised device coordinates cannot '
+                          'represent: set --no_ndc --spherify --lindisp', stacklevel=2)
     if args.random_bkgd and scene.alphas is None:
-        warnings.warn(f'{args.datadir}: the scene has no transparent pixels, so --random_bkgd changes nothing',
+        warnings.warn(f'{args.datadir}: the scene has no transparent pixels, so --random_bkgd has no effect',
                       stacklevel=2)
 
 

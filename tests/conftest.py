@@ -21,18 +21,19 @@ def golden(name):
         return {key: arrays[key] for key in arrays}
 
 
-# --- runs that several tests look at; a test that writes to their folder copies it first ---------------------------
+# --- runs that several tests look at; a test that writes to their folder copies it first --------------------
 
 @pytest.fixture(scope='session')
 def demo_run(tmp_path_factory):
-    """A run of the demo in a process of its own, 250 steps: its folder and what it printed to stdout and stderr.
-    `path.npy` beside the folder is its camera path."""
+    """A run of the demo in a process of its own, 250 steps: its folder and what it printed to stdout and
+    stderr. `path.npy` beside the folder is its camera path."""
     basedir = tmp_path_factory.mktemp('demo_run')
     poses = np.tile(np.eye(4), (3, 1, 1))
     poses[:, 2, 3] = 4, 4.2, 4.4
     np.save(basedir / 'path.npy', poses)
     done = run_script(*DEMO, '--basedir', basedir, '--N_iters', 250, '--i_print', 50, '--i_img', 100,
-                      '--i_weights', 100, '--i_testset', 250, '--i_video', 250, '--render_poses', basedir / 'path.npy')
+                      '--i_weights', 100, '--i_testset', 250, '--i_video', 250,
+                      '--render_poses', basedir / 'path.npy')
     assert done.returncode == 0, done.stderr
     return basedir / 'demo', done.stdout, done.stderr
 
@@ -41,7 +42,8 @@ def demo_run(tmp_path_factory):
 def fast_demo_run(tmp_path_factory):
     """The folder of a run of the fast demo, 250 steps."""
     basedir = tmp_path_factory.mktemp('fast_demo_run')
-    assert run(*FAST_DEMO, '--basedir', basedir, '--N_iters', 250, '--i_testset', 250, '--i_video', 10 ** 6) == 0
+    assert run(*FAST_DEMO, '--basedir', basedir, '--N_iters', 250, '--i_testset', 250,
+               '--i_video', 10 ** 6) == 0
     return basedir / 'demo_fast'
 
 

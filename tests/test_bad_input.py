@@ -36,9 +36,9 @@ def options(tmp_path):
     """A function that writes a tiny scene and returns the options of a one-step run on it."""
     def build(kind, scene=None):
         scene = scene or {'blender': blender_scene, 'llff': llff_scene}[kind](tmp_path / 'scene')
-        return ['--dataset_type', kind, '--datadir', scene, '--expname', 'run', '--basedir', tmp_path / 'logs',
-                '--N_iters', 1, '--N_rand', 4, '--N_samples', 4, '--netdepth', 1, '--netwidth', 4, '--factor', 0,
-                '--device', 'cpu', '--testskip', 1]
+        return ['--dataset_type', kind, '--datadir', scene, '--expname', 'run',
+                '--basedir', tmp_path / 'logs', '--N_iters', 1, '--N_rand', 4, '--N_samples', 4,
+                '--netdepth', 1, '--netwidth', 4, '--factor', 0, '--device', 'cpu', '--testskip', 1]
     return build
 
 
@@ -163,7 +163,8 @@ def test_no_intrinsics(capsys, options, tmp_path):
 def test_intrinsics_for_images_of_different_size(capsys, options, tmp_path):
     args = options('blender')
     for split in ('train', 'val', 'test'):
-        edit_json(tmp_path / f'scene/transforms_{split}.json', lambda meta: meta.update(w=20, h=16, fl_x=12.0))
+        edit_json(tmp_path / f'scene/transforms_{split}.json',
+                  lambda meta: meta.update(w=20, h=16, fl_x=12.0))
     assert_refused(capsys, args, '20', '10×8')
 
 
@@ -179,8 +180,8 @@ def test_pose_and_image_counts_differ(capsys, options, tmp_path):
     assert_refused(capsys, args, '2 images', '3 poses')
 
 
-@pytest.mark.parametrize('table', [np.zeros((3, 16)), np.zeros(17), np.zeros((0, 17)), np.full((3, 17), np.nan),
-                                   np.array(['a'])])
+@pytest.mark.parametrize('table', [
+    np.zeros((3, 16)), np.zeros(17), np.zeros((0, 17)), np.full((3, 17), np.nan), np.array(['a'])])
 def test_bad_poses_bounds(capsys, options, tmp_path, table):
     args = options('llff')
     np.save(tmp_path / 'scene/poses_bounds.npy', table)
@@ -272,7 +273,8 @@ def test_bad_render_poses(capsys, options, tmp_path, name, content):
 
 
 @pytest.mark.parametrize('content', [
-    b'\xff\xfe binary \x00', b'[section]\nexpname = run\n', b'config = other.txt\n', b'expname = a\nexpname = b\n'])
+    b'\xff\xfe binary \x00', b'[section]\nexpname = run\n', b'config = other.txt\n',
+    b'expname = a\nexpname = b\n'])
 def test_config_with_unusable_content(capsys, tmp_path, content):
     (tmp_path / 'odd.txt').write_bytes(content)
     assert_refused(capsys, ['--config', tmp_path / 'odd.txt'], 'odd.txt')
@@ -281,7 +283,8 @@ def test_config_with_unusable_content(capsys, tmp_path, content):
 @pytest.mark.parametrize('value', [3, None, ['a'], '', '/'])
 def test_file_path_that_names_no_image(capsys, options, tmp_path, value):
     args = options('blender')
-    edit_json(tmp_path / 'scene/transforms_train.json', lambda meta: meta['frames'][1].update(file_path=value))
+    edit_json(tmp_path / 'scene/transforms_train.json',
+              lambda meta: meta['frames'][1].update(file_path=value))
     assert_refused(capsys, args)
 
 
@@ -323,7 +326,7 @@ def test_near_and_far_in_scene_units_with_ndc(capsys, options):
 def test_two_photos_with_the_same_name(capsys, options, tmp_path):
     args = options('llff')
     iio.imwrite(tmp_path / 'scene/images/0.jpg', noise(16, 24, 3, seed=0))
-    assert_refused(capsys, [*args, '--factor', 2], 'twice')
+    assert_refused(capsys, [*args, '--factor', 2], 'found two images called 0')
 
 
 @pytest.mark.parametrize('key, value', [

@@ -11,8 +11,9 @@ TINY = ['--config', ROOT / 'configs/demo.txt', '--datadir', ROOT / 'data/demo', 
     ('step.py', [*TINY, '--steps', 2, '--warmup', 2], 'sparse fp32'),
     ('render.py', [*TINY, '--frames', 1, '--rows', 8], 'nerf-pytorch'),
     ('processes.py', [*TINY, '--rounds', 1, '--N_iters', 20], 'efficiency'),
-    ('contention.py', [*TINY, '--seconds', 0.5, '--rounds', 1], 'busy loops'),
-    ('quality.py', [*TINY, '--N_iters', 4, '--seeds', 0, '--evaluations', 2, '--views', 1], 'means at the end'),
+    ('contention.py', [*TINY, '--seconds', 0.5, '--rounds', 1, '--warmup', 5], 'busy loops'),
+    ('quality.py', [*TINY, '--N_iters', 4, '--seeds', 0, '--evaluations', 2, '--views', 1],
+     'means at the end'),
     ('logging_overhead.py', [*TINY, '--i_img', 10, '--i_print', 5, '--blocks', 2], 'added:'),
     ('render_memory.py', ['--frames', 2, '--size', 32], '2 frames of 32×32: peak')])
 def test_benchmark(script, options, printed):

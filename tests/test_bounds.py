@@ -12,7 +12,8 @@ BALL = torch.tensor([0.2, 0, 0])
 
 
 def ball_scene(radius=0.5, views=20, size=64, alpha=True):
-    """A ball at (0.2, 0, 0), seen by cameras on a sphere of radius 4 around the origin; only what bounds need."""
+    """A ball at (0.2, 0, 0), seen by cameras on a sphere of radius 4 around the
+    origin; only what bounds need."""
     random = np.random.RandomState(0)
     back = random.randn(views, 3)
     back /= np.linalg.norm(back, axis=-1, keepdims=True)
@@ -41,7 +42,8 @@ def is_possible(points, aabb, possible):
 
 def test_silhouettes_bound_the_scene():
     aabb, possible = find_bounds(ball_scene(), False, 32)
-    assert (aabb[0] <= torch.tensor([-0.3, -0.5, -0.5])).all() and (aabb[1] >= torch.tensor([0.7, 0.5, 0.5])).all()
+    assert (aabb[0] <= torch.tensor([-0.3, -0.5, -0.5])).all()
+    assert (aabb[1] >= torch.tensor([0.7, 0.5, 0.5])).all()
     assert ((aabb[1] - aabb[0]) < 1.8).all()
     centers = torch.stack(torch.meshgrid(*[torch.arange(32) + 0.5] * 3, indexing='ij'), -1).reshape(-1, 3)
     points = aabb[0] + centers / 32 * (aabb[1] - aabb[0])
@@ -69,7 +71,8 @@ def test_a_given_box_keeps_cells_that_few_views_see():
     """An object in the corner of one image, where no other camera looks."""
     scene = ball_scene()
     scene.alphas[0][:6, :6] = 255
-    rays_o, rays_d = pixel_rays(torch.tensor(2.5), torch.tensor(2.5), scene.K, torch.from_numpy(scene.poses[0]))
+    rays_o, rays_d = pixel_rays(torch.tensor(2.5), torch.tensor(2.5), scene.K,
+                                torch.from_numpy(scene.poses[0]))
     points = rays_o + torch.linspace(2.5, 5.5, 50)[:, None] * rays_d
     assert is_possible(points, *find_bounds(scene, False, 32, [-4, -4, -4, 4, 4, 4])).any()
     assert not is_possible(points, *find_bounds(scene, False, 32)).any()

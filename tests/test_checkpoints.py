@@ -47,7 +47,7 @@ class Grid(torch.nn.Module):
         super().__init__()
         self.grid = torch.nn.Module()
         self.grid.register_buffer('aabb', torch.zeros(2, 3))
-        self.grid.register_buffer('opacity', torch.zeros(4, 4, 4))
+        self.grid.register_buffer('occs', torch.zeros(4, 4, 4))
         self.grid.register_buffer('occupied', torch.ones(4, 4, 4, dtype=torch.bool))
 
 
@@ -82,7 +82,7 @@ def equal(one, other):
     return one == other
 
 
-# --- damaged files ----------------------------------------------------------------------------------------------
+# --- damaged files ------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
@@ -142,7 +142,7 @@ class Malicious:
 @pytest.mark.parametrize('content, reason', [
     (Malicious(), 'more than tensors'), ([1, 2], 'no networks'), ({'global_step': 3}, 'no networks'),
     ({'global_step': 'three', 'network_fn_state_dict': {}}, 'no networks')])
-def test_files_that_are_no_checkpoint(tmp_path, monkeypatch, content, reason):
+def test_files_that_are_not_checkpoints(tmp_path, monkeypatch, content, reason):
     monkeypatch.chdir(tmp_path)
     torch.save(content, 'model.tar')
     with pytest.raises(UserError, match=reason):
@@ -150,6 +150,17 @@ def test_files_that_are_no_checkpoint(tmp_path, monkeypatch, content, reason):
     with pytest.raises(UserError, match=reason):
         load_checkpoint(options('--ft_path', 'model.tar'))
     assert not Path('executed').exists()
+
+
+@pytest.mark.parametrize('change, reason', [({'extra': Malicious()}, 'more than tensors'),
+                                            ({'format': 3}, 'found format 3, expected at most 2')])
+def test_a_checkpoint_that_is_not_damaged_is_left_alone(saved, tmp_path, monkeypatch, change, reason):
+    """A run does not start afresh beside a checkpoint that it cannot use."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({**torch.load(saved / '000002.tar', weights_only=True), **change}, tmp_path / '000002.tar')
+    with pytest.raises(UserError, match=reason):
+        load_newest(tmp_path)
+    assert (tmp_path / '000002.tar').is_file() and not Path('executed').exists()
 
 
 def test_which_checkpoint_is_loaded(saved, tmp_path):
@@ -163,11 +174,11 @@ def test_which_checkpoint_is_loaded(saved, tmp_path):
         load_checkpoint(options('--ft_path', tmp_path / 'missing.tar'))
 
 
-# --- round trips ------------------------------------------------------------------------------------------------
+# --- round trips --------------------------------------------------------------------------------------------
 
 def test_everything_is_restored(tmp_path):
     parts = make_parts(renderer=Grid(), ray_sampler=Counter(3), safeguards=None)
-    parts['renderer'].grid.opacity.fill_(0.25)
+    parts['renderer'].grid.occs.fill_(0.25)
     keeper(tmp_path, parts=parts).save(7)
     expected = torch.rand(3)
     path, state = load_newest(tmp_path)
@@ -186,7 +197,8 @@ def test_everything_is_restored(tmp_path):
 
 
 @pytest.mark.parametrize('change, match', [
-    ({'network_fine': None}, None), ({'optimizer': None}, None), ({'renderer': Grid()}, 'renderer_state_dict'),
+    ({'network_fine': None}, None), ({'optimizer': None}, None),
+    ({'renderer': Grid()}, 'renderer_state_dict'),
     ({'network_fn': torch.nn.Linear(3, 4)}, 'network_fn_state_dict does not fit')])
 def test_parts_that_do_not_fit_are_named(saved, change, match):
     path, state = load_newest(saved)
@@ -207,7 +219,7 @@ def test_a_missing_network_is_named(tmp_path):
         restore(path, state, make_parts())
 
 
-# --- options ----------------------------------------------------------------------------------------------------
+# --- options ------------------------------------------------------------------------------------------------
 
 def scene(same):
     return SimpleNamespace(has_cameras_of=lambda camera: same)
@@ -217,9 +229,9 @@ def test_changed_options_are_named(saved):
     path, state = load_newest(saved)
     args = options('--N_rand', 32, '--N_iters', 3, '--datadir', 'elsewhere', '--lrate', 1e-3)
     assert changed_options(args, state) == ['N_rand 32 (was 4096)', 'lrate 0.001 (was 0.0005)']
-    assert changed_options(args, state, ['datadir']) == ['datadir elsewhere (was ./data/llff/fern)']
-    assert changed_options(args, state, []) == []
-    with pytest.warns(UserWarning, match=r'differ .*N_rand 32 .*another scene') as caught:
+    assert changed_options(args, state, 'source') == ['datadir elsewhere (was ./data/llff/fern)']
+    assert changed_options(args, state, 'scene') == []
+    with pytest.warns(UserWarning, match=r'differ .*N_rand 32 .*other cameras') as caught:
         warn_of_changes(args, scene(same=False), path, state)
     assert 'N_iters' not in str(caught[0].message)
     args.render_only = True
@@ -230,7 +242,8 @@ def test_changed_options_are_named(saved):
 
 
 def test_rendering_adopts_options_that_are_not_given(tmp_path):
-    keeper(tmp_path, '--netwidth', 8, '--N_samples', 5, '--lrate', 1, '--chunk', 7, '--precision', 'fp32').save(1)
+    keeper(tmp_path, '--netwidth', 8, '--N_samples', 5, '--lrate', 1, '--chunk', 7,
+           '--precision', 'fp32').save(1)
     state = read_checkpoint(tmp_path / '000001.tar')
     args = options('--render_only', '--N_samples', 64)
     adopt_options(args, state)
@@ -247,7 +260,7 @@ def test_trained_pixel_centers_are_kept(saved):
         assert trained_pixel_centers(options('--pixel_centers'), path, {**state, 'camera': {}}) is False
 
 
-# --- older files ------------------------------------------------------------------------------------------------
+# --- older files --------------------------------------------------------------------------------------------
 
 @needs_golden
 def test_nerf_pytorch():
@@ -261,16 +274,18 @@ def test_nerf_pytorch():
 def test_format_1(tmp_path, with_grid):
     """The occupancy grid was part of the network, and the safeguards were called health."""
     parts, grid = make_parts(), Grid()
-    grid.grid.opacity.fill_(0.5)
+    grid.grid.occs.fill_(0.5)
     network = parts['network_fn'].state_dict()
     if with_grid:
-        network.update({f'occupancy.{key.removeprefix("grid.")}': value for key, value in grid.state_dict().items()})
+        old_names = {'grid.aabb': 'aabb', 'grid.occs': 'opacity', 'grid.occupied': 'occupied'}
+        network.update({f'occupancy.{old_names[key]}': value for key, value in grid.state_dict().items()})
         network['occupancy.samples_of_a_ray'] = torch.tensor(19.25)
     torch.save({'global_step': 5, 'network_fn_state_dict': network,
                 'network_fine_state_dict': parts['network_fine'].state_dict(),
                 'optimizer_state_dict': parts['optimizer'].state_dict(), 'with_gradient': {'coarse': 0.5},
-                'random_state': {'cpu': torch.get_rng_state(), 'cuda': []}, 'args': {'seed': 0}, 'camera': CAMERA,
-                'health': {'count': 2} if with_grid else {}, 'format': 1}, tmp_path / 'old.tar')
+                'random_state': {'cpu': torch.get_rng_state(), 'cuda': []}, 'args': {'seed': 0},
+                'camera': CAMERA, 'health': {'count': 2} if with_grid else {}, 'format': 1},
+               tmp_path / 'old.tar')
     state = read_checkpoint(tmp_path / 'old.tar')
     assert state['steps_done'] == 5 and not {'health', 'with_gradient'} & state.keys()
     assert ('safeguards_state_dict' in state) == with_grid
@@ -279,14 +294,15 @@ def test_format_1(tmp_path, with_grid):
     for name in ('network_fn', 'network_fine', 'optimizer'):
         assert equal(restored[name].state_dict(), parts[name].state_dict())
     if with_grid:
-        assert equal(restored['renderer'].state_dict(), grid.state_dict()) and restored['safeguards'].count == 2
-        assert state['ray_sampler_state_dict'] == {'samples_per_ray': 19.25}
+        assert equal(restored['renderer'].state_dict(), grid.state_dict())
+        assert restored['safeguards'].count == 2
+        assert state['ray_sampler_state_dict'] == {'mean_samples': 19.25}
     else:
         with pytest.raises(UserError, match='renderer_state_dict'):
             restore(tmp_path / 'old.tar', state, {'renderer': Grid()})
 
 
-# --- when one is due --------------------------------------------------------------------------------------------
+# --- when one is due ----------------------------------------------------------------------------------------
 
 @pytest.fixture
 def clock(monkeypatch):
@@ -300,16 +316,16 @@ def steps_in(folder):
     return sorted(int(path.stem) for path in folder.glob('*.tar'))
 
 
-def test_by_step_and_at_the_end(tmp_path, clock):
+def test_saves_are_due_by_step_and_at_the_end(tmp_path, clock):
     kept = keeper(tmp_path, '--i_weights', 3, '--N_iters', 8)
     for step in range(1, 9):
         kept.save_if_due(step)
-    assert steps_in(tmp_path) == [3, 6, 8] and kept.saved_step == 8 and kept.newest == kept.path(8)
+    assert steps_in(tmp_path) == [3, 6, 8] and kept.saved_step == 8 and kept.newest == kept.path_of(8)
     assert kept.read_newest()[1]['steps_done'] == 8
     assert keeper(tmp_path).read_newest() == (None, None)
 
 
-def test_by_time_the_newest_are_kept(tmp_path, clock):
+def test_of_saves_by_time_the_newest_are_kept(tmp_path, clock):
     kept = keeper(tmp_path, '--i_weights', 4, '--save_minutes', 1)
     for step in range(1, 8):
         clock.seconds += 61
@@ -317,7 +333,7 @@ def test_by_time_the_newest_are_kept(tmp_path, clock):
     assert steps_in(tmp_path) == [4, 6, 7]
 
 
-def test_not_while_unhealthy_but_at_the_end(tmp_path, clock):
+def test_an_unhealthy_run_is_saved_only_at_the_end(tmp_path, clock):
     kept = keeper(tmp_path, '--i_weights', 1, '--N_iters', 3)
     for step in range(1, 4):
         kept.save_if_due(step, healthy=False)
@@ -346,7 +362,7 @@ def test_a_failed_save_is_reported_and_retried(tmp_path, clock, monkeypatch):
     assert not list(tmp_path.iterdir())
     kept.save_if_due(6)
     assert steps_in(tmp_path) == []
-    clock.seconds += checkpoints.RETRY_SECONDS + 1
+    clock.seconds += checkpoints.SAVE_RETRY_SECONDS + 1
     kept.save_if_due(7)
     kept.save_if_due(8)
     assert steps_in(tmp_path) == [7]

@@ -1,12 +1,13 @@
-"""Devices: which one, its precision, and how many rays at once."""
+"""Devices: which one, its precision, and how many rays fit in its memory."""
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from run_nerf import create_nerf
+from accel.renderer import MAX_SAMPLES
+from run_nerf import EXACT, create_nerf
 from scenes.errors import UserError
-from training.devices import SAMPLES_AT_ONCE, has_fast_bf16, pick_device, pick_precision, rays_at_once
+from training.devices import has_fast_bf16, pick_device, pick_precision
 from training.options import config_parser
 
 CPU = torch.device('cpu')
@@ -36,7 +37,7 @@ def test_each_process_takes_the_gpu_of_its_rank(monkeypatch):
         pick_device('auto')
 
 
-# --- precision --------------------------------------------------------------------------------------------------
+# --- precision ----------------------------------------------------------------------------------------------
 
 def test_precision_of_a_device(monkeypatch):
     assert pick_precision('fp32', CPU, 256) == 'fp32' and pick_precision('bf16', CPU, 8) == 'bf16'
@@ -48,13 +49,27 @@ def test_precision_of_a_device(monkeypatch):
         assert pick_precision('auto', CPU, 32) == 'fp32', 'conversions cost more in narrow layers'
 
 
-def test_bf16_is_fast_on_some_devices_only():
-    assert has_fast_bf16(CPU) in (True, False) and not has_fast_bf16(torch.device('meta'))
+def test_bf16_is_fast_where_the_processor_has_it(monkeypatch):
+    for found in (True, False):
+        for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'):
+            monkeypatch.setattr(torch.cpu, name, lambda found=found: found, raising=False)
+        assert has_fast_bf16(CPU) == found and not has_fast_bf16(torch.device('meta'))
+
+
+@pytest.mark.parametrize('options, expected', [
+    (['--netwidth', '32', '--N_importance', '4'], 'bf16'), (['--netwidth', '32'], 'fp32'),
+    (['--netwidth', '32', '--i_embed', '1', '--log2_hashmap_size', '4'], 'bf16')])
+def test_only_networks_that_exist_decide_on_the_precision(tmp_path, monkeypatch, options, expected):
+    monkeypatch.setattr('training.devices.has_fast_bf16', lambda device: True)
+    args = config_parser().parse_args(['--expname', 'x', '--basedir', str(tmp_path), '--device', 'cpu',
+                                       *options])
+    assert create_nerf(args)[0]['network_query_fn'].precision == expected
 
 
 @pytest.mark.parametrize('name, training, rendering', [
     ('auto', 'bf16', 'fp32'), ('bf16', 'bf16', 'bf16'), ('fp32', 'fp32', 'fp32')])
-def test_rendering_is_exact_unless_the_options_name_a_precision(tmp_path, monkeypatch, name, training, rendering):
+def test_rendering_is_exact_unless_the_options_name_a_precision(tmp_path, monkeypatch, name, training,
+                                                                rendering):
     monkeypatch.setattr('training.devices.has_fast_bf16', lambda device: True)
     args = config_parser().parse_args(['--expname', 'x', '--basedir', str(tmp_path), '--device', 'cpu',
                                        '--netwidth', '128', '--precision', name])
@@ -63,10 +78,11 @@ def test_rendering_is_exact_unless_the_options_name_a_precision(tmp_path, monkey
     assert test['network_query_fn'].precision == rendering
 
 
-# --- memory -----------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
 
-@given(chunk=st.integers(1, 10 ** 7), samples=st.integers(0, 2000), kind=st.sampled_from(['cpu', 'cuda', 'xpu']))
-def test_rays_at_once_are_bounded_by_chunk_and_samples(chunk, samples, kind):
-    rays = rays_at_once(chunk, samples, torch.device(kind))
-    most = SAMPLES_AT_ONCE.get(kind, SAMPLES_AT_ONCE['cuda'])
-    assert 1 <= rays <= chunk and (rays * samples <= most or rays == 1)
+@given(N_samples=st.integers(1, 10 ** 7), N_importance=st.integers(0, 2000),
+       kind=st.sampled_from(['cpu', 'cuda', 'xpu']))
+def test_the_samples_of_rays_fit_in_memory(N_samples, N_importance, kind):
+    rays = EXACT.max_rays(torch.device(kind), N_samples, N_importance)
+    samples, most = N_samples + N_importance, MAX_SAMPLES.get(kind, MAX_SAMPLES['cuda'])
+    assert rays == 1 or (rays * samples <= most < (rays + 1) * samples)

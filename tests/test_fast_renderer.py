@@ -1,4 +1,4 @@
-"""Fast rendering: its pictures are those of exact rendering, and it evaluates networks less often."""
+"""Fast rendering: its images are those of exact rendering, and it evaluates networks less often."""
 import numpy as np
 import pytest
 import torch
@@ -9,14 +9,13 @@ from accel import baking, fast_renderer
 from accel.fast_renderer import FastRenderer
 from accel.network_query import NetworkQuery
 from run_nerf_helpers import RadianceField, get_rays
-from training.frames import FrameRenderer
 from training.options import config_parser
 from training.processes import Processes
-from training.setup import fast_renderer as choose_renderer
 
-BOX = [[-3.0, -3, -3], [3, 3, 3]]
+AABB = [[-3.0, -3, -3], [3, 3, 3]]
 POSE = np.concatenate([np.eye(3), [[0], [0], [4]]], -1)
-DEMO = ['--config', ROOT / 'configs/demo.txt', '--datadir', ROOT / 'data/demo', '--half_res', '--device', 'cpu']
+DEMO = ['--config', ROOT / 'configs/demo.txt', '--datadir', ROOT / 'data/demo', '--half_res',
+        '--device', 'cpu']
 
 
 class Ball(RadianceField):
@@ -67,10 +66,10 @@ class ScaledQuery(CountingQuery):
 def ball():
     """Arguments of `render` for a ball, exact and fast, and what fast rendering evaluates with."""
     exact_query, fast_query = CountingQuery(), CountingQuery()
-    exact = {'network_fn': Ball(), 'network_fine': Ball(), 'network_query_fn': exact_query, 'N_samples': 64,
-             'N_importance': 64, 'perturb': 0.0, 'raw_noise_std': 0.0, 'white_bkgd': True, 'near': 2.0, 'far': 6.0,
-             'ndc': False, 'use_viewdirs': True}
-    renderer = FastRenderer(run_nerf.ExactRenderer(), [fast_query, exact_query], BOX, say=lambda line: None)
+    exact = {'network_fn': Ball(), 'network_fine': Ball(), 'network_query_fn': exact_query,
+             'N_samples': 64, 'N_importance': 64, 'perturb': 0.0, 'raw_noise_std': 0.0,
+             'white_bkgd': True, 'near': 2.0, 'far': 6.0, 'ndc': False, 'use_viewdirs': True}
+    renderer = FastRenderer(run_nerf.ExactRenderer(), [fast_query, exact_query], AABB, say=lambda line: None)
     return exact, {**exact, 'renderer': renderer}, fast_query
 
 
@@ -90,12 +89,12 @@ def without_merging(monkeypatch):
 def new_renderer(kwargs, *queries, say=lambda line: None):
     """Put a new `FastRenderer` into `kwargs`, with other constants or queries."""
     queries = queries or (CountingQuery(), kwargs['network_query_fn'])
-    kwargs['renderer'] = FastRenderer(run_nerf.ExactRenderer(), queries, BOX, say)
+    kwargs['renderer'] = FastRenderer(run_nerf.ExactRenderer(), queries, AABB, say)
     return kwargs['renderer']
 
 
 def bake_nothing(monkeypatch):
-    empty = baking.make_grid(8, torch.tensor([[-9.0, -9, -9], [9, 9, 9]]))
+    empty = baking.bounded_grid(8, torch.tensor([[-9.0, -9, -9], [9, 9, 9]]))
     empty.set_occupied(torch.zeros_like(empty.occupied))
     monkeypatch.setattr(fast_renderer, 'bake', lambda *args: empty)
 
@@ -134,14 +133,14 @@ def test_near_samples_are_merged(ball, monkeypatch):
 def test_merge_neighbours():
     random = np.random.default_rng(0)
     ray = np.sort(random.integers(0, 6, 80))
-    interval = np.concatenate([np.sort(random.integers(0, 5, (ray == i).sum())) for i in range(6)])
-    points, weights = random.random((80, 3)), random.random(80)
-    means, first, group = fast_renderer.merge_neighbours(*map(torch.as_tensor, (ray, interval, points, weights)))
-    keys = sorted(set(zip(ray, interval)))
+    bins = np.concatenate([np.sort(random.integers(0, 5, (ray == i).sum())) for i in range(6)])
+    points, lengths = random.random((80, 3)), random.random(80)
+    means, first, group = fast_renderer.merge_neighbours(*map(torch.as_tensor, (ray, bins, points, lengths)))
+    keys = sorted(set(zip(ray, bins)))
     assert len(means) == len(keys) == first.sum()
     for number, key in enumerate(keys):
-        its = [i for i in range(80) if (ray[i], interval[i]) == key]
-        np.testing.assert_allclose(means[number], np.average(points[its], 0, weights[its]), atol=1e-9)
+        its = [i for i in range(80) if (ray[i], bins[i]) == key]
+        np.testing.assert_allclose(means[number], np.average(points[its], 0, lengths[its]), atol=1e-9)
         assert (group[its] == number).all() and first[its].tolist() == [True] + [False] * (len(its) - 1)
     zeros = torch.zeros(2)
     means, *_ = fast_renderer.merge_neighbours(zeros, zeros, torch.tensor([[1.0, 1, 1], [3, 3, 3]]), zeros)
@@ -170,24 +169,38 @@ def test_the_first_pass_is_the_coarse_one_whatever_its_number_of_samples(ball):
             return run_nerf.render_rays(ray_batch, network_fn, network_query_fn, N_samples + N_importance,
                                         N_importance=N_importance // 2, **kwargs)
     exact['renderer'] = ManySamples()
-    fast['renderer'] = FastRenderer(ManySamples(), [query, exact['network_query_fn']], BOX)
+    fast['renderer'] = FastRenderer(ManySamples(), [query, exact['network_query_fn']], AABB)
     torch.nn.init.constant_(exact['network_fn'].hardness, -0.5)  # a coarse pass that must not be shown
     one, other = frame(exact), frame(fast)
     assert is_fast(other)
     np.testing.assert_allclose(other.rgb, one.rgb, atol=0.01)
 
 
-@pytest.mark.parametrize('change', ['forget', 'update'])
-def test_changed_networks_are_baked_again(ball, change):
+def test_changed_networks_are_baked_again(ball):
     exact, fast, _ = ball
     frame(fast)
     with torch.no_grad():
         fast['network_fine'].hardness.neg_()  # everything but the ball
         fast['network_fn'].hardness.neg_()
-    fast['renderer'].forget() if change == 'forget' else fast['renderer'].update(1, **exact)
+    fast['renderer'].drop_cache()
     other = frame(fast)
     assert is_fast(other)
     np.testing.assert_allclose(other.rgb, frame(exact).rgb, atol=0.01)
+
+
+@torch.no_grad()
+def test_the_checked_rays_of_a_large_frame_are_limited(ball, monkeypatch):
+    exact, fast, _ = ball
+    monkeypatch.setattr(fast_renderer, 'MAX_CHECKED_RAYS', 300)
+    checked = []
+
+    def count_rays(renderer, rays, **kwargs):
+        checked.append(len(rays))
+        return torch.zeros(len(rays), 4)
+    monkeypatch.setattr(fast_renderer, 'colors_and_opacities', count_rays)
+    names = ('network_fn', 'network_query_fn', 'network_fine', 'N_samples', 'N_importance')
+    fast['renderer'].for_rays(torch.zeros(10 ** 5, 11), **{name: exact[name] for name in names})
+    assert checked == [300, 300]
 
 
 def test_networks_are_baked_once(ball):
@@ -239,11 +252,11 @@ def test_fog_is_divided_less(ball):
     _, fast, query = ball
     torch.nn.init.constant_(fast['network_fine'].hardness, -1.0)  # everywhere around
     frame(fast)
-    cells = baking.COARSE_RESOLUTION ** 3
-    assert query.points < (2 * 2 + 2 * baking.MAX_POINTS) * cells + 64 * 64 * 192
-    sizes = {network: grid.resolution for (network, _), grid in fast['renderer'].grids.items()}
-    finest = baking.COARSE_RESOLUTION * baking.DIVISIONS
-    assert baking.COARSE_RESOLUTION < sizes[fast['network_fine']] < sizes[fast['network_fn']] == finest
+    cells = baking.BAKING_RESOLUTION ** 3
+    assert query.points < (2 * 2 + 2 * baking.MAX_CELLS) * cells + 64 * 64 * 192
+    sizes = {network: grid.resolution for (network, *_), grid in fast['renderer'].grids.items()}
+    finest = baking.BAKING_RESOLUTION * baking.MAX_DIVISIONS
+    assert baking.BAKING_RESOLUTION < sizes[fast['network_fine']] < sizes[fast['network_fn']] == finest
 
 
 @pytest.mark.parametrize('options', [
@@ -267,19 +280,20 @@ def test_inference_mode(ball):
         np.testing.assert_allclose(other.rgb, frame(exact).rgb, atol=0.01)
 
 
-def test_small_things_in_a_small_picture(ball, monkeypatch):
+def test_small_things_in_a_small_image(ball, monkeypatch):
     """A ball that is a few pixels wide."""
     exact, fast, _ = ball
     density = Ball.density
-    monkeypatch.setattr(Ball, 'density', lambda self, points: density(self, points * 2.5))  # radius 0.2, box 6
+    # radius 0.2, box 6
+    monkeypatch.setattr(Ball, 'density', lambda self, points: density(self, points * 2.5))
     one, other = frame(exact), frame(fast)
     assert 10 < (one.acc > 0.9).sum() < 80 and is_fast(other)
     np.testing.assert_allclose(other.rgb, one.rgb, atol=0.05)
 
 
 @pytest.mark.parametrize('side', [64, 100, 128, 400])
-def test_checked_rays_are_all_over_the_picture(side):
-    rays = fast_renderer.spread(side * side, max(256, side * side // fast_renderer.CHECKED_EVERY))
+def test_checked_rays_are_all_over_the_image(side):
+    rays = fast_renderer.stratified_indices(side * side, max(256, side * side // fast_renderer.CHECKED_EVERY))
     assert rays.min() >= 0 and rays.max() < side * side and len(rays.unique()) == len(rays)
     cells, _, _ = np.histogram2d(rays // side, rays % side, bins=4, range=[[0, side]] * 2)
     assert cells.min() > 0.5 * cells.mean()
@@ -312,47 +326,49 @@ def test_blobs_between_evaluated_points_are_seen(wisps, monkeypatch):
     exact, fast, _ = wisps
     one, other = frame(exact), frame(fast)
     assert is_fast(other) and np.abs(other.acc - one.acc).max() < 0.01
-    monkeypatch.setattr(baking, 'MARGINS', (0.0,))
-    fast['renderer'].forget()
+    monkeypatch.setattr(baking, 'THRESHOLDS', (baking.MIN_OPTICAL_DEPTH,))
+    fast['renderer'].drop_cache()
     missed = frame(fast)
     assert is_fast(missed) and np.abs(missed.acc - one.acc).max() > 0.05
 
 
-def test_suspects_are_kept_where_a_closer_look_finds_more(monkeypatch):
-    """Between a margin and half of it, only cells are kept in which one of the eight points is near a blob."""
-    monkeypatch.setattr(baking, 'MARGINS', (0.8, 0.0))  # 12.8 in units of density
+def test_suspect_cells_are_kept_if_other_points_find_density(monkeypatch):
+    """Between a threshold and half of it, only cells are kept in which one of the
+    eight points is near a blob."""
+    monkeypatch.setattr(baking, 'THRESHOLDS', (-0.8, baking.MIN_OPTICAL_DEPTH))  # -12.8 in units of density
     network, kept = Wisps(), {}
     for below in (-5.0, -10.0, -14.0):
         monkeypatch.setattr(Wisps, 'below', below)
-        grid = baking.bake(lambda points: network.density(points) * 4 / 64, torch.tensor(BOX), 6)
-        centers = grid.points_in(torch.arange(grid.occupied.numel()), 0.5)
+        grid = baking.bake(lambda points: network.density(points) * 4 / 64, torch.tensor(AABB), 6)
+        centers = grid.cell_points(torch.arange(grid.occupied.numel()), 0.5)
         region = torch.linalg.vector_norm(centers - centers.new_tensor([0.9, 0, 0]), dim=-1) < 0.3
         kept[below] = grid.occupied.flatten()[region].float().mean().item()
     assert kept[-5.0] == 1 and kept[-14.0] + 0.005 < kept[-10.0] < 0.9
 
 
-def test_the_margin_is_small_where_most_of_the_box_is_barely_transparent(ball):
+def test_few_cells_are_suspect_where_most_of_the_box_is_barely_transparent(ball):
     _, fast, query = ball
     for network in (fast['network_fn'], fast['network_fine']):
         torch.nn.init.constant_(network.hardness, 0.3)  # nowhere lower than -1.5
     frame(fast)
-    assert query.points < (2 * 2 + 2 * 2 * 6) * baking.COARSE_RESOLUTION ** 3
+    assert query.points < (2 * 2 + 2 * 2 * 6) * baking.BAKING_RESOLUTION ** 3
     for grid in fast['renderer'].grids.values():
-        assert grid.resolution == baking.COARSE_RESOLUTION * baking.DIVISIONS
+        assert grid.resolution == baking.BAKING_RESOLUTION * baking.MAX_DIVISIONS
         assert 0 < grid.occupied.float().mean() < 0.1
 
 
 def test_more_points_are_evaluated_where_something_was_missed(wisps, monkeypatch):
-    """The first margin is too small for what a checked ray meets."""
+    """The first threshold is too high for what a checked ray meets."""
     exact, fast, _ = wisps
     monkeypatch.setattr(fast_renderer, 'MIN_CHECKED_RAYS', 64 * 64)
     monkeypatch.setattr(fast_renderer, 'TOLERANCE', 0.05)
-    monkeypatch.setattr(fast_renderer, 'POINTS_PER_CELL', (0.5, 16))
-    new_renderer(fast)
+    monkeypatch.setattr(fast_renderer, 'FAST_CELLS', 0.5)
+    renderer = new_renderer(fast)
     one, other = frame(exact), frame(fast)
     assert is_fast(other) and np.abs(other.acc - one.acc).max() < 0.05
-    few, many = (fast['renderer'].grids[fast['network_fine'], points].occupied for points in (0.5, 16))
-    assert few.sum() < many.sum()
+    few, many = ([grid.occupied.sum() for (network, level, _), grid in renderer.grids.items()
+                  if (network, level) == (fast['network_fine'], wanted)] for wanted in renderer.levels)
+    assert few < many
 
 
 def test_coarse_samples_that_have_weight_are_evaluated_precisely(ball):
@@ -368,7 +384,7 @@ def test_coarse_samples_that_have_weight_are_evaluated_precisely(ball):
     np.testing.assert_allclose(other.rgb, one.rgb, atol=0.02)
 
 
-def test_training_and_small_pictures_are_exact(ball):
+def test_training_and_small_images_are_exact(ball):
     exact, fast, _ = ball
     renderer = fast['renderer']
     names = ('network_fn', 'network_query_fn', 'network_fine', 'N_samples', 'N_importance', 'perturb',
@@ -384,49 +400,52 @@ def test_training_and_small_pictures_are_exact(ball):
 # --- in a run ---
 
 def prepared(*options):
-    args = config_parser().parse_args([str(option) for option in (*DEMO, *options)])
-    scene, _, _, kwargs, *_ = run_nerf.prepare(args, Processes(1))
-    return args, scene, kwargs, choose_renderer(args, scene, kwargs, print)
+    """Options, scene, arguments of exact rendering, and the `ImageRenderer` of a run of the demo."""
+    args, processes = config_parser().parse_args([str(option) for option in (*DEMO, *options)]), Processes(1)
+    scene, _, kwargs_train, kwargs, *_ = run_nerf.prepare(args, processes)
+    frames = run_nerf.frame_renderer(args, scene, kwargs_train, kwargs, processes, None, print)
+    return args, scene, kwargs, frames
 
 
 def test_the_held_out_view_shows_both_networks(tmp_path):
-    args, scene, kwargs, renderer = prepared('--basedir', tmp_path)
-    frames = FrameRenderer(run_nerf.render_frame, scene.hwf, scene.K, args.chunk, kwargs, renderer=renderer)
-    assert not is_fast(frames.view(scene.poses[0]))
-    assert is_fast(next(frames.path(scene.poses[:1])))
+    _, scene, _, frames = prepared('--basedir', tmp_path)
+    assert not is_fast(frames.render_view(scene.poses[0]))
+    assert is_fast(next(frames.render_path(scene.poses[:1])))
 
 
 @pytest.mark.parametrize('options, fast', [([], True), (['--exact_render'], False)])
 def test_exact_render_leaves_nothing_out(tmp_path, options, fast):
-    _, _, kwargs, renderer = prepared('--basedir', tmp_path, *options)
+    _, _, kwargs, frames = prepared('--basedir', tmp_path, *options)
     assert isinstance(kwargs['renderer'], run_nerf.ExactRenderer)
-    assert isinstance(renderer, FastRenderer) == fast
+    assert isinstance(frames.render_kwargs['renderer'], FastRenderer) == fast
+    assert isinstance(frames.view_kwargs['renderer'], run_nerf.ExactRenderer)
 
 
 @pytest.mark.slow
-def test_little_is_skipped_where_closer_points_find_anything(tmp_path):
-    """Of a trained network, the demo's after a few hundred steps. A blob between evaluated points may be missed:
-    that is why some rays of each frame are rendered exactly too."""
+def test_almost_nothing_visible_is_skipped(tmp_path):
+    """Of a trained network, the demo's after a few hundred steps. A blob between evaluated points may be
+    missed: that is why some rays of each frame are rendered exactly too."""
     never = [item for name in ('i_img', 'i_testset', 'i_video') for item in (f'--{name}', 10 ** 6)]
     options = ['--testskip', 4, '--basedir', tmp_path, '--N_iters', 300, '--N_rand', 256, *never]
     assert run_nerf.main([str(option) for option in (*DEMO, *options)]) == 0
-    args, scene, kwargs, renderer = prepared(*options)
-    query, box = renderer.ways[0][0], renderer.box
+    args, scene, kwargs, frames = prepared(*options)
+    renderer = frames.render_kwargs['renderer']
+    aabb = renderer.aabb
     rays = torch.tensor([[0, 0, 0, 0, 0, 0, scene.near, scene.far, 0, 0, 1.0]])
     interval = (scene.far - scene.near) / args.N_samples
     for network in (kwargs['network_fn'], kwargs['network_fine']):
-        grid = renderer.grid(network, query, fast_renderer.POINTS_PER_CELL[0], rays, args.N_samples)
+        grid = renderer.grid(network, renderer.levels[0], rays, args.N_samples)
         cells = (~grid.occupied).flatten().nonzero()[:, 0]
         assert 0.3 < len(cells) / grid.occupied.numel() < 1
         cells = cells[torch.randperm(len(cells), generator=torch.Generator().manual_seed(0))[:4000]]
         missed = torch.zeros(len(cells), dtype=torch.bool)
         for i in range(64):  # four times as dense as the small cells along each axis
             within = (torch.tensor([i // 16, i // 4 % 4, i % 4]) + 0.5) / 4
-            density = kwargs['network_query_fn'].density(grid.points_in(cells, within), network)
+            density = kwargs['network_query_fn'].density(grid.cell_points(cells, within), network)
             missed |= 1 - torch.exp(-torch.relu(density) * interval) > 0.01
         assert missed.float().mean() < 4e-3
     for pose in scene.poses:
         rays_o, rays_d = get_rays(scene.H, scene.W, scene.K, torch.as_tensor(pose))
         for t in (scene.near, scene.far):
             ends = rays_o + t * rays_d
-            assert (ends >= box[0] - 1e-4).all() and (ends <= box[1] + 1e-4).all()
+            assert (ends >= aabb[0] - 1e-4).all() and (ends <= aabb[1] + 1e-4).all()

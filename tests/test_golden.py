@@ -9,7 +9,7 @@ from conftest import DATA, GOLDEN, golden, needs_data, needs_golden
 from accel.network_query import NetworkQuery
 from load_blender import load_blender_data
 from load_llff import load_llff_data
-from run_nerf import create_nerf, raw2outputs, render, render_frame, run_network
+from run_nerf import create_nerf, frame_renderer, raw2outputs, render, render_frame, run_network
 from run_nerf_helpers import (
     EncodedNeRF,
     NeRF,
@@ -24,7 +24,7 @@ from run_nerf_helpers import (
 from training.metrics import psnr
 from training.options import config_parser
 from training.outputs import Frame
-from training.setup import fast_renderer
+from training.processes import Processes
 
 pytestmark = needs_golden
 
@@ -51,7 +51,8 @@ def test_no_encoding():
 def test_rays():
     recorded = golden('rays.npz')
     H, W, K = int(recorded['H']), int(recorded['W']), recorded['K']
-    for found in (get_rays(H, W, K, torch.from_numpy(recorded['c2w'])), get_rays_np(H, W, K, recorded['c2w'])):
+    for found in (get_rays(H, W, K, torch.from_numpy(recorded['c2w'])),
+                  get_rays_np(H, W, K, recorded['c2w'])):
         close(found[0], recorded['rays_o'], 1e-6)
         close(found[1], recorded['rays_d'], 1e-6)
 
@@ -85,7 +86,7 @@ def test_raw2outputs(prefix, options):
         close(found, expected, 1e-5)
 
 
-# --- render and train -------------------------------------------------------------------------------------------
+# --- render and train ---------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def recorded_training():
@@ -106,8 +107,8 @@ def with_encodings(**sizes):
     """Two networks that hold their encodings, and a `NetworkQuery`."""
     encoding, input_ch = get_embedder(10)
     encoding_views, input_ch_views = get_embedder(4)
-    networks = [EncodedNeRF(encoding, encoding_views, input_ch=input_ch, input_ch_views=input_ch_views, **sizes)
-                for _ in range(2)]
+    networks = [EncodedNeRF(encoding, encoding_views, input_ch=input_ch, input_ch_views=input_ch_views,
+                            **sizes) for _ in range(2)]
     return networks, NetworkQuery()
 
 
@@ -165,16 +166,18 @@ def test_training_trajectory(recorded_training, recorded_networks):
     np.testing.assert_allclose(losses, recorded_training['losses'], rtol=1e-4)
 
 
-# --- loaders ----------------------------------------------------------------------------------------------------
+# --- loaders ------------------------------------------------------------------------------------------------
 
 @needs_data
 @pytest.mark.parametrize('name, half_res, step', [('blender_lego.npz', False, 40),
                                                   ('blender_lego_half.npz', True, 40)])
 def test_blender_loader(name, half_res, step):
     recorded = golden(name)
-    imgs, poses, render_poses, hwf, i_split = load_blender_data(DATA / 'nerf_synthetic/lego', half_res, testskip=8)
+    imgs, poses, render_poses, hwf, i_split = load_blender_data(DATA / 'nerf_synthetic/lego', half_res,
+                                                                testskip=8)
     count = len(imgs)  # the recorded scene had 12 more test views, after those that we have
-    assert [len(part) for part in i_split] == [*recorded['counts'][:2], 13] and count == sum(map(len, i_split))
+    assert [len(part) for part in i_split] == [*recorded['counts'][:2], 13]
+    assert count == sum(map(len, i_split))
     assert imgs.shape[1:] == tuple(recorded['image_shape'][1:])
     close(poses, recorded['poses'][:count], 1e-6)
     close(render_poses, recorded['render_poses'], 1e-6)
@@ -200,21 +203,22 @@ def test_llff_loader(name, spherify):
     close(images[:, ::50, ::50], recorded['pixels'], 1e-6)
 
 
-# --- a checkpoint of nerf-pytorch -------------------------------------------------------------------------------
+# --- a checkpoint of nerf-pytorch ---------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def nerf_pytorch_checkpoint(tmp_path_factory):
-    """Options, kwargs for `render`, step and optimizer of a run that starts from the recorded checkpoint."""
+    """Options, and the results of `create_nerf`, of a run that starts from the recorded checkpoint."""
     args = config_parser().parse_args([
         '--config', str(GOLDEN / 'checkpoint/config.txt'), '--ft_path', str(GOLDEN / 'checkpoint/002000.tar'),
         '--basedir', str(tmp_path_factory.mktemp('logs')), '--device', 'cpu'])
-    _, kwargs, start, _, optimizer = create_nerf(args)
-    kwargs.update(near=2.0, far=6.0)
-    return args, kwargs, start, optimizer
+    created = create_nerf(args)
+    for kwargs in created[:2]:
+        kwargs.update(near=2.0, far=6.0)
+    return args, created
 
 
 def test_a_nerf_pytorch_checkpoint_resumes_at_its_step(nerf_pytorch_checkpoint):
-    _, _, start, optimizer = nerf_pytorch_checkpoint
+    _, (_, _, start, _, optimizer) = nerf_pytorch_checkpoint
     assert start == 2000
     assert {state['step'].item() for state in optimizer.state.values()} == {2000}
 
@@ -227,30 +231,35 @@ def recorded_view():
 
 
 def assert_equals_recorded(frame, recorded, stride):
-    """Colour, opacity and disparity of a frame [H, W, ...]; `stride` is that of the recorded pixels to compare."""
+    """Colour, opacity and disparity of a frame [H, W, ...]; `stride` is that of the
+    recorded pixels to compare."""
     for found, key in ((frame.rgb, 'rgb'), (frame.acc, 'acc'), (frame.disp, 'disp')):
         close(found, np.nan_to_num(recorded[key], nan=0.0)[::stride, ::stride], 2e-3)
 
 
-def test_a_nerf_pytorch_checkpoint_renders_the_same_exactly(nerf_pytorch_checkpoint):
-    """Every second one of the recorded pixels, by the exact renderer."""
-    _, kwargs, _, _ = nerf_pytorch_checkpoint
+@pytest.mark.parametrize('every', [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_nerf_pytorch_checkpoint_renders_the_same_exactly(nerf_pytorch_checkpoint, every):
+    """Some or all of the recorded pixels, by the exact renderer."""
+    _, (_, kwargs, *_) = nerf_pytorch_checkpoint
     recorded, K, _ = recorded_view()
-    assert_equals_recorded(render_frame(recorded['c2w'], recorded['hwf'], K, 4096, kwargs, stride=4), recorded, 2)
+    frame = render_frame(recorded['c2w'], recorded['hwf'], K, 4096, kwargs, stride=2 * every)
+    assert_equals_recorded(frame, recorded, every)
 
 
 @needs_data
 def test_a_nerf_pytorch_checkpoint_renders_the_same(nerf_pytorch_checkpoint):
     """The whole frame, as the script renders it."""
-    args, kwargs, _, _ = nerf_pytorch_checkpoint
+    args, (kwargs_train, kwargs_test, *_) = nerf_pytorch_checkpoint
     recorded, K, (H, W) = recorded_view()
     imgs, poses, _, _, i_split = load_blender_data(DATA / 'nerf_synthetic/lego', half_res=True, testskip=8)
-    scene = SimpleNamespace(H=H, W=W, K=K, poses=poses[:, :3, :4].astype(np.float32), near=2.0, far=6.0)
-    renderer = fast_renderer(args, scene, kwargs, print)
-    frame = render_frame(recorded['c2w'], recorded['hwf'], K, 4096, {**kwargs, 'renderer': renderer})
+    scene = SimpleNamespace(H=H, W=W, K=K, poses=poses[:, :3, :4].astype(np.float32), near=2.0, far=6.0,
+                            hwf=recorded['hwf'])
+    frames = frame_renderer(args, scene, kwargs_train, kwargs_test, Processes(1), None, print)
+    frame = frames.render(recorded['c2w'])
     assert_equals_recorded(Frame(frame.rgb[::2, ::2], frame.disp[::2, ::2], frame.acc[::2, ::2]), recorded, 1)
 
     target = imgs[i_split[2][0]]
     target = target[..., :3] * target[..., 3:] + (1 - target[..., 3:])
-    assert -10 * np.log10(np.mean((frame.rgb - target) ** 2)) == pytest.approx(float(recorded['psnr']), abs=0.01)
+    mse = np.mean((frame.rgb - target) ** 2)
+    assert -10 * np.log10(mse) == pytest.approx(float(recorded['psnr']), abs=0.01)
     assert psnr(to8b(frame.rgb), to8b(target)) == pytest.approx(float(recorded['psnr']), abs=0.05)

@@ -1,4 +1,5 @@
-"""Rendering through an occupancy grid: against the formula, training against rendering, changes of the grid."""
+"""Rendering through an occupancy grid: against the formula, training against
+rendering, changes of the grid."""
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from tiny_grids import each_implementation, march, occupied_grid, rays_around  # noqa: F401
 from tiny_networks import encoded_nerf, hash_nerf, points_and_directions
 
-from accel.grid_renderer import SAMPLES_AT_ONCE, UPDATE_EVERY_N_STEPS, GridRenderer
+from accel.grid_renderer import SAMPLES_PER_ADVANCE, UPDATE_EVERY_N_STEPS, GridRenderer
 from accel.network_query import NetworkQuery
 from accel.occupancy import OccupancyGrid
 from accel.packed import MIN_TRANSMITTANCE
@@ -40,14 +41,14 @@ def ray_batch(N):
                       torch.nn.functional.normalize(rays_d, dim=-1)], -1)
 
 
-# --- maps -------------------------------------------------------------------------------------------------------
+# --- maps ---------------------------------------------------------------------------------------------------
 
 @both_implementations
 @pytest.mark.parametrize('at_once', [2 ** 16, 1500])
 @pytest.mark.parametrize('share', [0.0, 0.3, 1.0])
 def test_rendering_equals_training_and_the_formula(share, at_once, monkeypatch):
     """Without gradients rays advance in parts, several of them where few samples are computed at once."""
-    monkeypatch.setitem(SAMPLES_AT_ONCE, 'cpu', at_once)
+    monkeypatch.setitem(SAMPLES_PER_ADVANCE, 'cpu', at_once)
     grid, fog, rays = occupied_grid(share), Fog(2.0), ray_batch(300)
     renderer = GridRenderer(grid)
     trained = renderer.render_rays(rays, fog, QUERY, N_SAMPLES, white_bkgd=True)
@@ -57,9 +58,9 @@ def test_rendering_equals_training_and_the_formula(share, at_once, monkeypatch):
     assert rendered.keys() == trained.keys() == {'rgb_map', 'disp_map', 'acc_map', 'depth_map', 'num_samples'}
     for key, value in rendered.items():
         torch.testing.assert_close(value, trained[key].detach(), rtol=1e-4, atol=1e-5)
-    _, _, (_, _, offsets, _) = march(grid, rays[:, :3], rays[:, 3:6], grid.step_length(N_SAMPLES))
+    _, _, (_, _, offsets, _) = march(grid, rays[:, :3], rays[:, 3:6], grid.step_size(N_SAMPLES))
     assert rendered['num_samples'].equal(offsets.diff())
-    acc = 1 - torch.exp(-2.0 * grid.step_length(N_SAMPLES) * offsets.diff())
+    acc = 1 - torch.exp(-2.0 * grid.step_size(N_SAMPLES) * offsets.diff())
     torch.testing.assert_close(rendered['acc_map'], acc, rtol=1e-4, atol=MIN_TRANSMITTANCE)
     colors = torch.sigmoid(torch.tensor([0.0, 1.0, -1.0])) * acc[:, None] + 1 - acc[:, None]
     torch.testing.assert_close(rendered['rgb_map'], colors, rtol=1e-4, atol=MIN_TRANSMITTANCE)
@@ -79,7 +80,7 @@ def test_rendering_equals_training_for_any_network(make):
 
 @torch.no_grad()
 def test_opaque_rays_end_early(monkeypatch):
-    monkeypatch.setitem(SAMPLES_AT_ONCE, 'cpu', 400)
+    monkeypatch.setitem(SAMPLES_PER_ADVANCE, 'cpu', 400)
     evaluated = []
 
     def network(density):
@@ -96,6 +97,13 @@ def test_opaque_rays_end_early(monkeypatch):
     assert counts[1] < 0.2 * counts[0]
 
 
+@pytest.mark.parametrize('options', [{'retraw': True}, {'lindisp': True}, {'pytest': True},
+                                     {'N_importance': 4}])
+def test_options_that_are_not_available(options):
+    with pytest.raises(ValueError, match='an occupancy grid has no'):
+        GridRenderer(occupied_grid(0.3)).render_rays(ray_batch(3), Fog(2.0), QUERY, N_SAMPLES, **options)
+
+
 def test_noise_and_perturbation_are_random():
     network, rays, renderer = Fog(2.0), ray_batch(100), GridRenderer(occupied_grid(0.3))
     for options in ({'perturb': 1.0}, {'raw_noise_std': 1.0}, {}):
@@ -104,7 +112,7 @@ def test_noise_and_perturbation_are_random():
         assert one.equal(other) == (not options)
 
 
-# --- packed samples ---------------------------------------------------------------------------------------------
+# --- packed samples -----------------------------------------------------------------------------------------
 
 @both_implementations
 def test_packed_samples_are_those_of_the_maps():
@@ -112,14 +120,15 @@ def test_packed_samples_are_those_of_the_maps():
     network, rays, renderer = encoded_nerf(), ray_batch(200), GridRenderer(occupied_grid(0.3))
     out = renderer.render_rays(rays, network, QUERY, N_SAMPLES, retsamples=True, perturb=1.0)
     packed = out['packed']
-    assert packed.num_rays == 200 and torch.bincount(packed.ray_indices, minlength=200).equal(out['num_samples'])
+    assert packed.num_rays == 200
+    assert torch.bincount(packed.ray_indices, minlength=200).equal(out['num_samples'])
     middle = (packed.t_starts + packed.t_ends) / 2
     for key, values in (('acc_map', packed.weights), ('depth_map', packed.weights * middle)):
         sums = torch.zeros(200).index_add(0, packed.ray_indices, values)
         torch.testing.assert_close(sums, out[key], rtol=1e-4, atol=1e-5)
     length = (packed.t_ends - packed.t_starts) * rays[:, 3:6].norm(dim=-1)[packed.ray_indices]
-    step_length = torch.full_like(length, renderer.grid.step_length(N_SAMPLES))
-    torch.testing.assert_close(length, step_length, rtol=1e-3, atol=1e-5)
+    step_size = torch.full_like(length, renderer.grid.step_size(N_SAMPLES))
+    torch.testing.assert_close(length, step_size, rtol=1e-3, atol=1e-5)
     points = rays[packed.ray_indices, :3] + middle[:, None] * rays[packed.ray_indices, 3:6]
     assert renderer.grid.maybe_occupied(points).float().mean() > 0.999  # rounding may put a few on a face
 
@@ -161,7 +170,7 @@ def test_render_hands_packed_samples_through():
     assert extras['packed'].num_rays == 12 and len(extras['packed'].weights) == extras['num_samples'].sum()
 
 
-# --- the grid ---------------------------------------------------------------------------------------------------
+# --- the grid -----------------------------------------------------------------------------------------------
 
 def state_of(renderer):
     return {key: value.clone() for key, value in renderer.state_dict().items()}
@@ -187,12 +196,12 @@ def test_only_update_changes_the_grid():
     torch.manual_seed(0)
     network, renderer = encoded_nerf(), GridRenderer(occupied_grid(0.3))
     kwargs, state = training_kwargs(network, renderer), state_of(renderer)
-    assert state.keys() == {'grid.aabb', 'grid.opacity', 'grid.occupied'}
+    assert state.keys() == {'grid.aabb', 'grid.occs', 'grid.occupied'}
     with torch.no_grad():
         renderer.render_rays(ray_batch(100), network, QUERY, N_SAMPLES)
     loss_and_gradient([8, 10], None, 1000, batch_of(100), kwargs)
     assert is_state_of(renderer, state)
-    renderer.forget()
+    renderer.drop_cache()
     for step in range(1, UPDATE_EVERY_N_STEPS):
         renderer.update(step, **kwargs)
     assert is_state_of(renderer, state)
@@ -220,15 +229,15 @@ def test_the_grid_follows_the_network():
     assert occupied[radius < 0.5 - cell].all() and not occupied[radius > 0.5 + cell].any()
 
 
-def test_reset_parameters_occupies_all_possible_cells():
+def test_reset_occupies_all_possible_cells():
     possible = torch.zeros(16, 16, 16, dtype=torch.bool)
     possible[4:9] = True
     renderer = GridRenderer(OccupancyGrid(16))
-    renderer.grid.set_box([[-1.0, -1, -1], [1, 1, 1]], possible)
+    renderer.grid.set_aabb([[-1.0, -1, -1], [1, 1, 1]], possible)
     state = state_of(renderer)
     renderer.grid.update(lambda points: 40.0 * (points[:, 0] < -0.3), 0.02, torch.Generator(), all_cells=True)
     assert not is_state_of(renderer, state)
-    renderer.reset_parameters()
+    renderer.reset()
     assert is_state_of(renderer, state) and renderer.grid.occupied.equal(possible)
 
 
@@ -239,23 +248,23 @@ def test_a_renderer_is_a_module():
     arguments = ray_batch(100), Fog(2.0), QUERY, N_SAMPLES
     assert renderer.render_rays(*arguments)['acc_map'].equal(other.render_rays(*arguments)['acc_map'])
     assert all(buffer.device.type == 'meta' for buffer in renderer.to('meta').buffers())
-    assert GridRenderer().samples_per_ray(64, 128) == 1 and not list(renderer.parameters())
+    assert GridRenderer().max_rays(torch.device('cpu'), 64) > 10 ** 9 and not list(renderer.parameters())
 
 
-# --- training ---------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 def test_a_loss_on_packed_samples_is_minimised(monkeypatch):
     """The weights of samples can enter the loss in `nerf_losses` without any other change."""
     def losses_with_thickness(rgb, acc, extras, target, bkgd):
-        packed = extras['packed']
-        return {**nerf_losses(rgb, acc, extras, target, bkgd), 'thickness': 0.1 * (packed.weights ** 2).mean()}
+        thickness = 0.1 * (extras['packed'].weights ** 2).mean()
+        return {**nerf_losses(rgb, acc, extras, target, bkgd), 'thickness': thickness}
     torch.manual_seed(0)
     network, batch, gradients = Fog(2.0), batch_of(100), []
     kwargs = {**training_kwargs(network, GridRenderer(occupied_grid(0.3))), 'perturb': 0.0}
     for terms in ({'coarse'}, {'coarse', 'thickness'}):
         network.zero_grad()
         measures = loss_and_gradient([8, 10], None, 1000, batch, kwargs)
-        assert measures.losses.keys() == terms and measures.num_samples > 0
+        assert measures.losses.keys() == terms and measures.mean_samples > 0
         assert measures.total == sum(measures.losses.values())
         gradients.append(network.raw.grad.clone())
         monkeypatch.setattr('run_nerf.nerf_losses', losses_with_thickness)
@@ -269,16 +278,17 @@ def test_batches_reach_the_number_of_samples():
     K = np.array([[60.0, 0, 32], [0, 60, 32], [0, 0, 1]])
     scene = SimpleNamespace(images=np.zeros([1, 64, 64, 3], np.uint8), poses=pose[None], alphas=None, K=K,
                             i_train=np.array([0]))
-    sampler = RaySampler(scene, 20000, False, 0, 0.5, False, 'cpu', N_rand_samples=5000, first_guess=N_SAMPLES / 4)
+    sampler = RaySampler(scene, 20000, False, 0, 0.5, False, 'cpu', N_rand_samples=5000,
+                         expected_samples=N_SAMPLES / 4)
     kwargs = training_kwargs(Fog(2.0), GridRenderer(occupied_grid(0.3)))
     torch.manual_seed(0)
     for step in range(1, 5):
         batch = sampler.sample(step)
         measures = loss_and_gradient([64, 64], K, 1000, batch, kwargs)
-        sampler.follow(measures.num_samples)
-        samples = len(batch.target) * measures.num_samples.item()
+        sampler.adapt_to(measures.mean_samples)
+        samples = len(batch.target) * measures.mean_samples.item()
     assert 0.7 * 5000 < samples < 1.4 * 5000
     kwargs['renderer'].grid.set_occupied(torch.zeros(20, 20, 20, dtype=torch.bool))
     measures = loss_and_gradient([64, 64], K, 1000, sampler.sample(5), kwargs)
-    sampler.follow(measures.num_samples)
-    assert measures.num_samples == 0 and 1 <= len(sampler.sample(6).target) <= 20000
+    sampler.adapt_to(measures.mean_samples)
+    assert measures.mean_samples == 0 and 1 <= len(sampler.sample(6).target) <= 20000

@@ -10,10 +10,10 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accel.hash_grid import BASE_RESOLUTION, FEATURES, PRIMES, HashGrid, encode
-from accel.kernels.compiled import compiled
+from accel.hash_grid import BASE_RESOLUTION, PRIMES, SUPPORTED_N_FEATURES, HashGrid, encode
+from accel.kernels.compiled import load_kernels
 
-needs_compiler = pytest.mark.skipif(compiled('hash_grid') is None, reason='no C compiler')
+needs_compiler = pytest.mark.skipif(load_kernels('hash_grid') is None, reason='no C compiler')
 
 
 def random_grid(seed=0, **options):
@@ -26,7 +26,7 @@ def random_grid(seed=0, **options):
 
 @needs_compiler
 @given(n_levels=st.integers(1, 9), finest_res=st.integers(16, 3000), log2_hashmap_size=st.integers(4, 16),
-       n_features=st.sampled_from(FEATURES), N=st.integers(0, 5000), seed=st.integers(0, 99))
+       n_features=st.sampled_from(SUPPORTED_N_FEATURES), N=st.integers(0, 5000), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_the_kernel_equals_the_reference_implementation(N, seed, **options):
     grid = random_grid(seed, **options)
@@ -35,7 +35,7 @@ def test_the_kernel_equals_the_reference_implementation(N, seed, **options):
     found = grid(points)
     upstream = torch.randn_like(found)
     (grad,) = torch.autograd.grad(found, grid.table, upstream)
-    expected = encode((points + 1) / 2, grid.table, grid.resolution, grid.offset)
+    expected = encode((points + 1) / 2, grid.table, grid.resolutions, grid.level_offsets)
     (expected_grad,) = torch.autograd.grad(expected, grid.table, upstream)
     assert found.shape == expected.shape == (N, grid.out_dim)
     assert torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
@@ -45,8 +45,8 @@ def test_the_kernel_equals_the_reference_implementation(N, seed, **options):
 def encode_in_loops(point, grid):
     """The encoding of one point as in the paper, with Python's integers."""
     out = []
-    for level, resolution in enumerate(grid.resolution.tolist()):
-        start, end = grid.offset[level].item(), grid.offset[level + 1].item()
+    for level, resolution in enumerate(grid.resolutions.tolist()):
+        start, end = grid.level_offsets[level].item(), grid.level_offsets[level + 1].item()
         x = [min(max(float(c), 0.0), 1.0) * resolution for c in point]
         cell = [min(int(c), resolution - 1) for c in x]
         total = np.zeros(grid.table.shape[1])
@@ -56,7 +56,8 @@ def encode_in_loops(point, grid):
             if (resolution + 1) ** 3 <= end - start:
                 entry = (corner[2] * (resolution + 1) + corner[1]) * (resolution + 1) + corner[0]
             else:
-                entry = (corner[0] * PRIMES[0] ^ corner[1] * PRIMES[1] ^ corner[2] * PRIMES[2]) % (end - start)
+                mixed = corner[0] * PRIMES[0] ^ corner[1] * PRIMES[1] ^ corner[2] * PRIMES[2]
+                entry = mixed % (end - start)
             total += weight * grid.table[start + entry].detach().numpy()
         out.append(total)
     return np.concatenate(out)
@@ -64,24 +65,24 @@ def encode_in_loops(point, grid):
 
 def test_the_reference_implementation_equals_loops():
     grid = random_grid()
-    assert grid.offset[1] in (17 ** 3, 2 ** 12), 'the first level is dense, or as large as the table'
+    assert grid.level_offsets[1] in (17 ** 3, 2 ** 12), 'the first level is dense, or as large as the table'
     points = torch.rand(20, 3, dtype=torch.float64)
-    found = encode(points, grid.table.double(), grid.resolution, grid.offset).detach()
+    found = encode(points, grid.table.double(), grid.resolutions, grid.level_offsets).detach()
     expected = np.stack([encode_in_loops(point, grid) for point in points])
     assert np.allclose(found.numpy(), expected, atol=1e-6)
 
 
 def test_coarsest_and_finest_level():
     grid = HashGrid(n_levels=16, finest_res=2048, log2_hashmap_size=19)
-    assert grid.resolution[0] == 16 and grid.resolution[-1] == 2048 and grid.out_dim == 32
-    assert grid.offset[1] == 17 ** 3 and grid.offset[-1] - grid.offset[-2] == 2 ** 19
+    assert grid.resolutions[0] == 16 and grid.resolutions[-1] == 2048 and grid.out_dim == 32
+    assert grid.level_offsets[1] == 17 ** 3 and grid.level_offsets[-1] - grid.level_offsets[-2] == 2 ** 19
     assert grid.table.abs().max() <= 1e-4
 
 
 def test_encoding_interpolates_between_corners():
     """At a corner of a dense level the encoding is its entry; between two corners it is linear."""
     grid = random_grid(n_levels=1, finest_res=16, log2_hashmap_size=13)
-    grid.set_box([[0.0, 0, 0], [16, 16, 16]])
+    grid.set_aabb([[0.0, 0, 0], [16, 16, 16]])
     corner = grid(torch.tensor([[3.0, 5, 7], [4, 5, 7], [3.25, 5, 7]]))
     assert torch.allclose(corner[0], grid.table[(7 * 17 + 5) * 17 + 3])
     assert torch.allclose(corner[2], 0.75 * corner[0] + 0.25 * corner[1], atol=1e-6)
@@ -95,9 +96,11 @@ def test_gradients_of_points_come_from_the_reference_implementation():
 
 
 def test_without_a_compiler_the_reference_implementation_is_used():
-    script = ('import torch; from accel.hash_grid import HashGrid; from accel.kernels.compiled import compiled; '
-              'grid = HashGrid(4, 64, 10, 2); print(compiled("hash_grid") is None, grid(torch.rand(3, 3)).shape)')
-    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, timeout=100,
+    script = ('import torch; from accel.hash_grid import HashGrid; '
+              'from accel.kernels.compiled import load_kernels; grid = HashGrid(4, 64, 10, 2); '
+              'print(load_kernels("hash_grid") is None, grid(torch.rand(3, 3)).shape)')
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True,
+                          timeout=100,
                           env={'PATH': '', 'XDG_CACHE_HOME': '/nonexistent', 'TMPDIR': '/nonexistent',
                                'CC': 'nothing'})
     assert done.returncode == 0 and done.stdout.startswith('True torch.Size([3, 8])'), done.stderr
@@ -105,7 +108,7 @@ def test_without_a_compiler_the_reference_implementation_is_used():
 
 def test_points_outside_of_the_box_are_clamped_to_it():
     grid = random_grid()
-    grid.set_box([[0.0, 0, 0], [2, 2, 2]])
+    grid.set_aabb([[0.0, 0, 0], [2, 2, 2]])
     found = grid(torch.tensor([[-5.0, 1, 1], [0, 1, 1], [2, 2, 2], [3, 9, 2.5]]))
     assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
 
@@ -117,7 +120,7 @@ def test_any_number_of_axes():
 
 def test_reset_parameters_initialises_the_table_but_not_the_box():
     grid = random_grid()
-    grid.set_box([[0.0, 0, 0], [2, 2, 2]])
+    grid.set_aabb([[0.0, 0, 0], [2, 2, 2]])
     grid.reset_parameters()
     assert 0 < grid.table.abs().max() <= 1e-4 and grid.aabb[1].tolist() == [2, 2, 2]
-    assert grid.state_dict().keys() == {'table', 'aabb'} and grid.resolution[0] == BASE_RESOLUTION
+    assert grid.state_dict().keys() == {'table', 'aabb'} and grid.resolutions[0] == BASE_RESOLUTION

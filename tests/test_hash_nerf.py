@@ -32,7 +32,7 @@ def test_the_table_is_a_parameter_of_the_network():
 def test_reset_parameters_initialises_everything_but_the_box():
     torch.manual_seed(0)
     network = hash_nerf()
-    network.encoding.set_box([[-2.0, -2, -2], [2, 2, 2]])
+    network.encoding.set_aabb([[-2.0, -2, -2], [2, 2, 2]])
     first = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     network.reset_parameters()
     assert all((parameter != first[name]).any() for name, parameter in network.named_parameters())

@@ -13,6 +13,7 @@ from load_blender import load_blender_data, load_blender_scene, pose_spherical
 from load_llff import load_llff_data, load_llff_scene
 from run_nerf_helpers import get_rays
 from scenes.cameras import focus_point
+from scenes.errors import UserError
 from scenes.images import area_weights, read_image, resize_area, write_image
 from scenes.rays import Batch, RaySampler
 from scenes.scene import finish_scene, scene_from_checkpoint
@@ -33,7 +34,7 @@ def load_llff(folder, *args):
     return finish_scene(args, load_llff_scene(args))
 
 
-# --- images -----------------------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('n_in, n_out', [(8, 4), (9, 4), (10, 10), (7, 1), (100, 33)])
 def test_area_weights_are_means_over_equal_intervals(n_in, n_out):
@@ -70,7 +71,7 @@ def test_the_fourth_ink_is_not_alpha(tmp_path):
     assert read_image(tmp_path / 'print.jpg').shape == (6, 5, 3)
 
 
-# --- blender layout ---------------------------------------------------------------------------------------------
+# --- blender layout -----------------------------------------------------------------------------------------
 
 def test_blender_splits_and_testskip(tmp_path):
     folder = blender_scene(tmp_path / 'scene')
@@ -139,11 +140,13 @@ def test_intrinsics_in_pixels(tmp_path):
     for split in ('train', 'val', 'test'):
         edit_json(folder / f'transforms_{split}.json', lambda meta: meta.update(intrinsics))
     np.testing.assert_array_equal(load_blender(folder).K, [[12, 0, 4.5], [0, 13, 3], [0, 0, 1]])
-    np.testing.assert_array_equal(load_blender(folder, '--half_res').K, [[6, 0, 2.25], [0, 6.5, 1.5], [0, 0, 1]])
+    half = load_blender(folder, '--half_res')
+    np.testing.assert_array_equal(half.K, [[6, 0, 2.25], [0, 6.5, 1.5], [0, 0, 1]])
 
 
 def single_file_scene(folder, count=17):
-    """Write a scene with one transforms.json: cameras on a circle of radius 3, at height 1 around (5, 0, 0)."""
+    """Write a scene with one transforms.json: cameras on a circle of radius 3,
+    at height 1 around (5, 0, 0)."""
     (folder / 'images').mkdir(parents=True)
     frames = []
     for index in range(count):
@@ -193,7 +196,7 @@ def test_the_demo_scene_is_complete():
     assert size <= 2 * 1024 ** 2
 
 
-# --- llff layout ------------------------------------------------------------------------------------------------
+# --- llff layout --------------------------------------------------------------------------------------------
 
 def test_a_missing_folder_of_reduced_images_is_created(tmp_path):
     folder = llff_scene(tmp_path / 'scene')
@@ -254,7 +257,7 @@ def test_ndc_with_cameras_all_around_gives_a_warning():
         load_llff(DATA / 'nerf_llff_data/fern', '--spherify')
 
 
-# --- camera paths from files ------------------------------------------------------------------------------------
+# --- camera paths from files --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('rows', [3, 4])
 def test_render_poses_from_files(tmp_path, rows):
@@ -269,7 +272,7 @@ def test_render_poses_from_files(tmp_path, rows):
         np.testing.assert_array_equal(scene.render_poses, poses[:, :3])
 
 
-# --- scenes and checkpoints -------------------------------------------------------------------------------------
+# --- scenes and checkpoints ---------------------------------------------------------------------------------
 
 def test_alphas_are_kept_if_an_image_is_transparent(tmp_path):
     folder = blender_scene(tmp_path / 'scene')
@@ -283,12 +286,13 @@ def test_opaque_images_have_no_alphas(tmp_path):
     folder = blender_scene(tmp_path / 'scene')
     for path in folder.rglob('*.png'):
         iio.imwrite(path, np.dstack([noise(8, 10, 3, seed=0), np.full((8, 10), 255, np.uint8)]))
-    with pytest.warns(UserWarning, match='--random_bkgd changes nothing'):
+    with pytest.warns(UserWarning, match='--random_bkgd has no effect'):
         assert load_blender(folder, '--random_bkgd').alphas is None
 
 
 def test_scenes_name_the_image_of_each_view(tmp_path):
-    assert load_blender(blender_scene(tmp_path / 'blender')).names == 3 * ['r_0.png', 'r_1.png', 'r_2.png']
+    names = load_blender(blender_scene(tmp_path / 'blender')).names
+    assert names == [f'{split}/r_{i}.png' for split in ('train', 'val', 'test') for i in range(3)]
     folder = llff_scene(tmp_path / 'llff')
     for factor in (0, 2):
         assert load_llff(folder, '--factor', factor).names == ['0.png', '1.png', '2.png']
@@ -297,16 +301,36 @@ def test_scenes_name_the_image_of_each_view(tmp_path):
 def test_a_scene_from_a_checkpoint_has_the_same_cameras(tmp_path):
     folder = blender_scene(tmp_path / 'scene')
     scene = load_blender(folder)
-    restored = scene_from_checkpoint(options(folder, '--near', 3), scene.cameras())
+    args = options(folder, '--dataset_type', 'blender', '--near', 3)
+    restored = scene_from_checkpoint(args, scene.checkpoint_fields())
     assert restored.images is restored.alphas is restored.names is None
     assert (restored.near, restored.far, restored.hwf) == (3, scene.far, scene.hwf)
-    assert restored.has_cameras_of(scene.cameras()) and restored.has_cameras_of({})
+    assert restored.has_cameras_of(scene.checkpoint_fields()) and restored.has_cameras_of({})
     restored.poses = restored.poses + 0.01
-    assert not restored.has_cameras_of(scene.cameras())
-    assert not load_blender(folder, '--half_res').has_cameras_of(scene.cameras())
+    assert not restored.has_cameras_of(scene.checkpoint_fields())
+    assert not load_blender(folder, '--half_res').has_cameras_of(scene.checkpoint_fields())
 
 
-# --- rays -------------------------------------------------------------------------------------------------------
+def test_what_a_scene_stores_in_a_checkpoint_is_plain(tmp_path):
+    """Also if its loader has put NumPy's scalars into it: no code may be needed to read the checkpoint."""
+    scene = load_blender(blender_scene(tmp_path / 'scene'))
+    scene.near, scene.H = np.float32(2.5), np.int64(8)
+    torch.save(scene.checkpoint_fields(), tmp_path / 'scene.tar')
+    saved = torch.load(tmp_path / 'scene.tar', weights_only=True)
+    assert (saved['near'], saved['H']) == (2.5, 8) and type(saved['near']) is float
+
+
+@pytest.mark.parametrize('args, problem', [
+    (['--near', 8], 'found near 8 and far 6, expected near < far'),
+    (['--near', 0, '--lindisp'], '--lindisp: found near 0, expected more than 0')])
+def test_a_scene_from_a_checkpoint_is_checked_too(tmp_path, args, problem):
+    folder = blender_scene(tmp_path / 'scene')
+    saved = load_blender(folder).checkpoint_fields()
+    with pytest.raises(UserError, match=problem):
+        scene_from_checkpoint(options(folder, '--dataset_type', 'blender', *args), saved)
+
+
+# --- rays ---------------------------------------------------------------------------------------------------
 
 def ray_sampler(scene, **options):
     return RaySampler(scene, **{'N_rand': 500, 'no_batching': False, 'precrop_iters': 0, 'precrop_frac': 0.5,
@@ -379,23 +403,23 @@ def test_split_batches_add_up_to_the_batch():
 
 def test_the_number_of_rays_follows_the_samples_per_ray(tmp_path):
     scene = load_blender(blender_scene(tmp_path / 'scene'))
-    sampler = ray_sampler(scene, N_rand_samples=1000, first_guess=8)
+    sampler = ray_sampler(scene, N_rand_samples=1000, expected_samples=8)
 
     def num_rays():
         return len(sampler.sample(1).target)
     assert num_rays() == 125                     # 1000 samples / 8 per ray
     for samples_per_ray, expected in ((4.0, 250), (2.5, 400), (0.5, 500), (5000.0, 1), (0.0, 125)):
-        sampler.follow(torch.tensor(samples_per_ray))
+        sampler.adapt_to(torch.tensor(samples_per_ray))
         assert num_rays() == expected            # from 1 to N_rand; without any samples, as at first
-    sampler.follow(torch.tensor(4.0))
-    sampler.follow(None)
-    resumed = ray_sampler(scene, N_rand_samples=1000, first_guess=8)
-    assert resumed.state_dict() == {'samples_per_ray': None}
+    sampler.adapt_to(torch.tensor(4.0))
+    sampler.adapt_to(None)
+    resumed = ray_sampler(scene, N_rand_samples=1000, expected_samples=8)
+    assert resumed.state_dict() == {'mean_samples': None}
     resumed.load_state_dict(sampler.state_dict())
-    assert resumed.state_dict() == {'samples_per_ray': 4.0} and len(resumed.sample(1).target) == 250
+    assert resumed.state_dict() == {'mean_samples': 4.0} and len(resumed.sample(1).target) == 250
 
 
 def test_the_number_of_rays_is_fixed_without_N_rand_samples(tmp_path):
     sampler = ray_sampler(load_blender(blender_scene(tmp_path / 'scene')))
-    sampler.follow(torch.tensor(4.0))
+    sampler.adapt_to(torch.tensor(4.0))
     assert len(sampler.sample(1).target) == 500

@@ -11,10 +11,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from training import logger as logger_module
-from training.logger import Console, Logger, TensorBoard, describe_run
+from training.console import Console
+from training.logger import Logger, TensorBoard
 from training.options import config_parser
 from training.processes import Processes
 from training.safeguards import Measures
+from training.start import describe_run
 
 CPU = torch.device('cpu')
 SAFEGUARDS = SimpleNamespace(restarts=2, bad_steps=3)
@@ -26,14 +28,16 @@ def options(tmp_path, *args):
 
 
 def measures_of(**losses):
-    measures = Measures()
-    measures.add(1.0, {name: torch.tensor(loss) for name, loss in losses.items()}, {}, torch.tensor(0.5))
+    """Those of a step with these losses, where the losses of networks are the errors of their colours."""
+    measures, losses = Measures(), {name: torch.tensor(loss) for name, loss in losses.items()}
+    errors = {name: losses[name] for name in ('coarse', 'fine') if name in losses}
+    measures.add(1.0, losses, errors, {}, torch.tensor(0.5))
     return measures
 
 
-def run_steps(logger, measures, n_rays=64):
+def run_steps(logger, measures, num_rays=64):
     for step in logger.steps():
-        logger.step(step, n_rays, measures, 1e-3, SAFEGUARDS)
+        logger.finish_step(step, num_rays, measures, 1e-3, SAFEGUARDS)
 
 
 def recorded(folder):
@@ -46,7 +50,7 @@ def recorded(folder):
     return found
 
 
-# --- TensorBoard and lines --------------------------------------------------------------------------------------
+# --- TensorBoard and lines ----------------------------------------------------------------------------------
 
 def test_every_term_of_the_loss_is_logged(tmp_path, capsys):
     logger = Logger(options(tmp_path, '--N_iters', 5, '--i_print', 2), tmp_path, 0, CPU, Console())
@@ -57,13 +61,25 @@ def test_every_term_of_the_loss_is_logged(tmp_path, capsys):
     assert [step for step, _ in found['train/loss']] == [2, 4, 5]
     expected = {'train/loss': 0.112, 'loss/coarse': 0.1, 'loss/fine': 0.01, 'loss/distortion': 0.002,
                 'psnr/train coarse': 10, 'psnr/train fine': 20, 'train/learning rate': 1e-3,
-                'health/restarts': 2, 'health/steps left out': 3}
+                'health/restarts': 2, 'health/skipped steps': 3}
     assert {tag: found[tag][-1][1] for tag in expected} == pytest.approx(expected)
     others = {'speed/rays per second', 'speed/seconds per step', 'health/memory, GiB'}
     assert found.keys() == expected.keys() | others
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(':')[0] for line in lines] == ['step 2/5', 'step 4/5', 'step 5/5']
     assert lines[0].startswith('step 2/5: loss 0.1120, PSNR 20.00, ') and lines[0].endswith(' rays/s')
+
+
+def test_the_psnr_is_that_of_the_colours_whatever_the_loss(tmp_path, capsys):
+    logger, measures = Logger(options(tmp_path, '--N_iters', 1), tmp_path, 0, CPU, Console()), Measures()
+    errors = {'coarse': torch.tensor(0.1), 'fine': torch.tensor(0.01)}
+    measures.add(1.0, {'charbonnier': torch.tensor(0.3)}, errors, {}, torch.tensor(0.5))
+    run_steps(logger, measures)
+    logger.tensorboard.close()
+    found = recorded(tmp_path)
+    assert found['psnr/train fine'][0][1] == pytest.approx(20)
+    assert found['loss/charbonnier'][0][1] == pytest.approx(0.3)
+    assert 'loss 0.3000, PSNR 20.00' in capsys.readouterr().out
 
 
 def test_without_a_folder_nothing_is_written_or_shown(tmp_path, capsys, monkeypatch):
@@ -82,8 +98,9 @@ def test_measures_are_read_only_when_they_are_shown(tmp_path):
             Scalar.reads += 1
             return 0.1
     logger = Logger(options(tmp_path, '--N_iters', 100, '--i_print', 50), tmp_path, 0, CPU, Console())
-    run_steps(logger, SimpleNamespace(losses={'coarse': Scalar(), 'fine': Scalar()}))
-    assert Scalar.reads == 2 * 2
+    run_steps(logger, SimpleNamespace(losses={'coarse': Scalar(), 'fine': Scalar()},
+                                      errors={'coarse': Scalar()}))
+    assert Scalar.reads == 2 * 3
 
 
 def test_only_training_counts_for_the_speed(tmp_path, capsys, monkeypatch):
@@ -92,7 +109,7 @@ def test_only_training_counts_for_the_speed(tmp_path, capsys, monkeypatch):
     logger = Logger(options(tmp_path, '--N_iters', 4, '--i_print', 2), tmp_path, 0, CPU, Console())
     for step in logger.steps():
         now[0] += 0.5
-        logger.step(step, 100, measures_of(coarse=0.1), 1e-3, SAFEGUARDS)
+        logger.finish_step(step, 100, measures_of(coarse=0.1), 1e-3, SAFEGUARDS)
         now[0] += 100.0  # evaluation
     assert capsys.readouterr().out.count(' 200 rays/s') == 2
 
@@ -106,7 +123,7 @@ from test_logger import *
 folder = Path({str(tmp_path)!r})
 logger = Logger(options(folder, '--N_iters', 12, '--i_print', 4), folder, 0, CPU, Console())
 for step in logger.steps():
-    logger.step(step, 64, measures_of(coarse=0.1), 1e-3, SAFEGUARDS)
+    logger.finish_step(step, 64, measures_of(coarse=0.1), 1e-3, SAFEGUARDS)
     if step == 8:
         os.kill(os.getpid(), signal.SIGKILL)
 '''
@@ -115,16 +132,17 @@ for step in logger.steps():
     assert [step for step, _ in recorded(tmp_path)['train/loss']] == [4, 8]
 
 
-# --- disks and consoles that fail -------------------------------------------------------------------------------
+# --- disks and consoles that fail ---------------------------------------------------------------------------
 
 FULL_DISK = f'''
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from training import logger
-from training.logger import Console, SummaryWriter, TensorBoard
+from training.console import Console
+from training.logger import SummaryWriter, TensorBoard
 folder, retry, lift_at = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-logger.RETRY_SECONDS = retry
+logger.TENSORBOARD_RETRY_SECONDS = retry
 board = TensorBoard(folder, Console().say)
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))  # stands for a full disk
 for step in range(1, 401):
@@ -181,7 +199,7 @@ def test_the_log_file_begins_with_the_first_lines(tmp_path, capsys):
     assert capsys.readouterr().out == 'still printed\n'
 
 
-# --- the lines around a run -------------------------------------------------------------------------------------
+# --- the lines around a run ---------------------------------------------------------------------------------
 
 class SavesOnce:
     """In place of `Checkpoints`."""
@@ -189,7 +207,7 @@ class SavesOnce:
     def __init__(self, fails=False):
         self.fails, self.saved_step, self.newest = fails, None, None
 
-    def path(self, step):
+    def path_of(self, step):
         return self.folder / f'{step:06d}.tar'
 
     def save(self, step):
@@ -203,7 +221,7 @@ class SavesOnce:
 def test_the_end_of_a_run(tmp_path, capsys, fails, expected):
     logger = Logger(options(tmp_path, '--N_iters', 3), tmp_path, 0, CPU, Console())
     run_steps(logger, measures_of(coarse=0.1))
-    logger.wrote('video', 'somewhere.mp4')
+    logger.record_output('video', 'somewhere.mp4')
     logger.finish(SavesOnce(fails), Processes(1))
     out = capsys.readouterr().out
     assert '3 steps done, 0 min' in out and expected in out and 'somewhere.mp4' in out and '--logdir' in out
@@ -226,17 +244,18 @@ def test_a_lost_process_is_reported(tmp_path, capsys):
     assert 'another process of this run has ended' in out and '000003.tar' in out
 
 
-@pytest.mark.parametrize('exists, lost, saves', [(False, True, True), (True, True, False), (False, False, False)])
+@pytest.mark.parametrize('exists, lost, saves', [(False, True, True), (True, True, False),
+                                                 (False, False, False)])
 def test_another_rank_saves_a_lost_run(tmp_path, monkeypatch, exists, lost, saves):
     monkeypatch.setattr('training.processes.SAVE_SECONDS', 0.2)
     processes = Processes(1)
-    processes.size, processes.index, processes.is_main, processes.lost = 2, 1, False, lost
+    processes.size, processes.rank, processes.is_main, processes.lost = 2, 1, False, lost
     logger = Logger(options(tmp_path, '--N_iters', 3), None, 0, CPU, Console(quiet=True))
     run_steps(logger, measures_of(coarse=0.1))
     checkpoints = SavesOnce()
     checkpoints.folder = tmp_path
     if exists:
-        checkpoints.path(3).write_text('saved by rank 0')
+        checkpoints.path_of(3).write_text('saved by rank 0')
     logger.finish(checkpoints, processes)
     assert (checkpoints.saved_step == 3) == saves
 
@@ -245,6 +264,7 @@ def test_the_header_of_a_run(tmp_path):
     scene = SimpleNamespace(i_train=[0, 1], i_val=[2], i_test=[3], W=40, H=30, near=2.0, far=6.0)
     networks = {'coarse': torch.nn.Linear(3, 1000), 'fine': torch.nn.Linear(3, 2)}
     header = describe_run(options(tmp_path), scene, CPU, networks, tmp_path, 0)
-    assert 'a new run' in header and 'coarse 4,000 + fine 8 parameters' in header and '2 train, 1 val' in header
+    assert 'a new run' in header and 'coarse 4,000 + fine 8 parameters' in header
+    assert '2 train, 1 val' in header
     assert 'resumes after step 7' in describe_run(options(tmp_path), scene, CPU, networks, tmp_path, 7)
     assert '2 processes, cpu each' in describe_run(options(tmp_path), scene, CPU, networks, tmp_path, 0, 2)

@@ -54,7 +54,8 @@ def test_metrics_files(tmp_path):
 def test_an_infinite_psnr_is_null_in_json(tmp_path):
     write_metrics(tmp_path, [{'view': 0, 'image': None, 'psnr': float('inf')}], {'step': 1})
     content = json.loads((tmp_path / 'metrics.json').read_text(), parse_constant=pytest.fail)
-    assert content['images'] == [{'view': 0, 'image': None, 'psnr': None}] and content['mean'] == {'psnr': None}
+    assert content['images'] == [{'view': 0, 'image': None, 'psnr': None}]
+    assert content['mean'] == {'psnr': None}
 
 
 def test_metrics_of_a_run(demo_run):
@@ -62,7 +63,7 @@ def test_metrics_of_a_run(demo_run):
     about = {key: content[key] for key in ('step', 'width', 'height', 'views', 'background', 'seed')}
     assert about == {'step': 250, 'width': 64, 'height': 64, 'views': 2, 'background': 'white', 'seed': 0}
     assert content['mean']['seconds'] > 0 and 'cpu' in content['device']
-    assert [image['image'] for image in content['images']] == ['r_0.png', 'r_4.png']
+    assert [image['image'] for image in content['images']] == ['test/r_0.png', 'test/r_4.png']
     for image in content['images']:
         assert image['psnr'] > 10 and 0 < image['ssim'] < 1
 

@@ -43,7 +43,7 @@ def test_a_query_equals_run_network(use_viewdirs, backward):
     assert_same_gradients([p.grad for p in network.parameters()], [p.grad for p in nerf.parameters()])
 
 
-# --- chunks -----------------------------------------------------------------------------------------------------
+# --- chunks -------------------------------------------------------------------------------------------------
 
 @settings(deadline=None, max_examples=30)
 @given(N=st.integers(0, 300), chunk=st.integers(1, 400), with_gradient=st.booleans(), hashed=st.booleans(),
@@ -64,11 +64,11 @@ def test_chunks_fit_caches_and_netchunk(netchunk, width, kind):
     network.W = width
     chunk = NetworkQuery(netchunk).chunk(network, device)
     assert 1 <= chunk <= netchunk
-    assert chunk * width <= max(network.MAX_ACTIVATIONS[kind], network.MIN_POINTS * width)
+    assert chunk * width <= max(network.CHUNK_ACTIVATIONS[kind], network.MIN_CHUNK * width)
     assert NetworkQuery(netchunk).chunk(hash_nerf(), device) == netchunk
 
 
-# --- density ----------------------------------------------------------------------------------------------------
+# --- density ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 @pytest.mark.parametrize('make', [encoded_nerf, hash_nerf])
@@ -81,7 +81,7 @@ def test_density_is_that_of_raw_without_gradient(make, precision):
     torch.testing.assert_close(density, query.at_points(points, viewdirs, network)[:, 3].detach())
 
 
-# --- backward ---------------------------------------------------------------------------------------------------
+# --- backward -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('make, backward, expected', [
     (encoded_nerf, 'auto', 'sparse'), (encoded_nerf, 'sparse', 'sparse'), (encoded_nerf, 'plain', 'plain'),
@@ -107,7 +107,7 @@ def test_a_learned_encoding_is_trained(backward):
     assert (network.encoding.linear.weight != before).all()
 
 
-# --- precision --------------------------------------------------------------------------------------------------
+# --- precision ----------------------------------------------------------------------------------------------
 
 def test_bf16_is_for_products_of_hidden_layers_only():
     """Outputs and gradients are float32, near those of float32 products; so is the encoding."""

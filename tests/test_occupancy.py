@@ -15,7 +15,7 @@ from accel.occupancy import IMPOSSIBLE, MAX_STEPS, OCC_THRE, OccupancyGrid
 both_implementations = pytest.mark.usefixtures('each_implementation')
 
 
-# --- marching ---------------------------------------------------------------------------------------------------
+# --- marching -----------------------------------------------------------------------------------------------
 
 def distance_to_cell_border(grid, points):
     """Distance of points from the nearest face of their cell, in cells."""
@@ -30,15 +30,18 @@ def distance_to_cell_border(grid, points):
 def test_march_equals_the_reference_implementation(share, resolution, seed, max_samples):
     grid = occupied_grid(share, resolution, seed)
     rays_o, rays_d = rays_around(200, seed)
-    lattice, num_points, (t, ray_indices, offsets, resume) = march(grid, rays_o, rays_d, max_samples=max_samples)
-    other_t, _, other_offsets, other_resume = grid.march_reference(rays_o, rays_d, lattice, num_points,
-                                                                   torch.zeros_like(num_points), max_samples)
+    candidates, num_candidates, marched = march(grid, rays_o, rays_d, max_samples=max_samples)
+    t, ray_indices, offsets, resume = marched
+    begin = torch.zeros_like(num_candidates)
+    other_t, _, other_offsets, other_resume = grid.march_reference(rays_o, rays_d, candidates,
+                                                                   num_candidates, begin, max_samples)
     for n in range(200):
         ours, theirs = t[offsets[n]:offsets[n + 1]], other_t[other_offsets[n]:other_offsets[n + 1]]
         if len(ours) == len(theirs) and torch.allclose(ours, theirs, atol=1e-6):
             assert resume[n] == other_resume[n]
             continue
-        # rounding decides to which cell a point on a face belongs; `max_samples` then shifts all points behind it
+        # rounding decides to which cell a point on a face belongs; `max_samples`
+        # then shifts all points behind it
         odd = [x for x in torch.cat([ours, theirs]) if (ours - x).abs().min().item() > 1e-6 or
                (theirs - x).abs().min().item() > 1e-6] if len(ours) and len(theirs) else [*ours, *theirs]
         points = rays_o[n] + rays_d[n] * torch.stack(odd)[:, None]
@@ -51,19 +54,19 @@ def test_march_equals_the_reference_implementation(share, resolution, seed, max_
 def test_march_equals_a_loop():
     grid = occupied_grid(0.2, 10)
     rays_o, rays_d = rays_around(60)
-    lattice, num_points, (t, _, offsets, _) = march(grid, rays_o, rays_d)
+    candidates, num_candidates, (t, _, offsets, _) = march(grid, rays_o, rays_d)
     low, high, G = *grid.aabb.numpy().astype(np.float64), grid.resolution
     for n in range(60):
         found, o, d = [], rays_o[n].numpy().astype(np.float64), rays_d[n].numpy().astype(np.float64)
-        start, dt, offset = lattice[n].tolist()
+        start, dt, jitter = candidates[n].tolist()
         assert math.isclose(dt * np.linalg.norm(d), 0.03, rel_tol=1e-5)
         for k in range(-3, 500):
-            t_k = start + (k + offset) * dt
+            t_k = start + (k + jitter) * dt
             place = (o + t_k * d - low) / (high - low) * G
             inside = ((place >= 0) & (place < G)).all() and 0.1 <= t_k < 6
             off_faces = np.abs(place - np.round(place)).min() > 1e-3
             if inside and off_faces:
-                assert 0 <= k < num_points[n]
+                assert 0 <= k < num_candidates[n]
                 if grid.occupied[tuple(place.astype(int))]:
                     found.append(t_k)
             elif inside:
@@ -78,10 +81,10 @@ def test_march_equals_a_loop():
 def test_marching_in_parts_finds_the_same_samples():
     grid = occupied_grid(0.3)
     rays_o, rays_d = rays_around(100)
-    lattice, num_points, (t, _, offsets, _) = march(grid, rays_o, rays_d)
-    parts, begin = [[] for _ in range(100)], torch.zeros_like(num_points)
-    while (begin < num_points).any():
-        some, _, ends, begin = grid.march(rays_o, rays_d, lattice, num_points, begin, 7)
+    candidates, num_candidates, (t, _, offsets, _) = march(grid, rays_o, rays_d)
+    parts, begin = [[] for _ in range(100)], torch.zeros_like(num_candidates)
+    while (begin < num_candidates).any():
+        some, _, ends, begin = grid.march(rays_o, rays_d, candidates, num_candidates, begin, 7)
         assert ends.diff().max() <= 7
         for n in range(100):
             parts[n] += some[ends[n]:ends[n + 1]].tolist()
@@ -93,14 +96,21 @@ def test_degenerate_rays_have_no_samples():
     grid = occupied_grid(1.0)
     rays_o = torch.tensor([[9.0, 9, 9], [0, 0, 0.5], [math.nan, 0, 0], [9, 0, 0.5], [0, 0, 0.5]])
     rays_d = torch.tensor([[1.0, 1, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0], [math.inf, 0, 0]])
-    _, num_points, (t, ray_indices, offsets, _) = march(grid, rays_o, rays_d)
-    assert not num_points.any() and not len(t) and not len(ray_indices) and offsets.tolist() == [0] * 6
+    _, num_candidates, (t, ray_indices, offsets, _) = march(grid, rays_o, rays_d)
+    assert not num_candidates.any() and not len(t) and not len(ray_indices) and offsets.tolist() == [0] * 6
+
+
+@both_implementations
+def test_no_rays_have_no_samples():
+    rays_o, rays_d = rays_around(0)
+    *_, (t, ray_indices, offsets, next_begin) = march(occupied_grid(0.3), rays_o, rays_d)
+    assert not len(t) and not len(ray_indices) and offsets.tolist() == [0] and not len(next_begin)
 
 
 def test_the_reference_implementation_marches_in_parts(monkeypatch):
     grid, (rays_o, rays_d) = occupied_grid(0.3), rays_around(100)
-    lattice, num_points, _ = march(grid, rays_o, rays_d)
-    arguments = rays_o, rays_d, lattice, num_points, torch.zeros_like(num_points), MAX_STEPS
+    candidates, num_candidates, _ = march(grid, rays_o, rays_d)
+    arguments = rays_o, rays_d, candidates, num_candidates, torch.zeros_like(num_candidates), MAX_STEPS
     whole = grid.march_reference(*arguments)
     monkeypatch.setattr(occupancy, 'MAX_LOOKUPS', 1000)
     assert all(torch.equal(*pair) for pair in zip(whole, grid.march_reference(*arguments)))
@@ -112,7 +122,7 @@ def test_rays_hit_the_grid_where_they_cross_an_occupied_cell():
     grid, (rays_o, rays_d) = occupied_grid(0.2), rays_around(1000)
     rays_o, rays_d = rays_o.clamp(-0.9, 0.9).abs(), torch.nn.functional.normalize(rays_d, dim=-1)
     near, far = torch.zeros(1000, 1), torch.full([1000, 1], 0.4)
-    found = grid.hits(torch.cat([rays_o, rays_d, near, far], -1))
+    found = grid.may_hit(torch.cat([rays_o, rays_d, near, far], -1))
     cell = ((grid.aabb[1] - grid.aabb[0]) / grid.resolution).amin()
     points = rays_o[:, None] + torch.arange(0, 0.4, cell / 100)[:, None] * rays_d[:, None]  # [1000, K, 3]
     leaves = ((points < grid.aabb[0]) | (points > grid.aabb[1])).any(-1).any(-1)
@@ -122,14 +132,14 @@ def test_rays_hit_the_grid_where_they_cross_an_occupied_cell():
     assert found[~leaves & (occupied > 60)].all() and not found[~leaves & (occupied == 0)].any()
 
 
-# --- cells ------------------------------------------------------------------------------------------------------
+# --- cells --------------------------------------------------------------------------------------------------
 
 def test_points_are_in_their_cells():
     grid, cells = occupied_grid(0.4, resolution=7), torch.arange(7 ** 3)
     for within in (0.5, torch.tensor([0.1, 0.5, 0.9]), 0.01 + 0.98 * torch.rand(7 ** 3, 3)):
-        assert grid.maybe_occupied(grid.points_in(cells, within)).equal(grid.occupied.flatten())
+        assert grid.maybe_occupied(grid.cell_points(cells, within)).equal(grid.occupied.flatten())
     for cell, corner in ((0, 0), (-1, 1)):
-        assert grid.points_in(cells[[cell]], float(corner)).allclose(grid.aabb[corner])
+        assert grid.cell_points(cells[[cell]], float(corner)).allclose(grid.aabb[corner])
 
 
 def test_outside_of_the_box_anything_may_be():
@@ -140,34 +150,34 @@ def test_outside_of_the_box_anything_may_be():
 
 def test_step_length_divides_the_diagonal_of_the_box():
     grid = OccupancyGrid(4)
-    grid.set_box([[0.0, 0, 0], [2, 3, 6]])
-    assert grid.step_length(14) == pytest.approx(0.5)
+    grid.set_aabb([[0.0, 0, 0], [2, 3, 6]])
+    assert grid.step_size(14) == pytest.approx(0.5)
 
 
-# --- updates ----------------------------------------------------------------------------------------------------
+# --- updates ------------------------------------------------------------------------------------------------
 
 def blob(points):
     """A smooth density: 40 at the origin, almost none at a distance of 1."""
     return 40 * torch.exp(-(points ** 2).sum(-1) / 0.08)
 
 
-def update(grid, density, steps=WARMUP_STEPS, step_length=0.02):
+def update(grid, density, steps=WARMUP_STEPS, step_size=0.02):
     """Update the grid as training does in its first `steps`."""
     for step in range(0, steps, UPDATE_EVERY_N_STEPS):
-        grid.update(density, step_length, torch.Generator().manual_seed(step), all_cells=step < WARMUP_STEPS)
+        grid.update(density, step_size, torch.Generator().manual_seed(step), all_cells=step < WARMUP_STEPS)
     return grid
 
 
 def test_no_cell_is_skipped_that_holds_anything():
     """Evaluated in 4 points along each side, skipped cells have less than the threshold."""
     grid = OccupancyGrid(32)
-    grid.set_box([[-1.0, -1, -1], [1, 1, 1]])
+    grid.set_aabb([[-1.0, -1, -1], [1, 1, 1]])
     update(grid, blob)
     skipped = (~grid.occupied).flatten().nonzero()[:, 0]
     assert 0.3 < len(skipped) / 32 ** 3 < 0.99
     for i in range(64):
         within = (torch.tensor([i // 16, i // 4 % 4, i % 4]) + 0.5) / 4
-        assert (blob(grid.points_in(skipped, within)) * 0.02).max() <= OCC_THRE
+        assert (blob(grid.cell_points(skipped, within)) * 0.02).max() <= OCC_THRE
 
 
 def test_a_grid_follows_a_density_that_moves():
@@ -181,25 +191,34 @@ def test_an_empty_scene_leaves_the_grid_full():
     assert grid.occupied.all()
 
 
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_a_density_that_is_not_finite_does_not_stay(bad):
+    """Once the network has recovered, the grid is that of its density."""
+    grid = OccupancyGrid(16)
+    update(grid, lambda points: torch.full([len(points)], bad), steps=1)
+    grid.reset()
+    assert update(grid, blob).occupied.equal(update(OccupancyGrid(16), blob).occupied)
+
+
 def test_impossible_cells_stay_empty():
     possible = torch.zeros(16, 16, 16, dtype=torch.bool)
     possible[4:9] = True
     grid = OccupancyGrid(16)
-    grid.set_box([[-1.0, -1, -1], [1, 1, 1]], possible)
+    grid.set_aabb([[-1.0, -1, -1], [1, 1, 1]], possible)
     assert grid.occupied.equal(possible)
     update(grid, lambda points: torch.full([len(points)], 9.0))
     assert grid.occupied.equal(possible)
-    grid.reset_parameters()
+    grid.reset()
     assert grid.occupied.equal(possible)
 
 
 def test_reset_parameters_forgets_what_was_found():
     grid = OccupancyGrid(16)
-    grid.set_box([[-1.0, -1, -1], [1, 1, 1]])
+    grid.set_aabb([[-1.0, -1, -1], [1, 1, 1]])
     new = {key: value.clone() for key, value in grid.state_dict().items()}
     update(grid, blob)
-    assert not grid.occupied.all() and grid.opacity.any()
-    grid.reset_parameters()
+    assert not grid.occupied.all() and grid.occs.any()
+    grid.reset()
     assert all(grid.state_dict()[key].equal(new[key]) for key in new)
 
 
@@ -220,24 +239,25 @@ def test_later_updates_evaluate_a_bounded_number_of_cells(monkeypatch):
 def test_updates_depend_on_their_generator_alone():
     state = torch.get_rng_state()
     one, other = update(OccupancyGrid(16), blob), update(OccupancyGrid(16), blob)
-    assert one.opacity.equal(other.opacity) and torch.get_rng_state().equal(state)
+    assert one.occs.equal(other.occs) and torch.get_rng_state().equal(state)
 
 
-# --- state ------------------------------------------------------------------------------------------------------
+# --- state --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('assign', [False, True])
 @both_implementations
 def test_a_loaded_grid_marches_like_the_saved_one(assign):
     saved, loaded, rays = occupied_grid(0.1), OccupancyGrid(20), rays_around(100)
-    assert saved.state_dict().keys() == {'aabb', 'opacity', 'occupied'}
+    assert saved.state_dict().keys() == {'aabb', 'occs', 'occupied'}
     march(loaded, *rays)
     loaded.load_state_dict(saved.state_dict(), assign=assign)
-    (t, ray_indices, _, _), (other_t, other_indices, _, _) = (march(grid, *rays)[2] for grid in (saved, loaded))
+    (t, ray_indices, _, _), (other_t, other_indices, _, _) = (march(grid, *rays)[2]
+                                                              for grid in (saved, loaded))
     assert t.equal(other_t) and ray_indices.equal(other_indices) and len(t)
 
 
 def test_what_a_new_grid_holds():
     grid = OccupancyGrid(5)
-    assert grid.occupied.all() and not grid.opacity.any() and grid.occupied.shape == (5, 5, 5)
+    assert grid.occupied.all() and not grid.occs.any() and grid.occupied.shape == (5, 5, 5)
     assert not list(grid.parameters()) and IMPOSSIBLE < 0
     assert all(buffer.device.type == 'meta' for buffer in grid.to('meta').buffers())

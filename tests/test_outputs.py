@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from run_nerf import create_nerf, render_frame, render_path
+from accel.network_query import NetworkQuery
+from accel.renderer import Renderer
+from run_nerf import EXACT, ImageRenderer, create_nerf, render_frame, render_path
 from run_nerf_helpers import to8b
+from scenes.errors import UserError
 from training import outputs
 from training.evaluation import Evaluator
 from training.frames import FrameRenderer
@@ -26,19 +29,21 @@ from training.outputs import (
     SINGLE_FRAMES,
     Frame,
     FrameFolder,
+    code_version,
     frames_fingerprint,
     is_complete_video,
     open_video,
     probe_encoder,
     video_path,
 )
+from training.signals import Stopped, StopRequest
 
 # Intrinsics of 12 pixels focal length, and the size of the images.
 K = np.array([[12.0, 0, 5.0], [0, 12.0, 4.0], [0, 0, 1]])
 HWF = [8, 10, 12.0]
-NETWORKS = ['--expname', 'run', '--no_reload', '--device', 'cpu', '--dataset_type', 'blender', '--use_viewdirs',
-            '--netdepth', '3', '--netwidth', '16', '--netdepth_fine', '3', '--netwidth_fine', '16',
-            '--N_samples', '6', '--N_importance', '5']
+NETWORKS = ['--expname', 'run', '--no_reload', '--device', 'cpu', '--dataset_type', 'blender',
+            '--use_viewdirs', '--netdepth', '3', '--netwidth', '16', '--netdepth_fine', '3',
+            '--netwidth_fine', '16', '--N_samples', '6', '--N_importance', '5']
 
 
 def small_networks(**options):
@@ -62,33 +67,45 @@ def camera_path(count):
     return poses
 
 
-# --- frames -----------------------------------------------------------------------------------------------------
+# --- frames -------------------------------------------------------------------------------------------------
 
 def test_the_chunk_is_halved_when_memory_runs_out():
     chunks = []
 
-    def on_a_small_gpu(pose, hwf, K, chunk, *others):
-        chunks.append(chunk)
-        if chunk > 1000:
-            raise torch.OutOfMemoryError('CUDA out of memory')
-        return render_frame(pose, hwf, K, chunk, *others)
+    class OnASmallGPU(ImageRenderer):
+        def render_frame(self, pose, hwf, K, chunk, *others):
+            chunks.append(chunk)
+            if chunk > 1000:
+                raise torch.OutOfMemoryError('CUDA out of memory')
+            return render_frame(pose, hwf, K, chunk, *others)
     expected = render_frame(np.eye(4), HWF, K, 4000, small_networks())
-    frames = FrameRenderer(on_a_small_gpu, HWF, K, 4000, small_networks())
-    with pytest.warns(UserWarning, match='out of memory'):
-        frame, _ = frames.path(np.tile(np.eye(4), (2, 1, 1)))
+    with pytest.warns(UserWarning, match='out of GPU memory'):
+        frame, _ = OnASmallGPU(HWF, K, 4000, small_networks()).render_path(np.tile(np.eye(4), (2, 1, 1)))
     assert chunks == [4000, 2000, 1000, 1000]
     np.testing.assert_allclose(frame.rgb, expected.rgb, atol=1e-6)
 
 
 def test_rendering_fails_if_the_smallest_chunk_needs_too_much_memory():
-    def on_no_gpu(*_):
-        raise torch.OutOfMemoryError('CUDA out of memory')
-    frames = FrameRenderer(on_no_gpu, HWF, K, 100, small_networks())
+    class OnNoGPU(FrameRenderer):
+        def render_frame(self, *_):
+            raise torch.OutOfMemoryError('CUDA out of memory')
     with pytest.raises(torch.OutOfMemoryError):
-        frames.view(np.eye(4))
+        OnNoGPU(HWF, K, 100, small_networks()).render_view(np.eye(4))
 
 
-# --- frame folders ----------------------------------------------------------------------------------------------
+def test_a_signal_interrupts_a_frame():
+    class Endless(FrameRenderer):
+        def render_frame(self, *_):
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError('not interrupted')
+    with StopRequest(str) as stop:
+        frames = Endless(HWF, K, 100, small_networks(), stop=stop)
+        for _ in range(2):  # the second one is not begun
+            with pytest.raises(Stopped):
+                frames.render(np.eye(4))
+
+
+# --- frame folders ------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def rendered(monkeypatch):
@@ -115,7 +132,8 @@ def test_an_interrupted_path_resumes_with_the_missing_frames(tmp_path, rendered)
     np.testing.assert_allclose(disps_again, disps, atol=1e-3)
     assert {path.name: path.read_bytes() for path in tmp_path.glob('*.png')} == before
     rendered.clear()
-    render_path(poses, HWF, K, 64, small_networks(white_bkgd=True), savedir=tmp_path)  # other settings: nothing is reused
+    # other settings: nothing is reused
+    render_path(poses, HWF, K, 64, small_networks(white_bkgd=True), savedir=tmp_path)
     assert rendered == [0, 1, 2, 3, 4]
 
 
@@ -158,6 +176,17 @@ def test_frames_are_reused_only_with_the_same_fingerprint(tmp_path):
     assert store.reused == 0 and not list(tmp_path.rglob('*.png'))
 
 
+def test_metrics_and_videos_of_other_frames_are_removed(tmp_path):
+    FrameFolder(tmp_path, 'one', far=6.0).save(0, some_frame())
+    names = ['metrics.json', 'metrics.csv', 'video.mp4', 'video_disp.mp4']
+    for name in names:
+        (tmp_path / name).write_text('old')
+    FrameFolder(tmp_path, 'one', far=6.0)
+    assert all((tmp_path / name).is_file() for name in names)
+    FrameFolder(tmp_path, 'other', far=6.0)
+    assert not any((tmp_path / name).exists() for name in names)
+
+
 @pytest.mark.parametrize('name', ['000.png', 'depth/000.png'])
 def test_a_damaged_frame_is_not_loaded(tmp_path, name):
     store = FrameFolder(tmp_path, 'fingerprint', far=6.0)
@@ -170,29 +199,53 @@ def test_the_fingerprint_depends_on_everything_that_frames_depend_on(tmp_path, m
     weights = {'weight': torch.arange(6.0).reshape(2, 3), 'occupied': torch.tensor([True, False])}
 
     def fingerprint(poses=camera_path(2), hwf=HWF, K=K, weights=weights, **settings):  # noqa: B008 - read only
-        return frames_fingerprint(poses, hwf, K, {'network_fn': weights}, {'near': 2.0, 'ndc': False, **settings})
+        return frames_fingerprint(poses, hwf, K, {'network_fn': weights},
+                                  {'near': 2.0, 'ndc': False, **settings})
     same, equal_weights = fingerprint(), {key: tensor.clone() for key, tensor in weights.items()}
     assert same == fingerprint() == fingerprint(near=np.float32(2.0), weights=equal_weights)
     others = [fingerprint(camera_path(3)), fingerprint(hwf=[8, 10, 13.0]), fingerprint(K=K + 1e-6),
-              fingerprint(near=2.1), fingerprint(near=None), fingerprint(ndc=True), fingerprint(precision='bf16'),
-              fingerprint(weights={}),
+              fingerprint(near=2.1), fingerprint(near=None), fingerprint(ndc=True),
+              fingerprint(precision='bf16'), fingerprint(weights={}),
               fingerprint(weights={**weights, 'weight': weights['weight'].T}),
               fingerprint(weights={**weights, 'weight': weights['weight'] + 1e-3}),
               fingerprint(weights={**weights, 'occupied': torch.tensor([True, True])})]
     assert len({same, *others}) == 1 + len(others)
 
+
+def test_the_version_of_the_code_depends_on_all_source_files(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs, 'ROOT', tmp_path)
-    (tmp_path / 'accel/kernels').mkdir(parents=True)
-    found = [fingerprint()]
-    for name in ('run_nerf.py', 'accel/renderer.py', 'accel/kernels/hash_grid.c'):
+    for folder in ('accel/kernels', 'scenes', 'training'):
+        (tmp_path / folder).mkdir(parents=True)
+    found = [code_version()]
+    for name in ('run_nerf.py', 'accel/kernels/hash_grid.c', 'scenes/bounds.py', 'training/outputs.py'):
         for content in ('one', 'two'):
             (tmp_path / name).write_text(content)
-            found.append(fingerprint())
+            found.append(code_version())
     (tmp_path / 'README.md').write_text('no code')
-    assert len(set(found)) == 7 and fingerprint() == found[-1]
+    assert len(set(found)) == 9 and code_version() == found[-1]
 
 
-# --- videos -----------------------------------------------------------------------------------------------------
+class OtherRenderer(Renderer):
+    pass
+
+
+def test_what_frames_of_a_renderer_depend_on(monkeypatch):
+    def fingerprint(render_factor=0, settings=None, **options):
+        kwargs = small_networks(**{'network_query_fn': NetworkQuery(64), 'renderer': EXACT, **options})
+        return ImageRenderer(HWF, K, 64, kwargs, render_factor, settings=settings).fingerprint(camera_path(2))
+    same = fingerprint()
+    assert same == fingerprint(network_query_fn=NetworkQuery(1000))
+    settings = {'near': None, 'far': None}
+    others = [fingerprint(render_factor=2), fingerprint(near=2.5), fingerprint(far=7.0),
+              fingerprint(white_bkgd=True), fingerprint(network_query_fn=NetworkQuery(64, 'bf16')),
+              fingerprint(renderer=OtherRenderer()), fingerprint(settings={'precision': 'fp32'}),
+              fingerprint(settings=settings, near=2.6), fingerprint(settings=settings, near=2.7)]
+    assert len({same, *others}) == 1 + len(others)
+    monkeypatch.setattr('training.frames.code_version', lambda: 'edited')
+    assert fingerprint() != same
+
+
+# --- videos -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('refused, expected', [('libx264', 'MPEG-4'), ('', 'GIF')])
 def test_without_h264_another_encoder_is_found(tmp_path, monkeypatch, refused, expected):
@@ -219,7 +272,7 @@ def test_single_frames_where_nothing_encodes(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / 'video').iterdir()] == ['000.png']
 
 
-@pytest.mark.parametrize('encoder', ENCODERS[:3], ids=lambda encoder: encoder.name)
+@pytest.mark.parametrize('encoder', ENCODERS, ids=lambda encoder: encoder.name)
 def test_an_abandoned_video_leaves_nothing(tmp_path, encoder):
     with pytest.raises(KeyError), open_video(tmp_path / 'video', encoder) as add:
         add(np.zeros((16, 16, 3)))
@@ -259,16 +312,16 @@ def test_a_signal_at_any_moment_leaves_the_whole_video_or_nothing(tmp_path, enco
     assert all(is_complete_video(path, 20) for path in found if encoder.codec)
 
 
-# --- the Evaluator ----------------------------------------------------------------------------------------------
+# --- the Evaluator ------------------------------------------------------------------------------------------
 
 class Frames:
-    """Stands for run_nerf's FrameRenderer: random frames of 12×12 pixels; one that is in `store` is reused."""
+    """Stands for a FrameRenderer: random frames of 12×12 pixels; one that is in `store` is reused."""
     device = torch.device('cpu')
 
     def __init__(self):
         self.calls = []
 
-    def path(self, poses, store=None):
+    def render_path(self, poses, store=None):
         self.calls.append(len(poses))
         for index in range(len(poses)):
             frame = store and store.load(index)
@@ -278,12 +331,15 @@ class Frames:
                     store.save(index, frame)
             yield frame
 
-    def view(self, pose, stride):
+    def render_view(self, pose, stride):
         self.calls.append('view')
         return some_frame(0, 12 // stride, 12 // stride)
 
     def serve(self):
         self.calls.append('serve')
+
+    def drop_cache(self):
+        pass
 
     def fingerprint(self, poses):
         return 'fingerprint'
@@ -304,18 +360,18 @@ class Logger:
     def scalars(self, step, values):
         self.values.update(values)
 
-    def image(self, step, name, picture):
-        self.values[name] = picture.shape
+    def image(self, step, name, image):
+        self.values[name] = image.shape
 
-    def wrote(self, what, path):
+    def record_output(self, what, path):
         self.written[what] = path
 
 
 def evaluator(tmp_path, is_main=True, **options):
     """An Evaluator with stand-ins around it, and a list of the lines that it says."""
-    args = SimpleNamespace(i_img=2, i_testset=3, i_video=4, N_rand=1024, seed=0, white_bkgd=True, overwrite=False,
-                           render_only=False, render_test=False, render_factor=0, basedir=str(tmp_path),
-                           expname='name')
+    args = SimpleNamespace(i_img=2, i_testset=3, i_video=4, N_rand=1024, seed=0, white_bkgd=True,
+                           overwrite=False, render_only=False, render_test=False, render_factor=0,
+                           basedir=str(tmp_path), expname='name')
     vars(args).update(options)
     poses = camera_path(5).astype(np.float32)
     scene = SimpleNamespace(H=12, W=12, far=6.0, poses=poses, render_poses=poses[:3],
@@ -325,7 +381,8 @@ def evaluator(tmp_path, is_main=True, **options):
     return Evaluator(args, scene, Frames(), Processes(is_main), lines.append), lines
 
 
-@pytest.mark.parametrize('step, calls', [(1, []), (2, ['view']), (3, [2]), (4, ['view', 3]), (12, ['view', 2, 3])])
+@pytest.mark.parametrize('step, calls', [(1, []), (2, ['view']), (3, [2]), (4, ['view', 3]),
+                                         (12, ['view', 2, 3])])
 def test_outputs_are_made_at_their_intervals(tmp_path, step, calls):
     main, _ = evaluator(tmp_path)
     logger = Logger(tmp_path)
@@ -364,10 +421,31 @@ def test_an_output_that_fails_is_reported(tmp_path, monkeypatch):
 
 def test_the_other_processes_are_released_whatever_ends_rank_0(tmp_path, monkeypatch):
     main, _ = evaluator(tmp_path)
-    monkeypatch.setattr(main.frames, 'view', interrupt)
+    monkeypatch.setattr(main.frames, 'render_view', interrupt)
     with pytest.raises(Interrupted):
         main.run_if_due(2, Logger(tmp_path))
     assert main.processes.released == 1
+
+
+def test_a_signal_ends_evaluation_but_not_the_run(tmp_path, monkeypatch):
+    def stop(*_):
+        raise Stopped(143)
+    main, _ = evaluator(tmp_path)
+    monkeypatch.setattr(main.frames, 'render_path', stop)
+    main.run_if_due(12, Logger(tmp_path))
+    main.run_missing(12, Logger(tmp_path))
+    assert main.processes.released == 2 and not list(tmp_path.glob('*.mp4'))
+
+
+def test_a_scene_without_test_views(tmp_path):
+    main, _ = evaluator(tmp_path)
+    main.scene.i_test = np.arange(0)
+    main.run_if_due(3, Logger(tmp_path))
+    assert main.frames.calls == []
+    main.args.render_test = main.args.render_only = True
+    main.args.datadir = 'scene'
+    with pytest.raises(UserError, match='scene: found no test views'):
+        main.render_only(7)
 
 
 @pytest.mark.parametrize('options', [{'render_test': True}, {'render_test': False}])
@@ -380,7 +458,8 @@ def test_render_only_names_the_frames_that_it_reuses(tmp_path, rendered, options
         said = [line for line in lines if 'reusing' in line]
         assert len(said) == bool(count) and bool(rendered) == (not count)
         if count:
-            assert f'reusing {count} frames' in said[0] and '--overwrite' in said[0] and 'renderonly_' in said[0]
+            assert f'reusing {count} frames' in said[0] and '--overwrite' in said[0]
+            assert 'renderonly_' in said[0]
     folder = next(Path(tmp_path, 'name').iterdir())
     assert (folder / 'video.mp4').is_file() and (folder / 'video_disp.mp4').is_file()
     if options['render_test']:

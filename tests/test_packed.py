@@ -22,15 +22,15 @@ both_implementations = pytest.mark.usefixtures('each_implementation')
 
 
 def random_samples(N, seed, density=30.0, most=40):
-    """raw, t, ray_indices, lengths and offsets of N rays, some of which have no samples."""
+    """raw, t, ray_indices, step_sizes and offsets of N rays, some of which have no samples."""
     random = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, most, (N,), generator=random) * (torch.rand(N, generator=random) > 0.3)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     M = int(offsets[-1])
     raw = torch.randn(M, 4, generator=random) * torch.tensor([1, 1, 1, density])
     t = torch.rand(M, generator=random) + torch.arange(M)
-    lengths = 0.01 + 0.02 * torch.rand(N, generator=random)
-    return raw, t, torch.arange(N).repeat_interleave(counts), lengths, offsets
+    step_sizes = 0.01 + 0.02 * torch.rand(N, generator=random)
+    return raw, t, torch.arange(N).repeat_interleave(counts), step_sizes, offsets
 
 
 def one_ray(raw, length):
@@ -61,18 +61,31 @@ def random_loss(kind, seed):
 
 
 @needs_compiler
-@given(N=st.integers(0, 50), seed=st.integers(0, 999), density=st.sampled_from([1.0, 30.0, 1000.0]), kind=LOSSES)
+@given(N=st.integers(0, 50), seed=st.integers(0, 999), density=st.sampled_from([1.0, 30.0, 1000.0]),
+       kind=LOSSES)
 @settings(max_examples=60, deadline=None)
 def test_composite_equals_the_reference_implementation(N, seed, density, kind):
     """Outputs and gradients; at the highest density most samples are behind MAX_OPTICAL_DEPTH."""
     raw, *samples = random_samples(N, seed, density)
     loss = random_loss(kind, seed)
     out, weights, grad = outputs_and_gradient(composite, raw, samples, loss)
-    expected_out, expected_weights, expected_grad = outputs_and_gradient(composite_reference, raw, samples, loss)
+    expected_out, expected_weights, expected_grad = outputs_and_gradient(composite_reference, raw, samples,
+                                                                         loss)
     torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-5)
     scale = expected_grad.abs().amax().item() if len(raw) else 1.0
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5 * scale)
+
+
+@both_implementations
+def test_the_gradient_in_front_of_an_extremely_dense_sample():
+    """That of the first sample depends on its transmittance and on what is
+    behind it, however dense that is."""
+    raw, *samples = one_ray(torch.tensor([[1.0, 0, 0, 3], [-1, 0, 0, 1e8]]), 0.1)
+    *_, grad = outputs_and_gradient(composite, raw, samples, lambda out, weights: out[:, 0].sum())
+    after = math.exp(-0.3)
+    expected = 0.1 * after * (torch.sigmoid(torch.tensor(1.0)) - torch.sigmoid(torch.tensor(-1.0)))
+    torch.testing.assert_close(grad[0, 3], expected, rtol=1e-4, atol=0)
 
 
 @needs_compiler
@@ -88,7 +101,8 @@ def test_nan_is_found_in_outputs_and_gradients(kind, channel):
     raw = clean.clone()
     raw[first + 1, channel] = math.nan
     out, weights, grad = outputs_and_gradient(composite, raw, samples, loss)
-    expected_out, expected_weights, expected_grad = outputs_and_gradient(composite_reference, raw, samples, loss)
+    expected_out, expected_weights, expected_grad = outputs_and_gradient(composite_reference, raw, samples,
+                                                                         loss)
     torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert out[last].isnan().any() and torch.isfinite(out[:last]).all()
@@ -115,8 +129,8 @@ def test_composite_equals_raw2outputs():
 
 @both_implementations
 def test_the_weights_of_a_ray_sum_to_its_opacity():
-    raw, t, ray_indices, lengths, offsets = random_samples(50, seed=3)
-    out, weights = composite(raw, t, ray_indices, lengths, offsets)
+    raw, t, ray_indices, step_sizes, offsets = random_samples(50, seed=3)
+    out, weights = composite(raw, t, ray_indices, step_sizes, offsets)
     assert weights.shape == t.shape and (weights >= 0).all()
     torch.testing.assert_close(torch.zeros(50).index_add(0, ray_indices, weights), out[:, 3])
     torch.testing.assert_close(torch.zeros(50).index_add(0, ray_indices, weights * t), out[:, 4])
@@ -160,16 +174,16 @@ def test_without_gradients_weights_are_returned_too():
     assert not out.requires_grad and not weights.requires_grad and weights.any()
 
 
-# --- in parts ---------------------------------------------------------------------------------------------------
+# --- in parts -----------------------------------------------------------------------------------------------
 
 @both_implementations
 def test_compositing_in_parts_equals_the_whole():
-    raw, t, ray_indices, lengths, offsets = one_ray(torch.randn(8, 4), 0.3)
-    whole, _ = composite(raw, t, ray_indices, lengths, offsets)
+    raw, t, ray_indices, step_sizes, offsets = one_ray(torch.randn(8, 4), 0.3)
+    whole, _ = composite(raw, t, ray_indices, step_sizes, offsets)
     out, optical_depth = torch.zeros(1, 5), torch.zeros(1)
     for part in (slice(0, 3), slice(3, 8)):
         ends = torch.tensor([0, part.stop - part.start])
-        samples = raw[part], t[part], ray_indices[part], lengths, ends
+        samples = raw[part], t[part], ray_indices[part], step_sizes, ends
         out, optical_depth = composite_onto(*samples, optical_depth, out)
     torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(optical_depth, (raw[:, 3].relu() * 0.3).sum()[None])
@@ -183,7 +197,7 @@ def test_further_samples_of_an_opaque_ray_change_nothing():
     assert torch.equal(out, before)
 
 
-# --- packed samples ---------------------------------------------------------------------------------------------
+# --- packed samples -----------------------------------------------------------------------------------------
 
 def packed_samples(N, seed):
     raw, t, ray_indices, *_ = random_samples(N, seed)

@@ -9,7 +9,7 @@ from conftest import DATA, needs_data
 from tiny_runs import FAST_DEMO, NO_OUTPUTS, ROOT, assert_killed_and_resumed_is_undisturbed, read_state, run
 
 from accel.hash_nerf import MAX_LOG_DENSITY, TruncatedExp
-from run_nerf_helpers import img2mse_any_bkgd
+from run_nerf_helpers import img2mse_random_bkgd
 from training.checkpoints import read_checkpoint
 from training.options import config_parser
 
@@ -24,14 +24,14 @@ def test_a_fast_run_learns_and_writes_the_usual_files(fast_demo_run):
     assert 0 < occupied.float().mean() < 0.5
     network = state['network_fn_state_dict']
     assert {'encoding.table', 'density_linears.0.weight', 'rgb_linears.2.bias'} <= network.keys()
-    assert state['args']['occupancy_grid'] is True and state['ray_sampler_state_dict']['samples_per_ray'] > 0
+    assert state['args']['occupancy_grid'] is True and state['ray_sampler_state_dict']['mean_samples'] > 0
 
 
 @pytest.mark.parametrize('options, folder', [(['--render_test'], 'renderonly_test_000250'),
                                              (['--render_factor', 4], 'renderonly_path_000250')])
 def test_render_only_takes_all_from_the_checkpoint(fast_demo_run, tmp_path, options, folder):
-    assert run('--render_only', '--ft_path', fast_demo_run / '000250.tar', '--basedir', tmp_path, '--device', 'cpu',
-               *options) == 0
+    assert run('--render_only', '--ft_path', fast_demo_run / '000250.tar', '--basedir', tmp_path,
+               '--device', 'cpu', *options) == 0
     frames = sorted((tmp_path / 'demo_fast' / folder).glob('[0-9]*.png'))
     assert frames and iio.imread(frames[0]).std() > 5
     if options == ['--render_test']:
@@ -44,8 +44,8 @@ def test_a_checkpoint_with_a_grid_is_refused_without_one(fast_demo_run, capsys):
 
 
 @slow
-@pytest.mark.parametrize('options', [[], ['--i_embed', 0, '--netwidth', 16, '--netdepth', 2, '--lrate', 1e-3]],
-                         ids=['hash', 'positional'])
+@pytest.mark.parametrize('options', [
+    [], ['--i_embed', 0, '--netwidth', 16, '--netdepth', 2, '--lrate', 1e-3]], ids=['hash', 'positional'])
 def test_killed_and_resumed_is_bit_equal_to_undisturbed(tmp_path, options):
     assert_killed_and_resumed_is_undisturbed(tmp_path, *FAST_DEMO, *options)
 
@@ -63,8 +63,9 @@ def test_other_combinations_train_and_resume(few_views, tmp_path, options):
 @needs_data
 @slow
 def test_forward_facing_photos_train_too(tmp_path):
-    assert run('--config', ROOT / 'configs/fern_fast.txt', '--datadir', DATA / 'nerf_llff_data/fern', '--basedir',
-               tmp_path, '--N_iters', 3, *NO_OUTPUTS, '--N_rand_samples', 2048, '--log2_hashmap_size', 10) == 0
+    assert run('--config', ROOT / 'configs/fern_fast.txt', '--datadir', DATA / 'nerf_llff_data/fern',
+               '--basedir', tmp_path, '--N_iters', 3, *NO_OUTPUTS, '--N_rand_samples', 2048,
+               '--log2_hashmap_size', 10) == 0
     aabb = read_checkpoint(tmp_path / 'fern_fast/000003.tar')['renderer_state_dict']['grid.aabb']
     assert (aabb[0] < -1).all() and (aabb[1] >= 1).all() and (aabb.abs() < 3).all()  # NDC
 
@@ -84,6 +85,7 @@ def test_a_collapsed_density_is_restarted(few_views, tmp_path, capsys):
 
 @pytest.mark.parametrize('options, problem', [
     (['--N_importance', '16'], 'argument --N_importance: found 16, expected 0 with --occupancy_grid'),
+    (['--lindisp'], 'argument --lindisp: not available with --occupancy_grid'),
     (['--aabb', '0', '0', '0', '1', '-1', '1'], 'argument --aabb: found 0 0 0 1 -1 1, expected X0 < X1')])
 def test_options_that_contradict_each_other(capsys, options, problem):
     with pytest.raises(SystemExit):
@@ -100,7 +102,7 @@ def test_a_given_box_is_used(few_views, tmp_path):
         assert state[f'{part}_state_dict'][key].flatten().tolist() == box
 
 
-# --- the loss over all backgrounds, the exponential density -----------------------------------------------------
+# --- the loss over all backgrounds, the exponential density -------------------------------------------------
 
 @pytest.mark.parametrize('bkgd', [0.0, 1.0])
 def test_the_loss_is_the_mean_over_all_backgrounds(bkgd):
@@ -110,7 +112,7 @@ def test_the_loss_is_the_mean_over_all_backgrounds(bkgd):
     backgrounds = torch.rand(20000, 1, 3, generator=generator)
     error = (color + (1 - acc[:, None]) * backgrounds) - (other + (1 - alpha[:, None]) * backgrounds)
     target = torch.cat([other + (1 - alpha[:, None]) * bkgd, alpha[:, None]], -1)
-    mean = img2mse_any_bkgd(color + (1 - acc[:, None]) * bkgd, acc, target, bkgd)
+    mean = img2mse_random_bkgd(color + (1 - acc[:, None]) * bkgd, acc, target, bkgd)
     torch.testing.assert_close(mean, error.square().mean(), rtol=5e-3, atol=0)
 
 

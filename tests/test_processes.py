@@ -1,4 +1,5 @@
-"""Runs of several real processes: equal gradients and parameters, signals, and a checkpoint if a process dies."""
+"""Runs of several real processes: equal gradients and parameters, signals, and a
+checkpoint if a process dies."""
 import os
 import re
 import signal
@@ -25,7 +26,7 @@ SMALL = [*DEMO, '--N_rand', 129, '--precision', 'fp32']
 needs_proc = pytest.mark.skipif(not os.path.isdir('/proc'), reason='finds processes in /proc')
 
 
-# --- what processes do together ---------------------------------------------------------------------------------
+# --- what processes do together -----------------------------------------------------------------------------
 
 def gradients_of(rows):
     """Gradients and measures of some rows of a fixed problem, in two parts. One parameter has no gradient."""
@@ -37,7 +38,8 @@ def gradients_of(rows):
         share = len(x) / len(inputs)
         losses = {'coarse': ((network(x) - y) ** 2).mean(), 'fine': network(x).abs().mean()}
         (share * sum(losses.values())).backward()
-        measures.add(share, losses, {'coarse': x.mean()}, y.mean(), (x > 0).float().mean())
+        measures.add(share, losses, {'coarse': y.mean()}, {'coarse': x.mean()}, y.mean(),
+                     (x > 0).float().mean())
     return [*network.parameters(), unused], measures
 
 
@@ -60,6 +62,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from scenes.errors import UserError
 from training.processes import Processes
+from training.signals import Stopped
 from test_processes import gradients_of, nerf_gradients_of
 torch.set_num_threads(1)
 found = {{}}
@@ -67,10 +70,12 @@ found = {{}}
 def fails():
     raise UserError('only in rank 0' if processes.is_main else 'in another rank')
 
-def render(pose, factor):
+def render(pose):
     if pose == 'bad':
-        raise RuntimeError(f'bad pose in rank {{processes.index}}')
-    return f'{{pose * factor}} by {{processes.index}}'
+        raise RuntimeError(f'bad pose in rank {{processes.rank}}')
+    if pose == 'stop':
+        raise Stopped(143)
+    return f'{{pose}} by {{processes.rank}}'
 
 with Processes() as processes:
     rows = slice(0, 33) if processes.is_main else slice(33, 65)   # unequal shares
@@ -78,16 +83,16 @@ with Processes() as processes:
         parameters, measures = problem(rows)
         processes.average(parameters, measures.tensors(), (rows.stop - rows.start) / 65)
         found[problem.__name__] = [p.grad for p in parameters], measures.tensors()
-    found['share'] = processes.share(129)
+    found['share'] = processes.own_rays(129)
 
-    found['any'] = [processes.any(processes.index in ranks) for ranks in ([], [0], [1], [0, 1])]
-    found['from_rank0'] = processes.from_rank0(lambda: f'made by {{processes.index}}')
+    found['any'] = [processes.any(processes.rank in ranks) for ranks in ([], [0], [1], [0, 1])]
+    found['from_rank0'] = processes.from_rank0(lambda: f'made by {{processes.rank}}')
 
     def make_file():
         if processes.is_main:
             time.sleep(0.5)
             open({folder!r} + '/made', 'w').close()
-        return processes.index, os.path.exists({folder!r} + '/made')
+        return processes.rank, os.path.exists({folder!r} + '/made')
     found['run_rank0_first'] = processes.run_rank0_first(make_file)
     for name in ('from_rank0', 'run_rank0_first'):
         try:
@@ -100,16 +105,17 @@ with Processes() as processes:
     found['draws'] = torch.rand(3)
 
     if processes.is_main:
-        found['frames'] = processes.each(render, ['a', 'b'], 2) + processes.each(render, ['c'], 1)
-        try:
-            processes.each(render, ['a', 'bad'], 2)
-        except RuntimeError as error:
-            found['error'] = str(error)
+        found['frames'] = processes.render_all(render, ['a', 'b']) + processes.render_all(render, ['c'])
+        for pose in ('bad', 'stop'):
+            try:
+                processes.render_all(render, ['a', pose])
+            except (RuntimeError, Stopped) as error:
+                found[pose] = str(error)
         processes.release()
     else:
         processes.serve(render)
 found['threads'] = [comm.read_text().strip() for comm in Path('/proc/self/task').glob('*/comm')]
-torch.save(found, f'{folder}/{{processes.index}}.pt')
+torch.save(found, f'{folder}/{{processes.rank}}.pt')
 '''
 
 
@@ -156,8 +162,8 @@ def test_each_rank_draws_its_own_numbers(two_ranks):
 
 
 def test_frames_are_shared_out(two_ranks):
-    assert two_ranks[0]['frames'] == ['aa by 0', 'bb by 1', 'c by 0']
-    assert two_ranks[0]['error'] == 'bad pose in rank 1'
+    assert two_ranks[0]['frames'] == ['a by 0', 'b by 1', 'c by 0']
+    assert two_ranks[0]['bad'] == 'bad pose in rank 1' and two_ranks[0]['stop'] == '143'
 
 
 @needs_proc
@@ -173,23 +179,23 @@ def test_derived_seeds_differ():
 
 def test_a_single_process_needs_no_others():
     with Processes(1) as processes:
-        assert processes.is_main and processes.share(7) == 7 and processes.from_rank0(lambda: 5) == 5
+        assert processes.is_main and processes.own_rays(7) == 7 and processes.from_rank0(lambda: 5) == 5
         before = torch.get_rng_state()
         processes.seed_per_rank(0, 0)
         processes.average([], [], 1.0)
         processes.release()
         assert torch.equal(torch.get_rng_state(), before) and processes.any(True) and not processes.any(False)
-        assert processes.each(lambda pose, factor: pose * factor, [3], 2) == [6]
+        assert processes.render_all(lambda pose: pose * 2, [3]) == [6]
         assert processes.run_rank0_first(lambda: 4) == 4
 
 
 def test_fewer_rays_than_processes():
     processes = Processes(3)
     with pytest.raises(UserError, match='at least one ray for each of the 3 processes'):
-        processes.share(2)
+        processes.own_rays(2)
 
 
-# --- signals ----------------------------------------------------------------------------------------------------
+# --- signals ------------------------------------------------------------------------------------------------
 
 def raise_signal(number=signal.SIGTERM):
     signal.raise_signal(number)
@@ -217,16 +223,11 @@ def test_the_first_signal_interrupts_what_is_interruptible():
             raise AssertionError('begun after a signal')
 
 
-@pytest.mark.parametrize('in_block', [False, True])
-def test_other_work_is_completed(in_block):
+def test_other_work_is_completed():
     with StopRequest(str) as stop:
         with stop.interruptible():
             pass
-        with stop.interruptible(enabled=False):
-            if in_block:
-                raise_signal()
-        if not in_block:
-            raise_signal()
+        raise_signal()
         assert stop.requested
 
 
@@ -236,11 +237,12 @@ def test_second_signal_ends_at_once():
               'with StopRequest(print) as stop:\n'
               '    os.kill(os.getpid(), signal.SIGTERM); print(stop.signal, flush=True)\n'
               '    os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n')
-    done = subprocess.run([sys.executable, '-c', script, str(ROOT)], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, '-c', script, str(ROOT)], capture_output=True, text=True,
+                          timeout=30)
     assert done.returncode == 130 and '15' in done.stdout
 
 
-# --- whole runs -------------------------------------------------------------------------------------------------
+# --- whole runs ---------------------------------------------------------------------------------------------
 
 ALL_SAVE = '''
 import sys
@@ -249,7 +251,7 @@ import run_nerf
 from training.logger import Logger
 finish = Logger.finish
 def save_and_finish(logger, checkpoints, processes):
-    checkpoints.write({folder!r} / Path(f'rank{{processes.index}}.tar'), logger.steps_done)
+    checkpoints.write({folder!r} / Path(f'rank{{processes.rank}}.tar'), logger.steps_done)
     finish(logger, checkpoints, processes)
 Logger.finish = save_and_finish
 sys.exit(run_nerf.main())
@@ -258,7 +260,8 @@ sys.exit(run_nerf.main())
 
 @pytest.mark.slow
 def test_parameters_stay_equal_and_any_number_resumes(tmp_path):
-    """After 50 steps the parameters of the ranks are equal bit for bit, and any number of processes can resume."""
+    """After 50 steps the parameters of the ranks are equal bit for bit, and any
+    number of processes can resume."""
     script = tmp_path / 'all_save.py'
     script.write_text(ALL_SAVE.format(folder=str(tmp_path)))
     code, output = finish(torchrun(*SMALL, '--basedir', tmp_path, '--N_iters', 50, script=script))
@@ -268,13 +271,15 @@ def test_parameters_stay_equal_and_any_number_resumes(tmp_path):
     for name in ('network_fn_state_dict', 'network_fine_state_dict'):
         for key, value in first[name].items():
             assert torch.equal(value, second[name][key])
-    assert not torch.equal(first['random_state']['cpu'], second['random_state']['cpu']), 'ranks draw other rays'
+    assert not torch.equal(first['random_state']['cpu'],
+                           second['random_state']['cpu']), 'ranks draw other rays'
     assert first.keys() == read_state(tmp_path / 'demo/000050.tar').keys()
     assert sorted(path.name for path in (tmp_path / 'demo').glob('*.tar')) == ['000050.tar']
     assert output.count('50 steps done') == 1 and output.count('a new run') == 1
 
     for steps, processes in ((60, 1), (70, 3)):
-        code, output = finish(torchrun(*SMALL, '--basedir', tmp_path, '--N_iters', steps, processes=processes))
+        process = torchrun(*SMALL, '--basedir', tmp_path, '--N_iters', steps, processes=processes)
+        code, output = finish(process)
         assert code == 0, output
         assert f'resumes after step {steps - 10}' in output
         assert (tmp_path / f'demo/{steps:06d}.tar').is_file()

@@ -1,4 +1,5 @@
-"""Rendering and losses of run_nerf.py: reference implementations, invariances, finite outputs and gradients."""
+"""Rendering and losses of run_nerf.py: reference implementations, invariances,
+finite outputs and gradients."""
 import numpy as np
 import pytest
 import torch
@@ -8,9 +9,10 @@ from tiny_networks import CAMERA, LearnedEncoding, assert_same_gradients, encode
 
 import run_nerf
 from accel.network_query import NetworkQuery
-from accel.renderer import Renderer
+from accel.renderer import MAX_SAMPLES, Renderer
 from run_nerf import (
     EXACT,
+    ImageRenderer,
     batchify,
     create_nerf,
     loss_and_gradient,
@@ -23,8 +25,6 @@ from run_nerf import (
 )
 from run_nerf_helpers import disparity, get_rays, img2mse
 from scenes.rays import Batch
-from training.devices import SAMPLES_AT_ONCE
-from training.frames import FrameRenderer
 from training.options import config_parser
 
 K = np.array([[12.0, 0, 5.0], [0, 12.0, 4.0], [0, 0, 1]])
@@ -35,8 +35,9 @@ def chain(use_viewdirs=True, netchunk=64 * 1024, **options):
     """kwargs for `render` with two small networks, the same at each call."""
     torch.manual_seed(3)
     coarse, fine = (encoded_nerf(use_viewdirs, W=16, skips=()) for _ in range(2))
-    return {'network_fn': coarse, 'network_fine': fine, 'network_query_fn': NetworkQuery(netchunk), 'N_samples': 6,
-            'N_importance': 5, 'use_viewdirs': use_viewdirs, 'ndc': False, 'near': 2.0, 'far': 6.0, **options}
+    return {'network_fn': coarse, 'network_fine': fine, 'network_query_fn': NetworkQuery(netchunk),
+            'N_samples': 6, 'N_importance': 5, 'use_viewdirs': use_viewdirs, 'ndc': False, 'near': 2.0,
+            'far': 6.0, **options}
 
 
 def random_rays(*shape):
@@ -52,7 +53,7 @@ def assert_same(one, other):
         torch.testing.assert_close(one[3][key], other[3][key], atol=1e-6, rtol=1e-5)
 
 
-# --- compositing ------------------------------------------------------------------------------------------------
+# --- compositing --------------------------------------------------------------------------------------------
 
 def composite_in_a_loop(raw, z_vals, ray_d, white_bkgd):
     """The reference implementation of Eq. 3 for one ray, sample by sample, in double precision."""
@@ -83,22 +84,24 @@ def test_compositing_equals_the_reference_implementation(white_bkgd, samples):
             np.testing.assert_allclose(a[ray], b, atol=1e-5)
 
 
-extreme = st.sampled_from([-1e38, -1e10, -50.0, -1.0, -1e-30, 0.0, 1e-30, 1e-12, 1e-3, 1.0, 90.0, 1e4, 1e10, 1e30,
-                           1e38])
+extreme = st.sampled_from([-1e38, -1e10, -50.0, -1.0, -1e-30, 0.0, 1e-30, 1e-12, 1e-3, 1.0, 90.0, 1e4,
+                           1e10, 1e30, 1e38])
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.tuples(extreme, extreme), min_size=1, max_size=8), st.booleans(), st.sampled_from([0.0, 2.0]),
-       st.booleans())
+@given(st.lists(st.tuples(extreme, extreme), min_size=1, max_size=8), st.booleans(),
+       st.sampled_from([0.0, 2.0]), st.booleans())
 def test_outputs_and_gradients_are_finite_for_any_network(values, white_bkgd, near, doubled):
     raw = torch.tensor([[[color, -color, 0.0, density] for color, density in values]], requires_grad=True)
     z_vals = torch.linspace(near, 6.0, len(values))[None]
     if doubled:
         z_vals = z_vals.round()  # samples in the same place
-    outputs = raw2outputs(raw, z_vals, torch.tensor([[0.3, -0.2, -1.0]]), raw_noise_std=1.0, white_bkgd=white_bkgd)
+    outputs = raw2outputs(raw, z_vals, torch.tensor([[0.3, -0.2, -1.0]]), raw_noise_std=1.0,
+                          white_bkgd=white_bkgd)
     rgb, disp, acc, weights, depth = outputs
     assert all(torch.isfinite(output).all() for output in outputs)
-    assert (weights >= 0).all() and acc.item() <= 1 + 1e-5 and (rgb >= -1e-5).all() and (rgb <= 1 + 1e-5).all()
+    assert (weights >= 0).all() and acc.item() <= 1 + 1e-5
+    assert (rgb >= -1e-5).all() and (rgb <= 1 + 1e-5).all()
     (gradient,) = torch.autograd.grad(rgb.sum() + acc.sum() + depth.sum(), raw, retain_graph=True)
     assert torch.isfinite(gradient).all()
     (gradient,) = torch.autograd.grad(disp.clamp(max=1e3).sum(), raw)
@@ -114,12 +117,14 @@ def test_an_empty_ray_has_disparity_zero():
 def test_an_opaque_sample_gives_its_depth_and_colour():
     raw = torch.full((1, 5, 4), -1.0)
     raw[0, 2] = torch.tensor([50.0, -50.0, 0.0, 1e4])
-    rgb, disp, _, weights, depth = raw2outputs(raw, torch.linspace(2, 6, 5)[None], torch.tensor([[0.0, 0.0, 1.0]]))
+    rgb, disp, _, weights, depth = raw2outputs(raw, torch.linspace(2, 6, 5)[None],
+                                               torch.tensor([[0.0, 0.0, 1.0]]))
     torch.testing.assert_close(rgb, torch.tensor([[1.0, 0.0, 0.5]]))
-    assert depth.item() == pytest.approx(4) and disp.item() == pytest.approx(0.25) and weights[0, 2].item() == 1
+    assert depth.item() == pytest.approx(4) and disp.item() == pytest.approx(0.25)
+    assert weights[0, 2].item() == 1
 
 
-# --- chunks and shapes ------------------------------------------------------------------------------------------
+# --- chunks and shapes --------------------------------------------------------------------------------------
 
 @given(st.integers(0, 20), st.integers(1, 25))
 def test_batchify_changes_nothing(rows, chunk):
@@ -167,7 +172,8 @@ def test_static_camera_keeps_its_rays_and_takes_the_directions():
 def test_without_a_fine_network_the_coarse_network_does_both():
     kwargs = chain(network_fine=None)
     one = render(8, 10, K, rays=random_rays(6), **kwargs)
-    assert_same(one, render(8, 10, K, rays=random_rays(6), **{**kwargs, 'network_fine': kwargs['network_fn']}))
+    other = render(8, 10, K, rays=random_rays(6), **{**kwargs, 'network_fine': kwargs['network_fn']})
+    assert_same(one, other)
 
 
 def test_without_importance_samples_there_is_one_pass():
@@ -190,7 +196,8 @@ def test_gradients_are_finite_throughout(ndc, near, far, options):
 
 def test_pytest_fixes_the_random_numbers():
     kwargs = chain(perturb=1.0, raw_noise_std=1.0, pytest=True)
-    assert_same(render(8, 10, K, rays=random_rays(6), **kwargs), render(8, 10, K, rays=random_rays(6), **kwargs))
+    assert_same(render(8, 10, K, rays=random_rays(6), **kwargs),
+                render(8, 10, K, rays=random_rays(6), **kwargs))
 
 
 @pytest.mark.parametrize('lindisp', [False, True])
@@ -211,7 +218,7 @@ def test_samples_cover_near_to_far(lindisp, perturb):
         torch.testing.assert_close(seen[0], places.expand(50, 16))
 
 
-# --- samples ----------------------------------------------------------------------------------------------------
+# --- samples ------------------------------------------------------------------------------------------------
 
 def test_the_samples_of_the_maps_are_returned():
     rays = random_rays(3, 4)
@@ -234,7 +241,8 @@ def test_the_samples_of_the_maps_are_returned():
 
 
 def test_without_importance_samples_the_coarse_samples_are_returned():
-    *_, extras = render(8, 10, K, rays=random_rays(5), retsamples=True, **chain(N_importance=0, network_fine=None))
+    *_, extras = render(8, 10, K, rays=random_rays(5), retsamples=True,
+                        **chain(N_importance=0, network_fine=None))
     assert extras.keys() == {'weights', 'z_vals', 'depth_map'} and extras['weights'].shape == (5, 6)
 
 
@@ -250,7 +258,7 @@ def test_gradients_flow_through_the_weights(backward):
     assert kwargs['network_fn'].alpha_linear.weight.grad.any()
 
 
-# --- renderers --------------------------------------------------------------------------------------------------
+# --- renderers ----------------------------------------------------------------------------------------------
 
 class Grey(Renderer):
     """A renderer that returns the same for every ray, and records how it is called."""
@@ -298,12 +306,13 @@ def test_a_renderer_may_choose_another_for_the_rays():
         assert ('kind' in extras) == expected
 
 
-def test_what_a_renderer_does_unless_overridden():
+def test_defaults_of_a_renderer():
     renderer = Renderer()
-    assert renderer.for_rays(torch.zeros(1, 8)) is renderer and renderer.samples_per_ray(64, 128) == 192
+    assert renderer.for_rays(torch.zeros(1, 8)) is renderer
+    assert renderer.max_rays(torch.device('cpu'), 64, 128) == MAX_SAMPLES['cpu'] // 192
     renderer.update(1, network_fn=None)
-    renderer.forget()
-    renderer.reset_parameters()
+    renderer.drop_cache()
+    renderer.reset()
     assert not renderer.state_dict()
     with pytest.raises(NotImplementedError):
         renderer.render_rays(torch.zeros(1, 8), None, None, 3)
@@ -318,7 +327,7 @@ def test_the_exact_renderer_is_render_rays():
     assert found.keys() == expected.keys() and all(found[key].equal(expected[key]) for key in found)
 
 
-# --- losses -----------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 def training_batch(N):
     """Rays towards the origin, with random colours."""
@@ -335,18 +344,18 @@ def test_the_loss_of_parts_is_that_of_the_whole_batch(monkeypatch):
     """Large batches are split; losses, opacities and gradients are those of the whole."""
     batch, kwargs, results = training_batch(50), chain(white_bkgd=True, N_samples=8, N_importance=8), []
     for samples in (10 ** 6, 7 * 16):
-        monkeypatch.setitem(SAMPLES_AT_ONCE, 'cpu', samples)
+        monkeypatch.setitem(MAX_SAMPLES, 'cpu', samples)
         for parameter in parameters_of(kwargs):
             parameter.grad = None
         measures = loss_and_gradient([16, 16], None, 1000, batch, kwargs)
         results.append(([p.grad for p in parameters_of(kwargs)], measures))
     (gradients, whole), (gradients_of_parts, parts) = results
     assert_same_gradients(gradients_of_parts, gradients)
-    assert list(whole.losses) == list(whole.opacities) == ['coarse', 'fine']
+    assert list(whole.losses) == list(whole.errors) == list(whole.opacities) == ['coarse', 'fine']
     for one, other in zip(whole.tensors(), parts.tensors(), strict=True):
         assert torch.allclose(one, other, rtol=1e-5)
     assert whole.background.item() == pytest.approx(((1 - batch.target) ** 2).mean().item())
-    assert whole.num_samples is None
+    assert whole.mean_samples is None
 
 
 def test_losses_are_the_colour_errors_of_both_networks():
@@ -382,10 +391,11 @@ def test_a_new_term_of_the_loss_is_trained_and_measured(monkeypatch):
     assert not torch.allclose(gradient, gradient_with_spread)
 
 
-# --- set-up -----------------------------------------------------------------------------------------------------
+# --- set-up -------------------------------------------------------------------------------------------------
 
 def test_a_learned_encoding_is_optimised_and_saved_with_its_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_nerf, 'get_embedder', lambda multires, i: (LearnedEncoding(), LearnedEncoding.out_dim))
+    monkeypatch.setattr(run_nerf, 'get_embedder',
+                        lambda multires, i: (LearnedEncoding(), LearnedEncoding.out_dim))
     args = config_parser().parse_args([
         '--expname', 'x', '--basedir', str(tmp_path), '--device', 'cpu', '--netwidth', '16',
         '--netwidth_fine', '16', '--N_importance', '5', '--use_viewdirs'])
@@ -398,7 +408,7 @@ def test_a_learned_encoding_is_optimised_and_saved_with_its_network(tmp_path, mo
         assert 'encoding_views.linear.weight' in network.state_dict()
 
 
-# --- frames -----------------------------------------------------------------------------------------------------
+# --- frames -------------------------------------------------------------------------------------------------
 
 def test_render_path_returns_and_writes_the_frames(tmp_path, capsys):
     poses = torch.eye(4).repeat(2, 1, 1).numpy()
@@ -409,10 +419,10 @@ def test_render_path_returns_and_writes_the_frames(tmp_path, capsys):
     assert capsys.readouterr().out.count('PSNR') == 2
 
 
-def test_render_factor_makes_the_same_picture_smaller():
+def test_render_factor_makes_the_same_image_smaller():
     """Every second pixel of the full frame: the intrinsics shrink with the image."""
     pose = torch.eye(4)[None].numpy()
-    full, half = (next(FrameRenderer(render_frame, HWF, K, 64, chain(), factor).path(pose)).rgb
+    full, half = (next(ImageRenderer(HWF, K, 64, chain(), factor).render_path(pose)).rgb
                   for factor in (0, 2))
     assert half.shape == (4, 5, 3)
     np.testing.assert_allclose(half, full[::2, ::2], atol=1e-5)

@@ -40,7 +40,7 @@ def endless_path(folder):
     return folder / 'path.npy'
 
 
-# --- kills ------------------------------------------------------------------------------------------------------
+# --- kills --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('options', [
     ['--precrop_iters', 30], pytest.param(['--no_batching'], marks=slow),
@@ -51,8 +51,8 @@ def test_killed_and_resumed_is_bit_equal_to_undisturbed(tmp_path, options):
 
 @slow
 def test_25_kills_at_random_moments(tmp_path):
-    """Every start resumes from the newest checkpoint, every file with a final name can be read, and in the end the
-    parameters are those of a run that was never disturbed."""
+    """Every start resumes from the newest checkpoint, every file with a final name can be read, and in the
+    end the parameters are those of a run that was never disturbed."""
     folder, moments, last = tmp_path / 'killed/demo', random.Random(0), 0
     args = [*TINY, '--i_weights', 3, '--i_img', 4, '--i_testset', 10, '--i_video', 50]
     for _ in range(25):
@@ -90,7 +90,7 @@ def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
     assert not list(folder.rglob('*.part*'))
 
 
-# --- resuming ---------------------------------------------------------------------------------------------------
+# --- resuming -----------------------------------------------------------------------------------------------
 
 def test_a_run_resumes_from_the_newest_intact_checkpoint(two_steps, tmp_path, capsys):
     (tmp_path / 'demo').mkdir()
@@ -102,8 +102,8 @@ def test_a_run_resumes_from_the_newest_intact_checkpoint(two_steps, tmp_path, ca
 
 
 def test_options_that_differ_are_named(two_steps, capsys, tmp_path):
-    assert run(*TINY, *NO_OUTPUTS, '--ft_path', two_steps / '000002.tar', '--basedir', tmp_path, '--N_iters', 3,
-               '--N_rand', 32) == 0
+    assert run(*TINY, *NO_OUTPUTS, '--ft_path', two_steps / '000002.tar', '--basedir', tmp_path,
+               '--N_iters', 3, '--N_rand', 32) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if 'differ' in line]
     assert 'N_rand 32 (was 64)' in line and 'N_iters' not in line
 
@@ -118,10 +118,13 @@ def test_missing_outputs_of_the_last_step_are_made(two_steps, tmp_path):
 
 
 def test_lpips_does_not_change_the_random_numbers_of_training(tmp_path, monkeypatch):
-    """Its network is initialised at random in the middle of a run; a stand-in for the package does that too."""
+    """Its network is initialised at random in the middle of a run; a stand-in
+    for the package does that too."""
     (tmp_path / 'lpips.py').write_text('import torch\n\n\nclass LPIPS(torch.nn.Conv2d):\n'
-                                       '    def __init__(self, net, verbose):\n        super().__init__(3, 1, 3)\n\n'
-                                       '    def forward(self, x, y):\n        return super().forward(x - y).mean()\n')
+                                       '    def __init__(self, net, verbose):\n'
+                                       '        super().__init__(3, 1, 3)\n\n'
+                                       '    def forward(self, x, y):\n'
+                                       '        return super().forward(x - y).mean()\n')
     for name, path in (('without', None), ('with', tmp_path)):
         if path:
             monkeypatch.syspath_prepend(path)
@@ -131,7 +134,7 @@ def test_lpips_does_not_change_the_random_numbers_of_training(tmp_path, monkeypa
     assert metrics['mean']['lpips'] is not None
 
 
-# --- signals ----------------------------------------------------------------------------------------------------
+# --- signals ------------------------------------------------------------------------------------------------
 
 both_signals = pytest.mark.parametrize('number, code', [
     (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=slow)])
@@ -151,8 +154,8 @@ def test_the_first_signal_saves_and_ends_the_run(tmp_path, number, code):
 
 @both_signals
 def test_a_signal_ends_rendering_without_a_traceback(two_steps, tmp_path, number, code):
-    process = start('--render_only', '--ft_path', two_steps / '000002.tar', '--basedir', tmp_path, '--render_poses',
-                    endless_path(tmp_path), '--device', 'cpu')
+    process = start('--render_only', '--ft_path', two_steps / '000002.tar', '--basedir', tmp_path,
+                    '--render_poses', endless_path(tmp_path), '--device', 'cpu')
     wait_for(tmp_path / 'demo/renderonly_path_000002/003.png', process)
     process.send_signal(number)
     exit_code, output = finish(process)
@@ -162,8 +165,8 @@ def test_a_signal_ends_rendering_without_a_traceback(two_steps, tmp_path, number
 
 @slow
 def test_a_signal_abandons_a_video(tmp_path):
-    process = start(*TINY, *NO_OUTPUTS, '--basedir', tmp_path, '--N_iters', 100, '--i_weights', 100, '--i_video', 2,
-                    '--render_poses', endless_path(tmp_path))
+    process = start(*TINY, *NO_OUTPUTS, '--basedir', tmp_path, '--N_iters', 100, '--i_weights', 100,
+                    '--i_video', 2, '--render_poses', endless_path(tmp_path))
     wait_for(tmp_path / 'demo/.demo_spiral_000002_rgb.part.mp4', process)
     process.send_signal(signal.SIGINT)
     exit_code, output = finish(process)
@@ -171,19 +174,19 @@ def test_a_signal_abandons_a_video(tmp_path):
     assert not list(tmp_path.rglob('*.mp4'))
 
 
-# --- disks and consoles -----------------------------------------------------------------------------------------
+# --- disks and consoles -------------------------------------------------------------------------------------
 
 @slow
 def test_training_ends_normally_where_no_file_may_grow(tmp_path):
     """A size limit stands for the full disk: neither checkpoint nor video fits."""
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
-    process = start(*TINY, '--basedir', tmp_path, '--N_iters', 12, '--i_weights', 4, '--i_img', 4, '--i_testset', 6,
-                    '--i_video', 12, preexec_fn=limit)
+    process = start(*TINY, '--basedir', tmp_path, '--N_iters', 12, '--i_weights', 4, '--i_img', 4,
+                    '--i_testset', 6, '--i_video', 12, preexec_fn=limit)
     code, output = finish(process)
     assert code == 0 and 'Traceback' not in output, output
-    assert '000004.tar: not written' in output and 'training continues' in output and '12 steps done' in output
-    assert 'NOT SAVED' in output
+    assert '000004.tar: not written' in output and 'training continues' in output
+    assert '12 steps done' in output and 'NOT SAVED' in output
     assert not list(tmp_path.rglob('*.tar')) and not list(tmp_path.rglob('*.part*'))
     assert all(len(iio.imread(path, plugin='FFMPEG')) == 40 for path in tmp_path.rglob('*.mp4'))
 
@@ -193,7 +196,8 @@ def small_disk(tmp_path):
     """A disk of 300 kB."""
     disk = tmp_path / 'disk'
     disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', disk], capture_output=True).returncode:
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', disk]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('no right to mount a disk')
     yield disk
     subprocess.run(['umount', disk], check=True)
@@ -201,8 +205,8 @@ def small_disk(tmp_path):
 
 @slow
 def test_training_on_a_disk_that_fills(small_disk):
-    code, output = finish(start(*TINY, '--basedir', small_disk, '--N_iters', 60, '--i_weights', 4, '--i_img', 5,
-                                '--i_testset', 20, '--i_video', 60))
+    code, output = finish(start(*TINY, '--basedir', small_disk, '--N_iters', 60, '--i_weights', 4,
+                                '--i_img', 5, '--i_testset', 20, '--i_video', 60))
     assert code == 0 and 'Traceback' not in output, output
     assert 'not written' in output and 'No space left' in output and '60 steps done' in output
     assert not list(small_disk.rglob('*.part*'))
@@ -239,7 +243,7 @@ def test_training_survives_the_loss_of_its_console(tmp_path, stdout):
     assert 'step 30/30' in (tmp_path / 'demo/log.txt').read_text()
 
 
-# --- collapsed networks -----------------------------------------------------------------------------------------
+# --- collapsed networks -------------------------------------------------------------------------------------
 
 # Runs in which collapsed networks are restarted, and others learn quickly.
 RESTARTING = [*[option for option in TINY if option != '--no_restart'], '--raw_noise_std', 0, '--lrate', 3e-3,
@@ -274,8 +278,10 @@ def healthy_psnr(first_step, tmp_path_factory):
 
 
 @slow
-@pytest.mark.parametrize('network, name', [('network_fn_state_dict', 'coarse'), ('network_fine_state_dict', 'fine')])
-def test_a_collapsed_network_is_restarted_and_learns(first_step, healthy_psnr, tmp_path, capsys, network, name):
+@pytest.mark.parametrize('network, name', [('network_fn_state_dict', 'coarse'),
+                                           ('network_fine_state_dict', 'fine')])
+def test_a_collapsed_network_is_restarted_and_learns(first_step, healthy_psnr, tmp_path, capsys, network,
+                                                     name):
     kill_density(first_step, tmp_path / 'dead.tar', network)
     psnr = psnr_after_1500_steps(tmp_path, tmp_path / 'dead.tar')
     out = capsys.readouterr().out
@@ -295,7 +301,7 @@ def test_slow_learners_are_left_alone(tmp_path, capsys):
 
 
 @slow
-def test_a_small_object_in_a_large_picture_is_left_alone(tmp_path, capsys):
+def test_a_small_object_in_a_large_image_is_left_alone(tmp_path, capsys):
     """An object of a few pixels on white is not the same as nothing."""
     scene = tmp_path / 'scene'
     shutil.copytree(ROOT / 'data/demo', scene)
@@ -303,12 +309,14 @@ def test_a_small_object_in_a_large_picture_is_left_alone(tmp_path, capsys):
         image = iio.imread(path)
         image[:60], image[68:], image[:, :60], image[:, 68:] = 0, 0, 0, 0
         iio.imwrite(path, image)
-    assert run(*RESTARTING, '--datadir', scene, '--lrate', 5e-4, '--basedir', tmp_path, '--N_iters', 1200) == 0
+    assert run(*RESTARTING, '--datadir', scene, '--lrate', 5e-4, '--basedir', tmp_path,
+               '--N_iters', 1200) == 0
     assert capsys.readouterr().out.count('starts again') <= 1  # a network may really collapse
 
 
 @pytest.mark.parametrize('options, restarts', [([], 2 * 3), (['--no_restart'], 0)])
-def test_networks_are_restarted_unless_the_options_say_otherwise(tmp_path, monkeypatch, capsys, options, restarts):
+def test_networks_are_restarted_unless_the_options_say_otherwise(tmp_path, monkeypatch, capsys, options,
+                                                                 restarts):
     monkeypatch.setattr('training.safeguards.CollapseWatch.update', lambda *_: True)
     assert run(*RESTARTING, '--basedir', tmp_path, '--N_iters', 10, *options) == 0
     assert capsys.readouterr().out.count('starts again') == restarts
@@ -322,7 +330,7 @@ def test_no_restart_leaves_a_collapsed_network_alone(first_step, tmp_path, capsy
     assert 'starts again' not in capsys.readouterr().out
 
 
-# --- steps that are not finite ----------------------------------------------------------------------------------
+# --- steps that are not finite ------------------------------------------------------------------------------
 
 def make_bad(monkeypatch, steps):
     """Let the loss of these steps, counted from the start of a run, be NaN."""
@@ -344,25 +352,28 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, capsys):
     make_bad(monkeypatch, {3, 5, 6})
     assert run(*TINY, *NO_OUTPUTS, '--basedir', tmp_path, '--N_iters', 8) == 0
     state = read_state(tmp_path / 'demo/000008.tar')
-    assert state['safeguards_state_dict']['bad_steps'] == 3 and capsys.readouterr().out.count('not finite') == 3
+    assert state['safeguards_state_dict']['bad_steps'] == 3
+    assert capsys.readouterr().out.count('not finite') == 3
     assert optimizer_steps(state) == {5}
     for network in ('network_fn_state_dict', 'network_fine_state_dict'):
         assert all(torch.isfinite(value).all() for value in state[network].values())
 
 
-@pytest.mark.parametrize('i_weights, back_to, updates', [(4, '000004.tar', 4 + 5), (100, 'the start', 5)])
-def test_after_ten_bad_steps_training_goes_back_once(tmp_path, monkeypatch, capsys, i_weights, back_to, updates):
-    """Back to the networks of the newest checkpoint, at a tenth of the learning rate. No step is done twice."""
+@pytest.mark.parametrize('i_weights, back_to, updates', [(4, '000004.tar', 4 + 5), (100, 'new networks', 5)])
+def test_after_ten_bad_steps_training_rolls_back_once(tmp_path, monkeypatch, capsys, i_weights, back_to,
+                                                      updates):
+    """Back to the newest checkpoint, at a tenth of the learning rate. The step number is not rolled back."""
     make_bad(monkeypatch, set(range(6, 16)))
     assert run(*TINY, *NO_OUTPUTS, '--basedir', tmp_path, '--N_iters', 20, '--i_weights', i_weights,
                '--i_print', 1) == 0
     out = capsys.readouterr().out
     place = tmp_path / 'demo' / back_to if i_weights == 4 else back_to
-    assert f'back to the networks of {place}, with a tenth of the learning rate' in out and '20 steps done' in out
-    steps = [int(line.split('/')[0].removeprefix('step ')) for line in out.splitlines() if line.startswith('step ')]
+    assert f'back to {place}, with a tenth of the learning rate' in out and '20 steps done' in out
+    steps = [int(line.split('/')[0].removeprefix('step ')) for line in out.splitlines()
+             if line.startswith('step ')]
     assert steps == list(range(1, 21))
     state = read_state(tmp_path / 'demo/000020.tar')
-    assert state['safeguards_state_dict']['returns'] == 1 and optimizer_steps(state) == {updates}
+    assert state['safeguards_state_dict']['rollbacks'] == 1 and optimizer_steps(state) == {updates}
     assert state['optimizer_state_dict']['param_groups'][0]['lr'] < 1.2e-3  # a tenth of 1.2e-2
 
 
@@ -373,14 +384,14 @@ def test_training_that_cannot_continue_says_so(tmp_path, monkeypatch, capsys):
     assert err.count('\n') == 1 and '--lrate' in err
 
 
-def test_training_goes_back_only_to_checkpoints_of_this_run(two_steps, tmp_path, monkeypatch, capsys):
+def test_training_rolls_back_only_to_checkpoints_of_this_run(two_steps, tmp_path, monkeypatch, capsys):
     """Not to one that an earlier run left in the folder; but to the one that this run started from."""
     (tmp_path / 'demo').mkdir()
     shutil.copy(two_steps / '000002.tar', tmp_path / 'demo/000050.tar')
     make_bad(monkeypatch, set(range(3, 13)))
     assert run(*TINY, *NO_OUTPUTS, '--basedir', tmp_path, '--N_iters', 12, '--no_reload') == 0
-    assert 'back to the networks of the start' in capsys.readouterr().out
+    assert 'back to new networks' in capsys.readouterr().out
     make_bad(monkeypatch, set(range(3, 13)))
     assert run(*TINY, *NO_OUTPUTS, '--basedir', tmp_path / 'other', '--N_iters', 15,
                '--ft_path', two_steps / '000002.tar') == 0
-    assert f'back to the networks of {two_steps / "000002.tar"}' in capsys.readouterr().out
+    assert f'back to {two_steps / "000002.tar"}' in capsys.readouterr().out

@@ -29,7 +29,8 @@ from training.options import config_parser
 def scalars(folder):
     """All TensorBoard scalars of a run: {name: {step: value}}, and its events."""
     events = EventAccumulator(str(folder), size_guidance={'scalars': 0, 'images': 0}).Reload()
-    found = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()['scalars']}
+    found = {tag: {event.step: event.value for event in events.Scalars(tag)}
+             for tag in events.Tags()['scalars']}
     return found, events
 
 
@@ -39,7 +40,7 @@ def copy_of(folder, basedir):
     return basedir
 
 
-# --- training ---------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 def test_psnr_rises(demo_run):
     found, _ = scalars(demo_run[0])
@@ -52,20 +53,22 @@ def test_psnr_rises(demo_run):
 def test_what_tensorboard_shows(demo_run):
     found, events = scalars(demo_run[0])
     assert set(found) == {
-        'train/loss', 'train/learning rate', 'loss/coarse', 'loss/fine', 'psnr/train coarse', 'psnr/train fine',
-        'psnr/held-out coarse', 'psnr/held-out fine', 'speed/rays per second', 'speed/seconds per step',
-        'health/memory, GiB', 'health/restarts', 'health/steps left out', 'test/psnr', 'test/ssim', 'test/seconds'}
+        'train/loss', 'train/learning rate', 'loss/coarse', 'loss/fine', 'psnr/train coarse',
+        'psnr/train fine', 'psnr/held-out coarse', 'psnr/held-out fine', 'speed/rays per second',
+        'speed/seconds per step', 'health/memory, GiB', 'health/restarts', 'health/skipped steps',
+        'test/psnr', 'test/ssim', 'test/seconds'}
     (panel,) = events.Tags()['images']
     assert [event.step for event in events.Images(panel)] == [100, 200]
-    picture = events.Images(panel)[0]
-    assert (picture.height, picture.width) == (22, 5 * 22)  # every third pixel
+    image = events.Images(panel)[0]
+    assert (image.height, image.width) == (16, 5 * 16)  # every fourth pixel
 
 
 def test_files_of_a_run_have_their_established_names(demo_run):
     folder = demo_run[0]
     names = {path.name for path in folder.iterdir() if not path.name.startswith('events')}
-    assert names == {'args.txt', 'config.txt', 'run.json', 'log.txt', '000100.tar', '000200.tar', '000250.tar',
-                     'testset_000250', 'demo_spiral_000250_rgb.mp4', 'demo_spiral_000250_disp.mp4'}
+    assert names == {'args.txt', 'config.txt', 'run.json', 'log.txt', '000100.tar', '000200.tar',
+                     '000250.tar', 'testset_000250', 'demo_spiral_000250_rgb.mp4',
+                     'demo_spiral_000250_disp.mp4'}
     assert sorted(path.name for path in (folder / 'testset_000250').iterdir()) == [
         '000.png', '001.png', 'depth', 'disp', 'frames.json', 'metrics.csv', 'metrics.json']
     assert 'N_rand = 128\n' in (folder / 'args.txt').read_text()
@@ -77,8 +80,8 @@ def test_files_of_a_run_have_their_established_names(demo_run):
 def test_console_output_to_a_pipe_is_plain_lines(demo_run):
     _, out, err = demo_run
     assert err == '' and '\r' not in out
-    for part in ('80 train', '64×64', 'coarse', 'fine', 'parameters', 'device    cpu', 'step 50/250', 'rays/s',
-                 'held-out PSNR', 'SSIM', '000250.tar', 'spiral', 'tensorboard --logdir'):
+    for part in ('80 train', '64×64', 'coarse', 'fine', 'parameters', 'device    cpu', 'step 50/250',
+                 'rays/s', 'held-out PSNR', 'SSIM', '000250.tar', 'spiral', 'tensorboard --logdir'):
         assert part in out, part
 
 
@@ -92,7 +95,8 @@ def test_a_checkpoint_loads_into_a_plain_module(demo_run):
 
 
 def test_without_fine_network_and_directions(tmp_path):
-    options = ['--N_importance', 0, '--no-use_viewdirs', '--i_embed', -1, '--lindisp', '--no_batching', '--i_img', 2]
+    options = ['--N_importance', 0, '--no-use_viewdirs', '--i_embed', -1, '--lindisp', '--no_batching',
+               '--i_img', 2]
     assert run(*DEMO, '--basedir', tmp_path, '--N_iters', 2, *options) == 0
     state = read_state(tmp_path / 'demo/000002.tar')
     assert 'network_fine_state_dict' not in state
@@ -124,12 +128,14 @@ def test_a_new_term_of_the_loss_is_trained_and_logged(tmp_path, monkeypatch):
         terms = sum(found[f'loss/{name}'][step] for name in ('coarse', 'fine', 'opacity'))
         assert loss == pytest.approx(terms, rel=1e-5)
     without, _ = scalars(tmp_path / 'without/demo')
-    assert found['loss/fine'][1] == without['loss/fine'][1] and found['loss/fine'][2] != without['loss/fine'][2]
+    assert found['loss/fine'][1] == without['loss/fine'][1]
+    assert found['loss/fine'][2] != without['loss/fine'][2]
 
 
 @needs_data
 @pytest.mark.slow
-@pytest.mark.parametrize('config, scene', [('lego.txt', 'nerf_synthetic/lego'), ('fern.txt', 'nerf_llff_data/fern')])
+@pytest.mark.parametrize('config, scene', [('lego.txt', 'nerf_synthetic/lego'),
+                                           ('fern.txt', 'nerf_llff_data/fern')])
 def test_real_scenes_train_a_few_steps(tmp_path, config, scene):
     done = run_script('--config', ROOT / 'configs' / config, '--datadir', DATA / scene, '--basedir', tmp_path,
                       '--N_iters', 2, '--N_rand', 64, '--netchunk', 4096)
@@ -137,7 +143,7 @@ def test_real_scenes_train_a_few_steps(tmp_path, config, scene):
     assert 'step 2/2' in done.stdout and len(list(tmp_path.rglob('000002.tar'))) == 1
 
 
-# --- resuming ---------------------------------------------------------------------------------------------------
+# --- resuming -----------------------------------------------------------------------------------------------
 
 def test_resuming_counts_no_step_twice(demo_run, tmp_path, capsys):
     basedir = copy_of(demo_run[0], tmp_path)
@@ -153,7 +159,8 @@ def test_resuming_counts_no_step_twice(demo_run, tmp_path, capsys):
 
 def test_a_stopped_and_resumed_run_is_the_same_run(tmp_path):
     for folder, steps in (('whole', 12), ('parts', 5), ('parts', 12)):
-        assert run(*DEMO, *NO_OUTPUTS, '--basedir', tmp_path / folder, '--N_iters', steps, '--precrop_iters', 6) == 0
+        assert run(*DEMO, *NO_OUTPUTS, '--basedir', tmp_path / folder, '--N_iters', steps,
+                   '--precrop_iters', 6) == 0
     assert_same_parameters(tmp_path / 'whole/demo/000012.tar', tmp_path / 'parts/demo/000012.tar')
 
 
@@ -176,23 +183,25 @@ def test_pixel_centers_are_remembered_over_more_than_one_resume(tmp_path, capsys
 @needs_golden
 @pytest.mark.slow
 def test_a_checkpoint_of_nerf_pytorch_resumes(tmp_path, capsys):
-    assert run('--config', GOLDEN / 'checkpoint/config.txt', '--ft_path', GOLDEN / 'checkpoint/002000.tar', '--datadir',
-               DATA / 'nerf_synthetic/lego', '--basedir', tmp_path, '--N_iters', 2002, '--testskip', 104,
-               '--device', 'cpu') == 0
+    assert run('--config', GOLDEN / 'checkpoint/config.txt', '--ft_path', GOLDEN / 'checkpoint/002000.tar',
+               '--datadir', DATA / 'nerf_synthetic/lego', '--basedir', tmp_path, '--N_iters', 2002,
+               '--testskip', 104, '--device', 'cpu') == 0
     assert 'resumes after step 2000' in capsys.readouterr().out
     assert read_state(tmp_path / 'lego_small/002002.tar')['global_step'] == 2002
 
 
 def in_format_1(state):
-    """The content of a checkpoint as we wrote it before: an occupancy grid was part of the network, and held the state
-    of the ray sampler; the safeguards were called health; sparse backpropagation had a state."""
+    """The content of a checkpoint as we wrote it before: an occupancy grid was part of the network, and held
+    the state of the ray sampler; the safeguards were called health; sparse backpropagation had a state."""
     state = {**state, 'network_fn_state_dict': dict(state['network_fn_state_dict']), 'format': 1}
-    state.update(health=state.pop('safeguards_state_dict'), with_gradient={'coarse': 0.25})
-    samples_per_ray = state.pop('ray_sampler_state_dict')['samples_per_ray']
-    grid = {f'occupancy.{key.removeprefix("grid.")}': value
-            for key, value in state.pop('renderer_state_dict').items()}
+    safeguards = state.pop('safeguards_state_dict')
+    safeguards['returns'] = safeguards.pop('rollbacks')
+    state.update(health=safeguards, with_gradient={'coarse': 0.25})
+    mean_samples = state.pop('ray_sampler_state_dict')['mean_samples']
+    old_names = {'grid.aabb': 'aabb', 'grid.occs': 'opacity', 'grid.occupied': 'occupied'}
+    grid = {f'occupancy.{old_names[key]}': value for key, value in state.pop('renderer_state_dict').items()}
     if grid:
-        grid['occupancy.samples_of_a_ray'] = torch.tensor(samples_per_ray)
+        grid['occupancy.samples_of_a_ray'] = torch.tensor(mean_samples)
     state['network_fn_state_dict'].update(grid)
     return state
 
@@ -206,19 +215,19 @@ def test_a_checkpoint_of_format_1_resumes_identically(two_steps, fast_demo_run, 
         capsys.readouterr()
         assert run(*options, *NO_OUTPUTS, '--basedir', basedir, '--ft_path', path, '--N_iters', steps) == 0
         assert f'resumes after step {int(newest.stem)}' in capsys.readouterr().out
-        assert run('--render_only', '--render_test', '--exact_render', '--ft_path', path, '--basedir', basedir,
-                   '--device', 'cpu') == 0
+        assert run('--render_only', '--render_test', '--exact_render', '--ft_path', path,
+                   '--basedir', basedir, '--device', 'cpu') == 0
         written.append(next(basedir.rglob(f'{steps:06d}.tar')))
     assert_same_parameters(*written)
     one, other = map(read_state, written)
     for key in ('safeguards_state_dict', 'ray_sampler_state_dict'):
         assert str(one[key]) == str(other[key])
-    pictures = [[picture.read_bytes() for picture in sorted((tmp_path / name).rglob('renderonly_test*/0*.png'))]
+    images = [[image.read_bytes() for image in sorted((tmp_path / name).rglob('renderonly_test*/0*.png'))]
                 for name in ('new', 'old')]
-    assert pictures[0] and pictures[0] == pictures[1]
+    assert images[0] and images[0] == images[1]
 
 
-# --- rendering only ---------------------------------------------------------------------------------------------
+# --- rendering only -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('options, folder, size, count', [
     (['--render_test'], 'renderonly_test_000250', 64, 2),
@@ -235,7 +244,8 @@ def test_render_only(demo_run, tmp_path, capsys, options, folder, size, count):
     assert names == {f'{index:03d}.png' for index in range(count)} | metrics | {
         'video.mp4', 'video_disp.mp4', 'depth', 'disp', 'frames.json'}
     assert iio.imread(basedir / 'demo' / folder / '000.png').shape == (size, size, 3)
-    assert iio.imread(basedir / 'demo' / folder / 'video.mp4', plugin='FFMPEG').shape == (count, size, size, 3)
+    video = iio.imread(basedir / 'demo' / folder / 'video.mp4', plugin='FFMPEG')
+    assert video.shape == (count, size, size, 3)
     assert ('PSNR' in capsys.readouterr().out) == ('--render_test' in options)
     if '--render_test' in options:  # the same networks, the same views
         expected = demo_run[0] / 'testset_000250/001.png'
@@ -244,13 +254,14 @@ def test_render_only(demo_run, tmp_path, capsys, options, folder, size, count):
 
 def test_frames_are_reused_until_something_that_affects_them_changes(demo_run, tmp_path, monkeypatch, capsys):
     rendered, original, basedir = [], run_nerf.render_frame, copy_of(demo_run[0], tmp_path)
-    monkeypatch.setattr(run_nerf, 'render_frame', lambda *args: rendered.append(args) or original(*args))
+    monkeypatch.setattr(run_nerf.ImageRenderer, 'render_frame',
+                        lambda self, *args: rendered.append(args) or original(*args))
 
     def render(*options):
         """Number of frames rendered, and what was printed."""
         rendered.clear()
-        assert run(*DEMO, '--basedir', basedir, '--render_only', '--render_poses', demo_run[0].parent / 'path.npy',
-                   '--render_factor', 4, *options) == 0
+        assert run(*DEMO, '--basedir', basedir, '--render_only',
+                   '--render_poses', demo_run[0].parent / 'path.npy', '--render_factor', 4, *options) == 0
         return len(rendered), capsys.readouterr().out
 
     count, out = render()
@@ -261,7 +272,7 @@ def test_frames_are_reused_until_something_that_affects_them_changes(demo_run, t
     assert count == 3 and 'reusing' not in out
     assert render('--chunk', 100)[0] == 0
     assert render('--precision', 'fp32')[0] == 3
-    monkeypatch.setattr('training.outputs.code_version', lambda: 'edited')
+    monkeypatch.setattr('training.frames.code_version', lambda: 'edited')
     count, out = render('--precision', 'fp32')
     assert count == 3 and 'reusing' not in out
     (tmp_path / 'demo/renderonly_path_000250/001.png').unlink()
@@ -291,7 +302,7 @@ def test_rendering_from_a_checkpoint_alone(two_steps, tmp_path):
     assert iio.imread(folder / '002.png').shape == (64, 64, 3) and (folder / 'video.mp4').is_file()
 
 
-# --- importing, tools -------------------------------------------------------------------------------------------
+# --- importing, tools ---------------------------------------------------------------------------------------
 
 def test_importing_has_no_effects(tmp_path):
     check = ('import sys, numpy, torch; sys.path.insert(0, sys.argv[1]); before = torch.get_rng_state(); '
@@ -304,7 +315,8 @@ def test_importing_has_no_effects(tmp_path):
 
 
 def test_the_demo_scene_is_made_as_it_ships(monkeypatch):
-    """One view of the demo scene, made again; another mathematics library may round a few pixels differently."""
+    """One view of the demo scene, made again; another mathematics library may
+    round a few pixels differently."""
     monkeypatch.syspath_prepend(ROOT / 'tools')
     import make_demo_scene
     shipped = iio.imread(ROOT / 'data/demo/test/r_5.png')

@@ -1,49 +1,53 @@
 """Safeguards without training: sums over parts of a step, collapsed networks, steps that are not finite."""
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_networks import encoded_nerf
 
+from run_nerf_helpers import get_embedder
 from training.processes import Processes
 from training.safeguards import (
-    BAD_STEPS,
     BLANK_WINDOWS,
     FLAT_WINDOWS,
+    MAX_BAD_STEPS,
     MAX_RESTARTS,
-    WINDOW,
+    WINDOW_STEPS,
     CollapseWatch,
     Measures,
     Safeguards,
     TrainingFailed,
 )
 
-BACKGROUND = 0.2  # colour loss of an empty picture
+# The mean squared error of an image that shows only the background.
+BACKGROUND = 0.2
 
 
 def measures_of(loss=0.1, opacity=0.5):
     measures = Measures()
     losses = {name: torch.tensor(loss, requires_grad=True) for name in ('coarse', 'fine')}
     opacities = {name: torch.tensor(opacity) for name in ('coarse', 'fine')}
-    measures.add(1.0, losses, opacities, torch.tensor(BACKGROUND))
+    measures.add(1.0, losses, losses, opacities, torch.tensor(BACKGROUND))
     return measures
 
 
 class Problem:
     """Two networks of one layer after a step of Adam, and what their safeguards say."""
 
-    def __init__(self, restart=True, renderer=None):
+    def __init__(self, restart=True, **followers):
         torch.manual_seed(0)
         self.networks = {name: torch.nn.Linear(3, 4) for name in ('coarse', 'fine')}
         self.parameters = [p for network in self.networks.values() for p in network.parameters()]
         self.optimizer, self.lines = torch.optim.Adam(self.parameters, lr=0.1), []
-        self.safeguards = Safeguards(self.networks, self.optimizer, 0, restart, self.lines.append, renderer)
+        self.safeguards = Safeguards(self.networks, self.optimizer, 0, restart, self.lines.append, followers)
         self.update()
 
     def update(self, gradient=1.0):
         for parameter in self.parameters:
             parameter.grad = torch.full_like(parameter, gradient)
-        if self.safeguards.finite(measures_of()):
+        if self.safeguards.all_finite(measures_of()):
             self.optimizer.step()
 
     def weights(self):
@@ -59,19 +63,25 @@ def equal(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-# --- measures ---------------------------------------------------------------------------------------------------
+# --- measures -----------------------------------------------------------------------------------------------
 
 def test_measures_of_parts_are_those_of_the_whole():
-    errors, counts = torch.rand(10, 2, requires_grad=True), torch.rand(10)
+    values, counts = torch.rand(10, 2, requires_grad=True), torch.rand(10)
     whole, parts = Measures(), Measures()
     for measures, sizes in ((whole, [10]), (parts, [3, 7])):
-        for error, count in zip(errors.split(sizes), counts.split(sizes)):
+        for error, count in zip(values.split(sizes), counts.split(sizes)):
             losses = {'coarse': error[:, 0].mean(), 'distortion': error[:, 1].mean()}
-            opacities = {'coarse': count.mean()}
-            measures.add(len(error) / 10, losses, opacities, error.mean(), count.mean())
+            errors, opacities = {'coarse': error[:, 0].mean()}, {'coarse': count.mean()}
+            measures.add(len(error) / 10, losses, errors, opacities, error.mean(), count.mean())
     torch.testing.assert_close(parts.tensors(), whole.tensors())
-    torch.testing.assert_close(whole.total, errors.mean(0).sum().detach())
-    assert len(whole.tensors()) == 5 and not any(tensor.requires_grad for tensor in parts.tensors())
+    torch.testing.assert_close(whole.total, values.mean(0).sum().detach())
+    assert len(whole.tensors()) == 6 and not any(tensor.requires_grad for tensor in parts.tensors())
+
+
+def test_a_term_of_the_loss_may_be_a_plain_number():
+    measures = Measures()
+    measures.add(0.5, {'coarse': torch.tensor(2.0), 'off': 0.0}, {}, {}, torch.tensor(1.0))
+    assert measures.total == 1 and all(torch.is_tensor(value) for value in measures.tensors())
 
 
 def test_measures_are_averaged_in_place():
@@ -81,13 +91,14 @@ def test_measures_are_averaged_in_place():
     assert measures.total == 6 and measures.opacities['fine'] == 3 and measures.background == 3
 
 
-# --- collapsed networks -----------------------------------------------------------------------------------------
+# --- collapsed networks -------------------------------------------------------------------------------------
 
 def windows_until_collapsed(watch, loss, opacity, background=BACKGROUND, windows=20):
     """Windows until `watch` reports a collapse, or None; loss and opacity are functions of the window."""
     for window in range(windows):
-        for _ in range(WINDOW):
-            if watch.update(torch.tensor(loss(window)), torch.tensor(opacity(window)), torch.tensor(background)):
+        for _ in range(WINDOW_STEPS):
+            if watch.update(torch.tensor(loss(window)), torch.tensor(opacity(window)),
+                            torch.tensor(background)):
                 return window + 1
     return None
 
@@ -106,16 +117,21 @@ def test_a_network_collapses_if_it_is_no_better_than_the_background(ratio, opaci
 def test_slow_progress_is_not_collapse():
     """No better than the background for long, but improving."""
     watch = CollapseWatch()
-    assert windows_until_collapsed(watch, lambda window: (1.2 - 0.01 * window) * BACKGROUND, lambda _: 0.2) is None
+    assert windows_until_collapsed(watch, lambda window: (1.2 - 0.01 * window) * BACKGROUND,
+                                   lambda _: 0.2) is None
 
 
-def test_a_small_object_in_a_large_picture_is_not_blank():
+def test_a_small_object_in_a_large_image_is_not_blank():
     found = windows_until_collapsed(CollapseWatch(), lambda _: 0.99 * BACKGROUND, lambda _: 2e-4)
     assert found is None or found > BLANK_WINDOWS
 
 
-def test_images_of_the_background_alone_are_not_judged():
-    assert windows_until_collapsed(CollapseWatch(), lambda _: 5e-5, lambda _: 0.0, background=5e-5) is None
+def test_windows_of_the_background_alone_are_not_judged():
+    watch = CollapseWatch()
+    assert windows_until_collapsed(watch, lambda _: 5e-5, lambda _: 0.0, background=5e-5) is None
+    # nor do they count as progress, against which later windows would be judged
+    assert windows_until_collapsed(watch, lambda window: (1.2 - 0.01 * window) * BACKGROUND,
+                                   lambda _: 0.2) is None
 
 
 def test_steps_that_are_not_finite_do_not_hide_a_collapse():
@@ -127,19 +143,19 @@ def test_steps_that_are_not_finite_do_not_hide_a_collapse():
 def test_a_resumed_watch_decides_at_the_same_step():
     def steps_until_collapsed(watch):
         scalars = torch.tensor(BACKGROUND), torch.tensor(0.0), torch.tensor(BACKGROUND)
-        return next(step for step in range(10 * WINDOW) if watch.update(*scalars))
+        return next(step for step in range(10 * WINDOW_STEPS) if watch.update(*scalars))
     resumed, watch = CollapseWatch(), CollapseWatch()
-    for _ in range(WINDOW + 30):
+    for _ in range(WINDOW_STEPS + 30):
         watch.update(torch.tensor(BACKGROUND), torch.tensor(0.0), torch.tensor(BACKGROUND))
     resumed.load_state_dict(copy.deepcopy(watch.state_dict()))
-    assert steps_until_collapsed(resumed) == steps_until_collapsed(watch) == WINDOW - 31
+    assert steps_until_collapsed(resumed) == steps_until_collapsed(watch) == WINDOW_STEPS - 31
 
 
-def collapse(problem, steps=BLANK_WINDOWS * WINDOW):
+def collapse(problem, steps=BLANK_WINDOWS * WINDOW_STEPS):
     measures = measures_of(BACKGROUND, 0.3)
     measures.opacities['fine'].zero_()
     for step in range(1, steps + 1):
-        problem.safeguards.restart_collapsed(step, measures)
+        problem.safeguards.recover(step, measures, None, Processes(1))
 
 
 def test_a_collapsed_network_starts_again_alone():
@@ -158,6 +174,28 @@ def test_a_collapsed_network_starts_again_alone():
     assert equal(again.weights(), after)
 
 
+def test_a_scaled_loss_is_not_judged_but_the_error(monkeypatch):
+    """A network is no better than the background, whatever weight its term of the loss has."""
+    problem, measures = Problem(), measures_of(BACKGROUND, 0.0)
+    measures.losses = {'coarse': torch.tensor(0.1 * BACKGROUND), 'fine': torch.tensor(0.1 * BACKGROUND)}
+    for step in range(BLANK_WINDOWS * WINDOW_STEPS):
+        problem.safeguards.restart_collapsed(step, measures)
+    assert problem.safeguards.restarts == 2
+
+
+def test_a_network_that_cannot_be_reinitialised_is_an_error_at_the_start():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(3))
+    network = encoded_nerf(encoding=get_embedder(4)[0])
+    network.views_linears.append(Layer())
+    optimizer = torch.optim.Adam(network.parameters())
+    with pytest.raises(AttributeError, match='reset_parameters'):
+        Safeguards({'coarse': network}, optimizer, 0, True, print)
+    Safeguards({'coarse': network}, optimizer, 0, False, print)
+
+
 def test_restarts_end(monkeypatch):
     monkeypatch.setattr(CollapseWatch, 'update', lambda *_: True)
     problem = Problem()
@@ -172,7 +210,7 @@ def test_no_restart_leaves_networks_alone():
     assert equal(problem.weights(), before) and problem.lines == []
 
 
-# --- steps that are not finite ----------------------------------------------------------------------------------
+# --- steps that are not finite ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 def test_a_step_that_is_not_finite_is_skipped(bad):
@@ -183,43 +221,48 @@ def test_a_step_that_is_not_finite_is_skipped(bad):
     assert problem.safeguards.bad_steps == 1 and 'not finite' in problem.lines[0]
     problem.update()
     assert problem.safeguards.healthy and problem.safeguards.bad_steps == 1
-    assert not problem.safeguards.finite(measures_of(loss=bad))
+    assert not problem.safeguards.all_finite(measures_of(loss=bad))
 
 
-def bad_steps(problem, count=BAD_STEPS):
+def bad_steps(problem, count=MAX_BAD_STEPS):
     for _ in range(count):
         problem.update(gradient=float('nan'))
 
 
-def test_training_goes_back_to_the_newest_checkpoint():
+def test_training_rolls_back_to_the_newest_checkpoint():
     problem = Problem()
     saved, state = problem.weights(), problem.checkpoint()
     problem.update()
-    bad_steps(problem, BAD_STEPS - 1)
-    assert not problem.safeguards.must_go_back
+    checkpoints = SimpleNamespace(read_newest=lambda: ('000001.tar', state))
+    bad_steps(problem, MAX_BAD_STEPS - 1)
+    problem.safeguards.recover(1, measures_of(), checkpoints, Processes(1))
+    assert problem.safeguards.rollbacks == 0 and problem.safeguards.lrate_scale == 1
     bad_steps(problem, 1)
-    assert problem.safeguards.must_go_back and problem.safeguards.lrate_scale == 1
-    problem.safeguards.go_back(SimpleNamespace(read_newest=lambda: ('000001.tar', state)), Processes(1))
+    problem.safeguards.recover(1, measures_of(), checkpoints, Processes(1))
+    assert problem.safeguards.rollbacks == 1
     assert equal(problem.weights(), saved) and '000001.tar' in problem.lines[-1]
     assert {entry['step'].item() for entry in problem.optimizer.state.values()} == {1}
     assert problem.safeguards.healthy and problem.safeguards.lrate_scale == pytest.approx(0.1)
 
 
-def test_without_a_checkpoint_training_goes_back_to_new_networks():
+def test_without_a_checkpoint_training_starts_with_new_networks():
     resets = []
-    problem = Problem(renderer=SimpleNamespace(reset_parameters=lambda: resets.append(1)))
+    followers = {name: SimpleNamespace(reset=partial(resets.append, name))
+                 for name in ('renderer', 'ray_sampler')}
+    problem = Problem(**followers)
     before = problem.weights()
     bad_steps(problem)
-    problem.safeguards.go_back(SimpleNamespace(read_newest=lambda: (None, None)), Processes(1))
+    problem.safeguards.roll_back(SimpleNamespace(read_newest=lambda: (None, None)), Processes(1))
     assert not any(torch.equal(a, b) for a, b in zip(problem.weights(), before))
-    assert not problem.optimizer.state and resets and 'back to the networks of the start' in problem.lines[-1]
+    assert not problem.optimizer.state and set(resets) == followers.keys()
+    assert 'back to new networks' in problem.lines[-1]
 
 
-def test_training_fails_if_going_back_does_not_help():
+def test_training_fails_if_rolling_back_does_not_help():
     problem = Problem()
     state = problem.checkpoint()
     bad_steps(problem)
-    problem.safeguards.go_back(SimpleNamespace(read_newest=lambda: ('000001.tar', state)), Processes(1))
+    problem.safeguards.roll_back(SimpleNamespace(read_newest=lambda: ('000001.tar', state)), Processes(1))
     with pytest.raises(TrainingFailed, match='--lrate'):
         bad_steps(problem)
 

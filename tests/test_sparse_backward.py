@@ -36,18 +36,20 @@ def gradients(query, networks, ray_batch, **options):
     parameters = [p for network in networks for p in network.parameters()]
     for parameter in parameters:
         parameter.grad = None
-    options = {'N_samples': 12, 'N_importance': 9, 'perturb': 1.0, 'pytest': True, 'white_bkgd': True, **options}
+    options = {'N_samples': 12, 'N_importance': 9, 'perturb': 1.0, 'pytest': True, 'white_bkgd': True,
+               **options}
     out = render_rays(ray_batch, networks[0], query, network_fine=networks[1], **options)
     loss = ((out['rgb_map'] - 0.3) ** 2).mean() + ((out['rgb0'] - 0.7) ** 2).mean()
     loss.backward()
     return [p.grad for p in parameters], loss.detach()
 
 
-@given(N=st.integers(1, 40), samples=st.integers(3, 20), importance=st.integers(1, 12), chunk=st.integers(1, 300),
-       depth=st.integers(1, 4), width=st.integers(2, 40), use_viewdirs=st.booleans(),
-       noise=st.sampled_from([0.0, 1.0]), seed=st.integers(0, 99))
+@given(N=st.integers(1, 40), samples=st.integers(3, 20), importance=st.integers(1, 12),
+       chunk=st.integers(1, 300), depth=st.integers(1, 4), width=st.integers(2, 40),
+       use_viewdirs=st.booleans(), noise=st.sampled_from([0.0, 1.0]), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
-def test_gradients_equal_plain_autograd(N, samples, importance, chunk, depth, width, use_viewdirs, noise, seed):
+def test_gradients_equal_plain_autograd(N, samples, importance, chunk, depth, width, use_viewdirs, noise,
+                                        seed):
     networks = two_networks(use_viewdirs, seed, D=depth, W=width)
     batch = rays_to_origin(N, use_viewdirs)
     options = {'N_samples': samples, 'N_importance': importance, 'raw_noise_std': noise}
@@ -112,7 +114,8 @@ def test_the_gradient_in_ndc():
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason='no GPU'))])
 def test_points_without_gradient_are_not_evaluated_again(device):
-    """Points without a gradient are not in the second pass at all, and nothing but the inputs is kept for it."""
+    """Points without a gradient are not in the second pass at all, and nothing
+    but the inputs is kept for it."""
     network, evaluated, kept = two_networks()[0].to(device), [], []
     points, viewdirs = torch.rand(50, 20, 3, device=device), torch.rand(50, 3, device=device)
     network.register_forward_pre_hook(lambda _, inputs: evaluated.append(len(inputs[0])))
@@ -120,7 +123,8 @@ def test_points_without_gradient_are_not_evaluated_again(device):
         raw = SPARSE(320)(points, viewdirs, network)
     assert sum(evaluated) == 1000
     parameters = {p.data_ptr() for p in network.parameters()}
-    assert sum(t.numel() for t in kept if t.data_ptr() not in parameters) <= 1000 * 6  # a position and a direction
+    # a position and a direction
+    assert sum(t.numel() for t in kept if t.data_ptr() not in parameters) <= 1000 * 6
     (raw * (torch.arange(1000, device=device).reshape(50, 20, 1) % 9 == 0)).sum().backward()
     assert 1112 <= sum(evaluated) <= 1112 + 320 / CHUNK_LENGTHS
 
@@ -160,6 +164,26 @@ def test_a_gradient_that_is_nan_is_not_taken_for_zero():
     assert network.output_linear.weight.grad.isnan().any()
 
 
+class Direction(torch.nn.Module):
+    """Points to their trained direction from the origin, which is not defined at the origin."""
+    out_dim = 3
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, points):
+        scaled = points * self.scale
+        return scaled / scaled.norm(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize('query', [PLAIN(320), SPARSE(320)])
+def test_padding_adds_no_point_that_was_not_there(query):
+    network = encoded_nerf(use_viewdirs=False, encoding=Direction())
+    query(torch.rand(3, 5, 3) + 0.1, None, network).sum().backward()
+    assert torch.isfinite(network.encoding.scale.grad).all()
+
+
 def test_a_part_of_the_parameters_may_be_frozen():
     network, _ = two_networks()
     network.pts_linears.requires_grad_(False)
@@ -173,7 +197,7 @@ def test_a_part_of_the_parameters_may_be_frozen():
     assert_same_gradients(found[1], found[0])
 
 
-# --- chunks -----------------------------------------------------------------------------------------------------
+# --- chunks -------------------------------------------------------------------------------------------------
 
 @settings(deadline=None)
 @given(N=st.integers(0, 1000), chunk=st.integers(1, 1200))

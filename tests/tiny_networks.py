@@ -23,8 +23,8 @@ class LearnedEncoding(nn.Module):
 
 
 def encoded_nerf(use_viewdirs=True, encoding=None, **options):
-    """An `EncodedNeRF` of three narrow layers unless `options` say otherwise, positionally encoded unless given
-    another `encoding`."""
+    """An `EncodedNeRF` of three narrow layers unless `options` say otherwise, positionally encoded
+    unless given another `encoding`."""
     encoding = encoding or get_embedder(4)[0]
     encoding_views, input_ch_views = get_embedder(2) if use_viewdirs else (None, 0)
     sizes = {'D': 3, 'W': 32, 'skips': [1], 'output_ch': 5, **options}

@@ -21,9 +21,9 @@ DEMO = ['--config', ROOT / 'configs/demo.txt', '--datadir', ROOT / 'data/demo', 
 TINY = [*DEMO, '--netwidth', 16, '--netwidth_fine', 16, '--N_rand', 64, '--N_samples', 8, '--N_importance', 8,
         '--testskip', 8, '--raw_noise_std', 0.5, '--no_restart']
 # The fast demo, likewise smaller.
-FAST_DEMO = ['--config', ROOT / 'configs/demo_fast.txt', '--datadir', ROOT / 'data/demo', '--half_res', '--testskip', 4,
-             '--device', 'cpu', '--log2_hashmap_size', 11, '--n_levels', 4, '--finest_res', 64, '--N_samples', 64,
-             '--N_rand', 2048, '--N_rand_samples', 2048]
+FAST_DEMO = ['--config', ROOT / 'configs/demo_fast.txt', '--datadir', ROOT / 'data/demo', '--half_res',
+             '--testskip', 4, '--device', 'cpu', '--log2_hashmap_size', 11, '--n_levels', 4,
+             '--finest_res', 64, '--N_samples', 64, '--N_rand', 2048, '--N_rand_samples', 2048]
 # Options that turn off the outputs made during training.
 NO_OUTPUTS = ['--i_img', 10 ** 6, '--i_testset', 10 ** 6, '--i_video', 10 ** 6]
 
@@ -45,7 +45,8 @@ def run_python(script, *args, cwd=ROOT, timeout=300):
 
 
 def start(*args, script=ROOT / 'run_nerf.py', launcher=(), **options):
-    """Start the program in a process of its own, which writes to a pipe. It ends with the test at the latest."""
+    """Start the program in a process of its own, which writes to a pipe. It ends
+    with the test at the latest."""
     command = [sys.executable, *launcher, str(script), *map(str, args)]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
     STARTED.append(subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -90,8 +91,8 @@ def assert_same_parameters(path, other):
 
 
 def assert_killed_and_resumed_is_undisturbed(basedir, *args):
-    """A run that is killed after its first checkpoint, 20 steps of 60, and resumed, ends with the parameters of a run
-    that is never disturbed."""
+    """A run that is killed after its first checkpoint, 20 steps of 60, and resumed, ends with the parameters
+    of a run that is never disturbed."""
     args = [*args, *NO_OUTPUTS, '--N_iters', 60, '--i_weights', 20]
     undisturbed = start(*args, '--basedir', basedir / 'whole')
     code, output = finish(undisturbed)

@@ -23,12 +23,14 @@ def blender_scene(folder):
             pose = np.eye(4)
             pose[2, 3] = 4 + 0.1 * index
             frames.append({'file_path': f'./{split}/r_{index}', 'transform_matrix': pose.tolist()})
-        (folder / f'transforms_{split}.json').write_text(json.dumps({'camera_angle_x': 0.7, 'frames': frames}))
+        content = {'camera_angle_x': 0.7, 'frames': frames}
+        (folder / f'transforms_{split}.json').write_text(json.dumps(content))
     return folder
 
 
 def llff_scene(folder):
-    """Write a scene in the LLFF layout, with photos of 16 × 24 pixels in full size only; returns its folder."""
+    """Write a scene in the LLFF layout, with photos of 16 × 24 pixels in full
+    size only; returns its folder."""
     (folder / 'images').mkdir(parents=True)
     rows = []
     for index in range(FRAMES):

@@ -1,11 +1,11 @@
-"""Ray-trace the demo scene: a lighthouse on a small island, as a Blender-layout NeRF data set.
+"""Ray-trace the demo scene, a lighthouse on a small island, into a data set in the Blender layout.
 
     python tools/make_demo_scene.py                       # writes data/demo, the scene that ships
     python tools/make_demo_scene.py --out /tmp/big --size 400 --train 100
 
 The scene is a signed distance function, sphere-traced with NumPy: textures (stripes, planks, sand), occlusion
-(trees and house behind the tower, a boat behind the island) and highlights that move with the camera (sea, buoy,
-lantern). The same arguments give the same images on every run.
+(trees and house behind the tower, a boat behind the island) and highlights that move with the camera (sea,
+buoy, lantern). The same arguments give the same images on every run.
 """
 import argparse
 import json
@@ -23,25 +23,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scenes.cameras import homogeneous, viewmatrix
 from scenes.images import write_image
 
-# The horizontal field of view of the NeRF synthetic scenes, in radians.
+# Cameras have this horizontal field of view in radians, as in the NeRF synthetic scenes.
 CAMERA_ANGLE_X = 0.6911112070083618
 # Cameras are at this distance from the origin, as in the NeRF synthetic scenes.
 RADIUS = 4.0
-# Points are within this distance of the origin.
+# All surfaces lie within this distance of the origin.
 SCENE_RADIUS = 1.7
-# The unit vector towards the sun.
+# This unit vector points towards the sun.
 SUN = np.array([0.45, -0.55, 0.70]) / np.linalg.norm([0.45, -0.55, 0.70])
-# The colour of sunlight.
+# Sunlight has this colour.
 SUN_COLOR = np.array([1.00, 0.93, 0.80])
-# The colour of ambient light from above.
+# Ambient light from above has this colour.
 SKY_COLOR = np.array([0.62, 0.76, 0.95])
-# The colour of ambient light from below.
+# Ambient light from below has this colour.
 GROUND_COLOR = np.array([0.45, 0.40, 0.36])
-# The height of the sea's surface.
+# The surface of the sea is at this height.
 SEA_LEVEL = -0.30
 
 
-# --- signed distances of points [N, 3]: [N], negative inside ----------------------------------------------------
+# --- signed distances of points [N, 3]: [N], negative inside ------------------------------------------------
 
 def sd_sphere(p, center, radius):
     return np.linalg.norm(p - center, axis=-1) - radius
@@ -80,7 +80,7 @@ def rotate_z(p, center, degrees):
     return np.stack([c * q[:, 0] + s * q[:, 1], -s * q[:, 0] + c * q[:, 1], q[:, 2]], -1)
 
 
-# --- the shapes in the scene ------------------------------------------------------------------------------------
+# --- the shapes in the scene --------------------------------------------------------------------------------
 
 class Shape(NamedTuple):
     distance: Callable   # [N, 3] -> [N]
@@ -105,13 +105,13 @@ def soft_step(x, width):
     return np.clip(x / width + 0.5, 0, 1)
 
 
-# The position of the lighthouse.
+# The lighthouse stands here.
 TOWER = np.array([-0.22, 0.12, 0.0])
-# The position of the house.
+# The house stands here.
 HOUSE = np.array([0.26, -0.12, 0.02])
-# The position of the buoy.
+# The buoy floats here.
 BUOY = np.array([0.42, -0.80, -0.22])
-# The position of the boat.
+# The boat floats here.
 BOAT = np.array([-0.72, -0.52, -0.27])
 
 
@@ -138,7 +138,8 @@ def island_distance(p):
 
 
 def island_albedo(p):
-    speckle = np.sin(31 * p[:, 0] + 5 * np.sin(17 * p[:, 1])) * np.sin(29 * p[:, 1] + 4 * np.sin(23 * p[:, 0]))
+    x, y = p[:, 0], p[:, 1]
+    speckle = np.sin(31 * x + 5 * np.sin(17 * y)) * np.sin(29 * y + 4 * np.sin(23 * x))
     grass = blend(0.5 + 0.5 * speckle, [0.36, 0.62, 0.20], [0.25, 0.50, 0.16])
     shore = SEA_LEVEL + 0.10 + 0.02 * np.sin(9 * np.arctan2(p[:, 1], p[:, 0]))
     path = np.abs(p[:, 1] - 0.10 + 0.28 * p[:, 0] + 0.03 * np.sin(14 * p[:, 0]))
@@ -208,7 +209,7 @@ def house_roof_albedo(p):
     return blend(tiles, [0.76, 0.33, 0.20], [0.58, 0.22, 0.14])
 
 
-# Position x, y and height of each tree.
+# Each tree has a position x, y and a height.
 TREES = [(0.10, 0.34, 0.34), (0.30, 0.28, 0.27), (-0.10, -0.36, 0.30), (0.50, 0.14, 0.24)]
 
 
@@ -256,7 +257,7 @@ def sail_albedo(p):
     return blend(stripe, [0.20, 0.38, 0.72], [0.97, 0.95, 0.90])
 
 
-# All shapes of the scene.
+# The scene consists of these shapes.
 SCENE = [
     Shape(sea_distance, sea_albedo, specular=0.8, shininess=14.0, ripples=0.035),
     Shape(island_distance, island_albedo),
@@ -278,7 +279,7 @@ def scene_distance(p):
     return np.min([shape.distance(p) for shape in SCENE], axis=0)
 
 
-# --- ray tracing ------------------------------------------------------------------------------------------------
+# --- ray tracing --------------------------------------------------------------------------------------------
 
 def march(origins, directions, near, far, steps=90):
     """Sphere-trace rays [N, 3]; returns the hit mask [N] and the distance along each ray [N]."""
@@ -329,9 +330,11 @@ def shade(p, directions):
     for index, shape in enumerate(SCENE):
         on_shape = nearest == index
         albedo[on_shape] = shape.albedo(p[on_shape])
-        specular[on_shape], shininess[on_shape], ripples[on_shape] = shape.specular, shape.shininess, shape.ripples
+        specular[on_shape], shininess[on_shape] = shape.specular, shape.shininess
+        ripples[on_shape] = shape.ripples
     n = normals(p)
-    tilt = np.stack([np.sin(11 * p[:, 0] + 5 * p[:, 1]), np.sin(10 * p[:, 1] - 6 * p[:, 0]), np.zeros(len(p))], -1)
+    x, y = p[:, 0], p[:, 1]
+    tilt = np.stack([np.sin(11 * x + 5 * y), np.sin(10 * y - 6 * x), np.zeros(len(p))], -1)
     wavy = n + (ripples * (n[:, 2] > 0.9))[:, None] * tilt
     wavy /= np.linalg.norm(wavy, axis=-1, keepdims=True)
 
@@ -368,21 +371,22 @@ def render_view(c2w, size, samples):
     return np.round(255 * rgba).astype(np.uint8)
 
 
-# --- cameras ----------------------------------------------------------------------------------------------------
+# --- cameras ------------------------------------------------------------------------------------------------
 
 def look_at_origin(azimuth, elevation):
     """c2w [4, 4] of a camera at RADIUS that looks at the origin, in OpenGL axes (x right, y up, -z forward).
     Angles are in radians."""
-    back = np.array([np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)])
+    back = np.append(np.cos(elevation) * np.array([np.cos(azimuth), np.sin(azimuth)]), np.sin(elevation))
     return homogeneous(viewmatrix(back, [0.0, 0.0, 1.0], RADIUS * back))
 
 
 def hemisphere(count, offset):
-    """c2w of `count` cameras spread evenly over the upper hemisphere, along a golden-angle spiral that starts at
-    `offset`."""
+    """c2w of `count` cameras on a golden-angle spiral, spread evenly by area between 6° and 72° of elevation;
+    `offset` rotates the spiral, in multiples of that angle."""
     k = np.arange(count) + 0.5
     azimuth = (k + offset) * np.pi * (3 - np.sqrt(5))
-    elevation = np.arcsin(np.sin(np.radians(6)) + (np.sin(np.radians(72)) - np.sin(np.radians(6))) * k / count)
+    lowest, highest = np.sin(np.radians([6, 72]))
+    elevation = np.arcsin(lowest + (highest - lowest) * k / count)
     return [look_at_origin(a, e) for a, e in zip(azimuth, elevation)]
 
 
@@ -392,15 +396,17 @@ def write_split(out, split, poses, size, samples):
     frames = []
     with ProcessPoolExecutor() as pool:
         images = pool.map(partial(render_view, size=size, samples=samples), poses)
-        for index, (c2w, image) in enumerate(zip(poses, tqdm(images, desc=split, total=len(poses), disable=None))):
+        progress = tqdm(images, desc=split, total=len(poses), disable=None)
+        for index, (c2w, image) in enumerate(zip(poses, progress)):
             write_image(out / split / f'r_{index}.png', image)
             frames.append({'file_path': f'./{split}/r_{index}', 'transform_matrix': c2w.round(9).tolist()})
     text = json.dumps({'camera_angle_x': CAMERA_ANGLE_X, 'frames': frames}, indent=1)
-    (out / f'transforms_{split}.json').write_text(text + '\n')
+    (out / f'transforms_{split}.json').write_text(text + '\n', encoding='utf-8')
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, default=Path('data/demo'), help='folder to write')
     parser.add_argument('--size', type=int, default=128, help='width and height of an image, pixels')
     parser.add_argument('--samples', type=int, default=3, help='rays along each side of a pixel')

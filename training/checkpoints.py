@@ -1,8 +1,9 @@
 """Checkpoints `<basedir>/<expname>/NNNNNN.tar`, named by the number of steps done.
 
-nerf-pytorch's keys are `global_step`, `network_fn_state_dict`, `network_fine_state_dict`, `optimizer_state_dict`.
-Beside them stand `renderer_state_dict`, `ray_sampler_state_dict`, `safeguards_state_dict`, `random_state`, `args`,
-`camera` (cameras, bounds and path of the scene) and `format`. Older files are converted when they are read.
+nerf-pytorch's keys are `global_step`, `network_fn_state_dict`, `network_fine_state_dict`,
+`optimizer_state_dict`. The others are `renderer_state_dict`, `ray_sampler_state_dict`,
+`safeguards_state_dict`, `random_state`, `args`, `camera` (cameras, bounds and path of the scene) and
+`format`. Older files are converted when they are read.
 """
 import contextlib
 import io
@@ -10,6 +11,7 @@ import pickle
 import time
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,48 +20,58 @@ from scenes.errors import UserError, first_line
 from scenes.files import atomic_write, remove_partial_files
 from training.options import options_that_affect, plain_options
 
-# The layout of the file: 2 here, 1 in older files of ours, missing in those of nerf-pytorch.
+# The version of the layout: 2 is current, 1 older; files of nerf-pytorch have none.
 FORMAT = 2
 # These parts must be in a checkpoint; the others are loaded if they are there.
 REQUIRED_PARTS = ('network_fn', 'network_fine', 'optimizer')
 # Only option values of these types are saved, so that the file can be read without running code.
 PLAIN_TYPES = (str, int, float, list, type(None))
 # A failed save is retried after this many seconds.
-RETRY_SECONDS = 30.0
+SAVE_RETRY_SECONDS = 30.0
 # Of the checkpoints that are due to --save_minutes alone, this many of the newest are kept.
 TIMED_CHECKPOINTS_KEPT = 2
 
 
-# --- reading ----------------------------------------------------------------------------------------------------
+class DamagedCheckpoint(UserError):
+    """A checkpoint file that is not complete, or not a checkpoint."""
+
+
+# --- reading ------------------------------------------------------------------------------------------------
 
 def read_checkpoint(path):
     """Read a checkpoint file to the CPU, without running any code in it.
 
     Returns:
-      state: dict with the keys of the file and `steps_done`, which nerf-pytorch's `global_step` is one less than.
+      state: dict with the keys of the file and `steps_done`; nerf-pytorch's `global_step` is one less.
     Raises:
-      UserError: the file is damaged or not a checkpoint.
+      DamagedCheckpoint: the file is damaged or not a checkpoint.
+      UserError: the file holds objects that might run code, or has a newer format.
       OSError: the file cannot be read.
     """
     file = io.BytesIO(Path(path).read_bytes())
+    is_zip = zipfile.is_zipfile(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about odd pickles; real problems are errors
-            if zipfile.is_zipfile(file):     # torch itself ignores checksums
+            if is_zip:                       # torch itself ignores checksums
                 damaged = zipfile.ZipFile(file).testzip()
                 if damaged:
                     raise ValueError(f'wrong checksum of {damaged}')
             file.seek(0)
             state = torch.load(file, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f'{path}: not a readable checkpoint (it holds more than tensors and plain values)') from None
     except MemoryError:  # the file may be good
         raise
     except Exception as error:  # zip and torch raise errors of many types
-        raise UserError(f'{path}: not a readable checkpoint ({first_line(error)})') from None
+        if is_zip and isinstance(error, pickle.UnpicklingError):  # its checksums are right
+            raise UserError(f'{path}: not a readable checkpoint (it holds more than tensors and plain '
+                            'values)') from None
+        raise DamagedCheckpoint(f'{path}: not a readable checkpoint ({first_line(error)})') from None
     types = {'global_step': int, 'network_fn_state_dict': dict}
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in types.items()):
-        raise UserError(f'{path}: found no networks in it, expected a checkpoint of a NeRF')
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), types[key]) for key in types):
+        raise DamagedCheckpoint(f'{path}: found no networks in it, expected a checkpoint of a NeRF')
+    if state.get('format') not in (None, 1, FORMAT):
+        raise UserError(f'{path}: found format {state["format"]}, expected at most {FORMAT}; '
+                        'it was written by a newer version of this code')
     for key in ('args', 'camera'):
         state[key] = state[key] if isinstance(state.get(key), dict) else {}
     state['steps_done'] = state['global_step'] + (0 if 'format' in state else 1)
@@ -72,30 +84,34 @@ def convert_older(state):
     state.pop('with_gradient', None)
     safeguards = state.pop('health', None)
     if safeguards:
-        state['safeguards_state_dict'] = safeguards
+        state['safeguards_state_dict'] = {**safeguards, 'rollbacks': safeguards.get('returns', 0)}
 
     # an occupancy grid was part of the network, and held the state of the ray sampler
     network = dict(state['network_fn_state_dict'])
     grid = {key.partition('.')[2]: network.pop(key) for key in list(network) if key.startswith('occupancy.')}
     if grid:
-        samples_per_ray = float(grid.pop('samples_of_a_ray', 0)) or None
+        mean_samples = float(grid.pop('samples_of_a_ray', 0)) or None
+        grid['occs'] = grid.pop('opacity')
         state['network_fn_state_dict'] = network
         state['renderer_state_dict'] = {f'grid.{key}': value for key, value in grid.items()}
-        state['ray_sampler_state_dict'] = {'samples_per_ray': samples_per_ray}
+        state['ray_sampler_state_dict'] = {'mean_samples': mean_samples}
     return state
 
 
 def load_newest(folder):
-    """Read the newest checkpoint in `folder`. Damaged ones are renamed to `NNNNNN.tar.damaged` with a warning.
+    """Read the newest checkpoint in `folder`. Damaged ones are renamed to
+    `NNNNNN.tar.damaged` with a warning.
 
     Returns:
       path, state; or (None, None) if there is none that can be read.
+    Raises:
+      UserError: a file that is not damaged, but cannot be used.
     """
     found = [path for path in Path(folder).glob('*.tar') if path.stem.isdigit()]
     for path in sorted(found, key=lambda path: int(path.stem), reverse=True):
         try:
             return path, read_checkpoint(path)
-        except UserError as error:
+        except DamagedCheckpoint as error:
             warnings.warn(f'{error}; renamed to {path.name}.damaged', stacklevel=2)
             with contextlib.suppress(OSError):  # a read-only folder
                 path.rename(path.with_name(path.name + '.damaged'))
@@ -121,16 +137,35 @@ def load_checkpoint(args):
     return load_newest(Path(args.basedir, args.expname or ''))
 
 
-# --- a checkpoint and the options -------------------------------------------------------------------------------
+def find_checkpoint(args, processes):
+    """Path and content of the checkpoint to start from, or (None, None); with
+    --render_only its options are adopted.
 
-def changed_options(args, state, names=None):
+    Raises:
+      UserError: a checkpoint that cannot be used; --render_only without one.
+    """
+    path, state = processes.from_rank0(partial(load_checkpoint, args))
+    if args.render_only:
+        if state is None:
+            folder = Path(args.basedir, args.expname or '')
+            raise UserError(f'--render_only: found no checkpoint in {folder}; '
+                            'train first, or give --ft_path FILE')
+        adopt_options(args, state)
+        if not args.expname:
+            raise UserError(f'{path}: found no name of the experiment in it; give --expname NAME')
+    return path, state
+
+
+# --- a checkpoint and the options ---------------------------------------------------------------------------
+
+def changed_options(args, state, *kinds):
     """Describe the options that differ from the checkpoint's: ['N_rand 512 (was 1024)', …].
 
     Args:
-      names: options to compare; by default those that matter to a resumed run.
+      kinds: what the options affect; by default everything that a resumed run depends on.
     """
     saved = state['args']
-    names = options_that_affect('networks', 'scene', 'training') if names is None else names
+    names = options_that_affect(*(kinds or ('networks', 'scene', 'training')))
     changed = [name for name in names if name in saved and saved[name] != getattr(args, name)]
     return [f'{name} {getattr(args, name)} (was {saved[name]})' for name in changed]
 
@@ -145,26 +180,27 @@ def adopt_options(args, state):
 def warn_of_changes(args, scene, path, state):
     """Warn if the options or the cameras of `scene` differ from those of the checkpoint."""
     if args.render_only:
-        changed = changed_options(args, state, options_that_affect('networks', 'scene', 'source'))
+        changed = changed_options(args, state, 'networks', 'scene', 'source')
     else:
         changed = changed_options(args, state)
         if not scene.has_cameras_of(state['camera']):
-            changed.append('another scene')
+            changed.append('other cameras')
     if changed:
         warnings.warn(f'options differ from those of {path}: {", ".join(changed)}', stacklevel=2)
 
 
 def trained_pixel_centers(args, path, state):
-    """Whether the checkpoint was trained with rays through pixel centres, which a resumed run keeps. Warns if
-    `--pixel_centers` says otherwise."""
+    """Whether the checkpoint was trained with rays through pixel centres. A resumed run keeps that choice;
+    warns if --pixel_centers differs."""
     pixel_centers = bool(state['camera'].get('pixel_centers', False))
     if pixel_centers != args.pixel_centers:
-        warnings.warn(f'{path} was trained with rays through pixel {"centres" if pixel_centers else "corners"}, '
-                      'which this run keeps', stacklevel=2)
+        place = 'centres' if pixel_centers else 'corners'
+        warnings.warn(f'{path} was trained with rays through pixel {place}, which this run keeps',
+                      stacklevel=2)
     return pixel_centers
 
 
-# --- restoring --------------------------------------------------------------------------------------------------
+# --- restoring ----------------------------------------------------------------------------------------------
 
 def restore(path, state, parts, changed=()):
     """Load the content of a checkpoint into the objects of a run.
@@ -190,38 +226,67 @@ def restore(path, state, parts, changed=()):
 
 
 def restore_random_state(state, seed):
-    """Restore torch's random state, so that a resumed run draws what an uninterrupted one would have drawn; unless
-    the checkpoint's run had another seed."""
+    """Restore torch's random state, so that a resumed run draws what an uninterrupted one would have drawn;
+    unless the checkpoint's run had another seed."""
     if state['args'].get('seed') == seed and 'random_state' in state:
         torch.set_rng_state(state['random_state']['cpu'])
         for index, cuda_state in enumerate(state['random_state']['cuda'][:torch.cuda.device_count()]):
             torch.cuda.set_rng_state(cuda_state, index)
 
 
-# --- writing ----------------------------------------------------------------------------------------------------
+def networks_of(render_kwargs):
+    """The networks in the arguments of `render` by name: {'coarse': …, 'fine': …} or {'coarse': …}."""
+    networks = {'coarse': render_kwargs['network_fn'], 'fine': render_kwargs['network_fine']}
+    return {name: network for name, network in networks.items() if network is not None}
+
+
+def checkpoint_parts(render_kwargs, optimizer, **others):
+    """What a checkpoint holds, by name: networks, renderer, optimizer and others; None for
+    a part that does not exist."""
+    return {'network_fn': render_kwargs['network_fn'], 'network_fine': render_kwargs['network_fine'],
+            'renderer': render_kwargs['renderer'], 'optimizer': optimizer, **others}
+
+
+def load_into(args, path, state, render_kwargs, optimizer):
+    """Load a checkpoint into networks, renderer, optimizer and torch's random state; returns the number of
+    steps done. Rays go through the pixel centres or corners that it was trained with.
+
+    Raises:
+      UserError: it fits other networks.
+    """
+    parts = checkpoint_parts(render_kwargs, None if args.render_only else optimizer)
+    restore(path, state, parts, changed_options(args, state))
+    restore_random_state(state, args.seed)
+    render_kwargs['pixel_centers'] = trained_pixel_centers(args, path, state)
+    return state['steps_done']
+
+
+# --- writing ------------------------------------------------------------------------------------------------
 
 class Checkpoints:
     """Saves the checkpoints of a run, by step and by time, and retries after a failure.
 
     Args:
       folder: where the files go.
-      parts: dict name -> object with `state_dict`, or None to leave it out. Includes the network `network_fn`.
+      parts: dict name -> object with `state_dict`, or None to leave it out.
+        Includes the network `network_fn`.
       args: the options.
       camera: what rendering needs to know of the scene, plain numbers and tensors.
       start_path: the checkpoint that the run started from, or None.
-      console_say: called with a line if a save fails.
+      say: called with a line if a save fails.
       is_main: whether this process saves what is due.
     Attributes:
       newest: path of the newest checkpoint of this run, `start_path` at first.
-      saved_step: its step, None as long as this run has saved nothing.
+      saved_step: step of the last save in this process, None before the first.
     """
 
-    def __init__(self, folder, parts, args, camera, start_path, console_say, is_main):
+    def __init__(self, folder, parts, args, camera, start_path, say, is_main):
         self.folder, self.parts, self.args, self.camera = Path(folder), parts, args, camera
-        self.newest, self.saved_step, self.say, self.is_main = start_path, None, console_say, is_main
-        self.saved_at, self.retry_at, self.timed = time.monotonic(), None, []
+        self.newest, self.saved_step, self.say, self.is_main = start_path, None, say, is_main
+        self.saved_at, self.retry_at = time.monotonic(), None
+        self.timed = []  # paths of checkpoints that were due to --save_minutes alone
 
-    def path(self, step):
+    def path_of(self, step):
         """Where the checkpoint of a step is."""
         return self.folder / f'{step:06d}.tar'
 
@@ -230,8 +295,8 @@ class Checkpoints:
         return self.newest, None if self.newest is None else read_checkpoint(self.newest)
 
     def save_if_due(self, step, healthy=True):
-        """Save after `step` if --i_weights, --save_minutes or a retry is due and the run is healthy, and after the
-        last step in any case."""
+        """Save after `step` if --i_weights, --save_minutes or a retry is due and the run is healthy, and
+        after the last step in any case."""
         now = time.monotonic()
         due = (step % self.args.i_weights == 0 or now - self.saved_at > 60 * self.args.save_minutes
                or (self.retry_at is not None and now > self.retry_at))
@@ -239,19 +304,20 @@ class Checkpoints:
             self.save(step)
 
     def save(self, step):
-        """Write the checkpoint of `step`, in whichever process this is called. Returns its path, or None if that
-        failed, which is reported and retried later."""
-        path, is_last = self.path(step), step == self.args.N_iters
+        """Write the checkpoint of `step`; any process may call this. Returns its path, or None after a
+        failure, which is reported and retried later."""
+        path, is_last = self.path_of(step), step == self.args.N_iters
         try:
             self.write(path, step)
         except OSError as error:
             self.saved_at = time.monotonic()
-            self.retry_at = self.saved_at + RETRY_SECONDS
+            self.retry_at = self.saved_at + SAVE_RETRY_SECONDS
             retry = '' if is_last else '; training continues and will retry'
             self.say(f'{path}: not written ({error.strerror}){retry}')
             remove_partial_files(self.folder)
             return None
-        self.saved_at, self.retry_at, self.newest, self.saved_step = time.monotonic(), None, path, step
+        self.newest, self.saved_step = path, step
+        self.saved_at, self.retry_at = time.monotonic(), None
         if step % self.args.i_weights and not is_last:
             self.timed.append(path)
             for old in self.timed[:-TIMED_CHECKPOINTS_KEPT]:
@@ -266,12 +332,14 @@ class Checkpoints:
           OSError: it cannot be written.
         """
         on_cuda = any(parameter.is_cuda for parameter in self.parts['network_fn'].parameters())
-        random_state = {'cpu': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state_all() if on_cuda else []}
+        cuda_state = torch.cuda.get_rng_state_all() if on_cuda else []
+        parts = {name: part for name, part in self.parts.items() if part is not None}
+        options = {name: value for name, value in plain_options(self.args) if isinstance(value, PLAIN_TYPES)}
         state = {
             'global_step': step,
-            **{f'{name}_state_dict': part.state_dict() for name, part in self.parts.items() if part is not None},
-            'random_state': random_state,
-            'args': {name: value for name, value in plain_options(self.args) if isinstance(value, PLAIN_TYPES)},
+            **{f'{name}_state_dict': part.state_dict() for name, part in parts.items()},
+            'random_state': {'cpu': torch.get_rng_state(), 'cuda': cuda_state},
+            'args': options,
             'camera': self.camera,
             'format': FORMAT,
         }

@@ -1,4 +1,4 @@
-"""Which device computes, with which precision, and how much of it at once."""
+"""Which device computes, and with which precision."""
 import os
 
 import torch
@@ -7,8 +7,6 @@ from scenes.errors import UserError, first_line
 
 # On a CPU, layers narrower than this lose more to conversions than they gain from bfloat16.
 MIN_BF16_WIDTH = 64
-# At most this many samples of rays are composited at once, on each type of device.
-SAMPLES_AT_ONCE = {'cpu': 2 ** 18, 'cuda': 2 ** 22}
 
 
 def pick_device(name):
@@ -56,7 +54,8 @@ def has_fast_bf16(device):
 
 
 def pick_precision(name, device, width):
-    """Resolve `--precision` for layers of `width` channels on `device`. Also switches TF32 on or off, globally.
+    """Resolve `--precision` for layers of `width` channels on `device`. Also
+    switches TF32 on or off, globally.
 
     Returns:
       'fp32', 'tf32' or 'bf16'.
@@ -67,16 +66,12 @@ def pick_precision(name, device, width):
         raise UserError(f'--precision tf32: found {device}, '
                         'expected an NVIDIA GPU of the Ampere generation or later')
     torch.set_float32_matmul_precision('high' if name == 'tf32' else 'highest')
-    if name == 'auto':
-        return 'bf16' if has_fast_bf16(device) and (device.type != 'cpu' or width >= MIN_BF16_WIDTH) else 'fp32'
-    return name
+    if name != 'auto':
+        return name
+    wide = device.type != 'cpu' or width >= MIN_BF16_WIDTH
+    return 'bf16' if wide and has_fast_bf16(device) else 'fp32'
 
 
 def rendering_precision(name):
     """The precision of exact rendering for `--precision`: the one it names, and 'fp32' for 'auto'."""
     return 'fp32' if name == 'auto' else name
-
-
-def rays_at_once(chunk, samples, device):
-    """The number of rays of `samples` samples to composite at once, at most `chunk`; limits the memory used."""
-    return max(1, min(chunk, SAMPLES_AT_ONCE.get(device.type, SAMPLES_AT_ONCE['cuda']) // max(samples, 1)))

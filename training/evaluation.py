@@ -1,6 +1,8 @@
-"""Evaluation during and after training: a held-out view, test views with metrics, videos of the camera path."""
+"""Evaluation during and after training: a held-out view, test views with
+metrics, videos of the camera path."""
 import math
 import platform
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -13,25 +15,29 @@ from training.metrics import load_lpips, psnr, ssim, write_metrics
 from training.outputs import (
     FrameFolder,
     color_map,
-    comparison_picture,
+    comparison_image,
     disparity_range,
     normalize_disparity,
     open_video,
     probe_encoder,
     video_path,
 )
+from training.signals import Stopped
 
-# Rendering the held-out view takes at most this share of the training time.
-VIEW_SHARE = 0.02
-# Rendering a ray costs this share of training on it, because there is no backward pass.
-RENDER_COST = 1 / 3
-# TensorBoard shows the comparison picture of the held-out view under this name.
-PICTURE_NAME = 'held-out view/render, target, error, nearness, opacity'
+# Rendering the held-out view takes at most this fraction of the training time.
+VIEW_FRACTION = 0.02
+# Rendering a ray costs at most this fraction of training on it: there is no backward
+# pass, which is cheap if sparse.
+RENDER_COST = 0.6
+# TensorBoard shows the comparison image of the held-out view under this name.
+IMAGE_NAME = 'held-out view/render, target, error, disparity, opacity'
 
 
 def device_name(device):
     """The name of the GPU, or the type of the processor."""
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type} ({platform.machine()})'
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return f'{device.type} ({platform.machine()})'
 
 
 class Evaluator:
@@ -41,37 +47,44 @@ class Evaluator:
     Args:
       args: the options.
       scene: a `Scene`.
-      frames: renders frames, a `FrameRenderer`.
+      frames: a `FrameRenderer`.
       processes: a `Processes`.
-      console_say: called with each line for the console.
+      say: called with each line for the console.
     """
 
-    def __init__(self, args, scene, frames, processes, console_say):
-        self.args, self.scene, self.frames, self.processes, self.say = args, scene, frames, processes, console_say
+    def __init__(self, args, scene, frames, processes, say):
+        self.args, self.scene, self.frames, self.processes, self.say = args, scene, frames, processes, say
         if processes.is_main:
             self.encoder = probe_encoder()
             if self.encoder.name != 'H.264':
-                console_say(f'H.264 is not available: videos are written as {self.encoder.name}')
+                say(f'H.264 is not available: videos are written as {self.encoder.name}')
 
     # --- during training ---
 
     def run_if_due(self, step, logger):
-        """Write what --i_img, --i_testset and --i_video call for after step `step`. A failure (such as a full disk)
-        is reported and training continues."""
-        self._run(self._due(step), step, logger)
+        """Write what --i_img, --i_testset and --i_video call for after step `step`. A failure (such as a full
+        disk) is reported and training continues; a signal to stop ends it at once."""
+        with suppress(Stopped):
+            self._run(self._due(step), step, logger)
 
     def run_missing(self, step, logger):
-        """After resuming from step `step`: write the test views and the video that are due then, if they do not exist."""
+        """After resuming from step `step`: write the test views and the video of
+        that step if they are missing."""
         if step > 0:
-            self._run(self._due(step) - {'view'}, step, logger, only_missing=True)
+            with suppress(Stopped):
+                self._run(self._due(step) - {'view'}, step, logger, only_missing=True)
 
     def _due(self, step):
-        intervals = {'view': self.args.i_img, 'test views': self.args.i_testset, 'video': self.args.i_video}
+        args = self.args
+        intervals = {'view': args.i_img, 'video': args.i_video}
+        if len(self.scene.i_test):
+            intervals['test views'] = args.i_testset
         return {name for name, interval in intervals.items() if step % interval == 0}
 
     def _run(self, due, step, logger, only_missing=False):
         if not due:
             return
+        self.frames.drop_cache()  # of the networks of an earlier step
         if not self.processes.is_main:  # rank 0 alone knows which files exist
             self.frames.serve()
             return
@@ -85,19 +98,21 @@ class Evaluator:
             if 'view' in due:
                 self._attempt('held-out view', self.log_view, step, logger)
             if 'test views' in due:
-                means = self._attempt(testset_folder, self.testset, step, testset_folder)
+                means = self._attempt(testset_folder, self.write_testset, step, testset_folder)
                 if means is not None:
-                    logger.wrote('test views', testset_folder)
-                    logger.scalars(step, {f'test/{key}': mean for key, mean in means.items() if mean is not None})
+                    logger.record_output('test views', testset_folder)
+                    measured = {f'test/{key}': mean for key, mean in means.items() if mean is not None}
+                    logger.scalars(step, measured)
             if 'video' in due:
-                path = self._attempt('video', self.video, video_stem)
+                path = self._attempt('video', self.write_video, video_stem)
                 if path is not None:
-                    logger.wrote('video', path)
+                    logger.record_output('video', path)
         finally:
             self.processes.release()
 
     def _attempt(self, what, make, *arguments):
-        """`make(*arguments)`, or None after reporting that there is no disk space, memory or encoder for it."""
+        """`make(*arguments)`, or None after reporting that there is no disk
+        space, memory or encoder for it."""
         try:
             return make(*arguments)
         except (OSError, RuntimeError, UserError) as error:
@@ -107,38 +122,42 @@ class Evaluator:
     # --- the outputs ---
 
     def log_view(self, step, logger):
-        """Log the first held-out view to TensorBoard: PSNR of each network, and a `comparison_picture`. Only every
-        n-th pixel in both directions is rendered if more would exceed VIEW_SHARE of the training time."""
+        """Log the first held-out view to TensorBoard: PSNR of each network, and a
+        `comparison_image`. Only every n-th pixel in both directions is rendered if more would exceed
+        VIEW_FRACTION of the training time."""
         scene = self.scene
         view = [*scene.i_val, *scene.i_test, *scene.i_train][0]
-        affordable_rays = VIEW_SHARE / RENDER_COST * self.args.i_img * self.args.N_rand
+        affordable_rays = VIEW_FRACTION / RENDER_COST * self.args.i_img * self.args.N_rand
         stride = math.ceil(math.sqrt(scene.H * scene.W / affordable_rays))
         target = scene.images[view][::stride, ::stride]
-        frame = self.frames.view(scene.poses[view], stride)
+        frame = self.frames.render_view(scene.poses[view], stride)
         colors = {'coarse': frame.rgb} if frame.rgb0 is None else {'coarse': frame.rgb0, 'fine': frame.rgb}
-        logger.scalars(step, {f'psnr/held-out {name}': psnr(to8b(rgb), target) for name, rgb in colors.items()})
-        logger.image(step, PICTURE_NAME, comparison_picture(frame, target / 255))
+        psnrs = {f'psnr/held-out {name}': psnr(to8b(rgb), target) for name, rgb in colors.items()}
+        logger.scalars(step, psnrs)
+        logger.image(step, IMAGE_NAME, comparison_image(frame, target / 255))
 
     @cached_property
     def lpips(self):
         """LPIPS of two images, or None after saying why it is not available."""
-        with torch.random.fork_rng(devices=[]):  # initialising the network must not change the draws of training
+        with torch.random.fork_rng(devices=[]):  # initialising its network must not affect training
             distance, problem = load_lpips(self.frames.device)
         if distance is None:
             self.say(problem)
         return distance
 
-    def testset(self, step, folder, video=False):
-        """Write all test views to `folder` as PNGs, with `metrics.json` and `metrics.csv`; returns the means."""
+    def write_testset(self, step, folder, video=False):
+        """Write all test views to `folder` as PNGs, with `metrics.json` and
+        `metrics.csv`; returns the means."""
         args, scene, rows, lpips = self.args, self.scene, [], self.lpips
-        for frame, view in zip(self.path(scene.poses[scene.i_test], folder, video), scene.i_test, strict=True):
+        frames = self.write_frames(scene.poses[scene.i_test], folder, video)
+        for frame, view in zip(frames, scene.i_test, strict=True):
             image, target = to8b(frame.rgb), scene.images[view]
             rows.append({'view': int(view), 'image': scene.names[view] if scene.names else None,
                          'psnr': psnr(image, target), 'ssim': ssim(image, target),
                          'lpips': lpips(image, target) if lpips else None, 'seconds': frame.seconds})
         about = {'step': step, 'width': scene.W, 'height': scene.H, 'views': len(rows),
-                 'background': 'white' if args.white_bkgd else 'black', 'device': device_name(self.frames.device),
-                 'seed': args.seed}
+                 'background': 'white' if args.white_bkgd else 'black',
+                 'device': device_name(self.frames.device), 'seed': args.seed}
         means = write_metrics(folder, rows, about)
         measured = [f'PSNR {means["psnr"]:.2f} dB']
         measured += [f'{key.upper()} {means[key]:.4f}' for key in ('ssim', 'lpips') if means[key] is not None]
@@ -146,27 +165,27 @@ class Evaluator:
         self.say(f'step {step}: held-out {", ".join(measured)}, mean of {views}')
         return means
 
-    def path(self, poses, folder, video=True):
-        """Render the cameras `poses` to `folder`, reusing equal frames that are there, and write `video.mp4` and
-        `video_disp.mp4` after the last one. Yields the frames. A video that fails is only reported."""
+    def write_frames(self, poses, folder, video=True):
+        """Render the cameras `poses` to `folder`, reusing equal frames that are there, and write `video.mp4`
+        and `video_disp.mp4` after the last one. Yields the frames. A video that fails is only reported."""
         store = FrameFolder(folder, self.frames.fingerprint(poses), self.scene.far, self.args.overwrite)
         if self.args.render_only and store.reused:
             self.say(f'reusing {store.reused} frames in {folder}; --overwrite renders them again')
-        yield from self.frames.path(poses, store)
+        yield from self.frames.render_path(poses, store)
         try:
-            for stem, pictures in (('video', store.colors), ('video_disp', store.disparities)) if video else ():
+            for stem, images in (('video', store.colors), ('video_disp', store.disparities)) if video else ():
                 with open_video(Path(folder, stem), self.encoder) as add:
-                    for picture in pictures(len(poses)):
-                        add(picture)
+                    for image in images(len(poses)):
+                        add(image)
         except (OSError, RuntimeError) as error:
             self.say(f'{folder}: no video written ({first_line(error)})')
 
-    def video(self, stem):
-        """Write `<stem>rgb.mp4` and `<stem>disp.mp4` of the scene's camera path; returns the path of the former.
-        The first frame sets the range of the disparities."""
+    def write_video(self, stem):
+        """Write `<stem>rgb.mp4` and `<stem>disp.mp4` of the scene's camera path; returns the path of the
+        former. The first frame sets the range of the disparities."""
         rgb_stem, disp_stem, limits = Path(f'{stem}rgb'), Path(f'{stem}disp'), None
         with open_video(rgb_stem, self.encoder) as add_rgb, open_video(disp_stem, self.encoder) as add_disp:
-            for frame in self.frames.path(self.scene.render_poses):
+            for frame in self.frames.render_path(self.scene.render_poses):
                 limits = limits or disparity_range(frame.disp)
                 add_rgb(frame.rgb)
                 add_disp(color_map(normalize_disparity(frame.disp, *limits)))
@@ -180,26 +199,31 @@ class Evaluator:
         Args:
           start: number of steps the networks were trained for.
         Raises:
-          UserError: the images are smaller than --render_factor.
+          UserError: there are no test views, or the images are smaller than --render_factor.
         """
         args, scene = self.args, self.scene
         if min(scene.H, scene.W) < args.render_factor:
             raise UserError(f'--render_factor: found {args.render_factor}, expected at most the images\' '
                             f'{scene.W}×{scene.H}')
+        poses = scene.poses[scene.i_test] if args.render_test else scene.render_poses
+        if len(poses) == 0:
+            raise UserError(f'{args.datadir}: found no test views for --render_test')
         if not self.processes.is_main:
             self.frames.serve()
             return
-        poses = scene.poses[scene.i_test] if args.render_test else scene.render_poses
         name = f'renderonly_{"test" if args.render_test else "path"}_{start:06d}'
         folder = Path(args.basedir, args.expname, name)
         self.say(f'{len(poses)} frames after {start} steps, into {folder}')
         try:
             if args.render_test and args.render_factor <= 1:
-                self.testset(start, folder, video=True)
+                self.write_testset(start, folder, video=True)
             else:
-                seconds = [frame.seconds for frame in self.path(poses, folder) if frame.seconds is not None]
+                if args.render_test:
+                    self.say('no metrics with --render_factor: the test images are larger than the frames')
+                frames = self.write_frames(poses, folder)
+                seconds = [frame.seconds for frame in frames if frame.seconds is not None]
                 rate = f', {np.mean(seconds):.2f} s each' if seconds else ''
                 self.say(f'{len(seconds)} frames rendered{rate}')
         finally:
             self.processes.release()
-        self.say(f'images and {video_path("video", self.encoder)} are in {folder}')
+        self.say(f'the output is in {folder}')

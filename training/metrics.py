@@ -1,7 +1,7 @@
 """Image metrics as the field reports them: of 8-bit images, averaged over the images.
 
-PSNR; SSIM (Wang et al. 2004) with an 11 × 11 Gaussian window of σ 1.5, averaged over the pixels whose window lies
-inside the image; LPIPS with VGG if the optional package `lpips` and its weights are available.
+PSNR; SSIM (Wang et al. 2004) with an 11 × 11 Gaussian window of σ 1.5, averaged over the pixels whose window
+lies inside the image; LPIPS with VGG if the optional package `lpips` and its weights are available.
 """
 import csv
 import importlib.util
@@ -15,13 +15,13 @@ from scenes.errors import first_line
 from scenes.files import write_text
 
 # The window of SSIM is this many pixels wide and high.
-WINDOW = 11
+SSIM_WINDOW = 11
 # The Gaussian weights of the window have this standard deviation, in pixels.
-SIGMA = 1.5
+SSIM_SIGMA = 1.5
 # This constant stabilises the luminance term of SSIM.
-K1 = 0.01
+SSIM_K1 = 0.01
 # This constant stabilises the contrast term of SSIM.
-K2 = 0.03
+SSIM_K2 = 0.03
 
 
 def psnr(image, target):
@@ -32,22 +32,22 @@ def psnr(image, target):
 
 def blur(x):
     """Gaussian mean of each window inside the image: [..., H, W, C] to [..., H - 10, W - 10, C]."""
-    taps = np.exp(-0.5 * (np.arange(WINDOW) - WINDOW // 2) ** 2 / SIGMA ** 2)
+    taps = np.exp(-0.5 * (np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) ** 2 / SSIM_SIGMA ** 2)
     taps /= taps.sum()
     for axis in (-3, -2):
-        length = x.shape[axis] - WINDOW + 1
+        length = x.shape[axis] - SSIM_WINDOW + 1
         x = sum(tap * x.take(range(k, k + length), axis) for k, tap in enumerate(taps))
     return x
 
 
 def ssim(image, target):
     """Mean structural similarity of two uint8 images [H, W, C]; None if they are smaller than the window."""
-    if min(image.shape[:2]) < WINDOW:
+    if min(image.shape[:2]) < SSIM_WINDOW:
         return None
     x, y = image / 255.0, target / 255.0
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = blur(np.stack([x, y, x * x, y * y, x * y]))
     var_x, var_y, covariance = mean_xx - mean_x ** 2, mean_yy - mean_y ** 2, mean_xy - mean_x * mean_y
-    c1, c2 = K1 ** 2, K2 ** 2
+    c1, c2 = SSIM_K1 ** 2, SSIM_K2 ** 2
     similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
                   / ((mean_x ** 2 + mean_y ** 2 + c1) * (var_x + var_y + c2)))
     return float(similarity.mean())
@@ -70,8 +70,8 @@ def load_lpips(device):
 
     @torch.no_grad()
     def distance(image, target):
-        pair = [torch.from_numpy(x).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1 for x in (image, target)]
-        return float(network(*pair))
+        pair = torch.from_numpy(np.stack([image, target])).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return float(network(pair[:1], pair[1:]))
     return distance, None
 
 
@@ -79,7 +79,8 @@ def write_metrics(folder, rows, about):
     """Write `metrics.json` and `metrics.csv`: the conditions (`about`), the means, and a row for each image.
 
     Args:
-      rows: dicts with the same keys: view, image (file name), psnr, ssim, lpips, seconds; None if not measured.
+      rows: dicts with the same keys: view, image (file name), psnr, ssim, lpips,
+        seconds; None if not measured.
       about: dict of what the numbers depend on: step, resolution, background, …
     Returns:
       dict of the means of all keys but view and image.
@@ -88,10 +89,12 @@ def write_metrics(folder, rows, about):
         values = [row[key] for row in rows if row[key] is not None]
         return float(np.mean(values)) if values else None
 
+    def finite(row):
+        """JSON has no infinity."""
+        return {key: None if value == float('inf') else value for key, value in row.items()}
+
     means = {key: mean(key) for key in rows[0] if key not in ('view', 'image')}
-    finite_means, *images = [{key: None if value == float('inf') else value for key, value in row.items()}
-                             for row in [means, *rows]]  # JSON has no infinity
-    content = {**about, 'mean': finite_means, 'images': images}
+    content = {**about, 'mean': finite(means), 'images': [finite(row) for row in rows]}
     write_text(folder / 'metrics.json', json.dumps(content, indent=1) + '\n')
     table = io.StringIO()
     writer = csv.DictWriter(table, [*about, *rows[0]])

@@ -3,15 +3,16 @@
 The command line overrides the config file, switches included: `--no-half_res` turns off `half_res = True`.
 Each option declares what it affects:
 
-  networks   the networks, and how rays are sampled and composited with them
+  networks   what a network's outputs mean: its architecture, and how rays are sampled and composited with it
   scene      the images and cameras
-  training   the course of training, and nothing else
-  source     which data is loaded and what the run is called; pixel_centers, which the checkpoint decides anyway
-  rendering  how frames are rendered, and nothing else
-  nothing    nothing that a checkpoint or a frame depends on
+  training   the course of training
+  source     where the data is and what the run is called; and pixel_centers, which a checkpoint overrides
+  rendering  what frames look like, in addition to networks and scene
+  nothing    neither what is trained nor what frames look like
 
-Resuming warns if networks, scene or training differ from the checkpoint. `--render_only` takes these and source
-from the checkpoint where they are not given. Frames are reused if networks, scene and rendering are the same.
+Resuming warns if networks, scene or training differ from the checkpoint. `--render_only` takes
+these and source from the checkpoint where they are not given. Frames are reused if networks,
+scene and rendering are the same.
 """
 import argparse
 import io
@@ -21,6 +22,7 @@ from pathlib import Path
 import configargparse
 
 BooleanSwitch = argparse.BooleanOptionalAction
+# An option affects one of these.
 KINDS = ('networks', 'scene', 'training', 'source', 'rendering', 'nothing')
 
 
@@ -45,8 +47,8 @@ def open_config(path, mode='r'):
 
 
 class OptionParser(configargparse.ArgumentParser):
-    """Knows what each option affects, reports errors in one line without the usage, and names the config file that
-    holds an unknown key.
+    """Knows what each option affects, reports errors in one line without the usage, and names the config
+    file that holds an unknown key.
 
     Attributes:
       affects: dict name -> one of KINDS.
@@ -57,7 +59,8 @@ class OptionParser(configargparse.ArgumentParser):
         self.affects = {}
 
     def add_options(self, title):
-        """Add a group to the help. Returns the function `add(name, affects=KIND, ...)` that adds an option to it."""
+        """Add a group to the help. Returns the function `add(name, affects=KIND,
+        ...)` that adds an option to it."""
         group = self.add_argument_group(title)
 
         def add(name, *, affects, **settings):
@@ -77,7 +80,7 @@ class OptionParser(configargparse.ArgumentParser):
             for key, (action, words) in settings.items():
                 if source == 'command_line':
                     strings = {word.split('=')[0] for word in words if isinstance(word, str)}
-                    given.update(action.dest for action in self._actions if strings & set(action.option_strings))
+                    given |= {action.dest for action in self._actions if strings & {*action.option_strings}}
                 elif source.startswith('config_file') and action is not None:
                     given.add(action.dest)
                 elif source.startswith('config_file'):
@@ -91,12 +94,15 @@ class OptionParser(configargparse.ArgumentParser):
     def check(self, args):
         """Check options against each other."""
         if not args.expname and not (args.render_only and args.ft_path):  # the checkpoint has the name
-            self.error('no experiment: give --config FILE (configs/demo.txt is there) or --expname NAME')
+            self.error('no experiment: give --config FILE, such as configs/demo.txt, or --expname NAME')
         if args.N_importance > 0 and args.N_samples < 3:
-            self.error(f'argument --N_samples: found {args.N_samples}, expected at least 3 with --N_importance')
+            self.error(f'argument --N_samples: found {args.N_samples}, '
+                       'expected at least 3 with --N_importance')
         if args.occupancy_grid and args.N_importance > 0:
-            self.error(f'argument --N_importance: found {args.N_importance}, expected 0 with --occupancy_grid, '
-                       'which takes the place of the coarse network')
+            self.error(f'argument --N_importance: found {args.N_importance}, expected 0 with '
+                       '--occupancy_grid, which takes the place of the coarse network')
+        if args.occupancy_grid and args.lindisp:
+            self.error('argument --lindisp: not available with --occupancy_grid, whose steps are equal')
         if args.aabb is not None and not all(low < high for low, high in zip(args.aabb[:3], args.aabb[3:])):
             found = ' '.join(f'{x:g}' for x in args.aabb)
             self.error(f'argument --aabb: found {found}, expected X0 < X1, Y0 < Y1, Z0 < Z1')
@@ -115,23 +121,31 @@ def options_that_affect(*kinds):
     return sorted(name for name, kind in config_parser().affects.items() if kind in kinds)
 
 
+def values_of(args, *kinds):
+    """The values of all options that affect one of `kinds`, a dict by name."""
+    return {name: vars(args)[name] for name in options_that_affect(*kinds)}
+
+
 def integer(least, most=2 ** 63 - 1):
     """An option type: an integer from `least` to `most`."""
+    expected = f'of at least {least}' if most == 2 ** 63 - 1 else f'from {least} to {most}'
+
     def parse(text):
         try:
             value = int(text)
         except ValueError:
             value = None
         if value is None or not least <= value <= most:
-            raise argparse.ArgumentTypeError(f'found {text!r}, expected a whole number of at least {least}')
+            raise argparse.ArgumentTypeError(f'found {text!r}, expected a whole number {expected}')
         return value
     return parse
 
 
 def number(least=float('-inf'), above=float('-inf'), most=float('inf')):
     """An option type: a finite number with `least` <= number <= `most` and number > `above`."""
-    limits = {'at least': least, 'greater than': above, 'at most': most}
-    expected = ' and '.join(f'{word} {limit:g}' for word, limit in limits.items() if abs(limit) != float('inf'))
+    limits = {'of at least': least, 'greater than': above, 'of at most': most}
+    stated = [f'{word} {limit:g}' for word, limit in limits.items() if abs(limit) != float('inf')]
+    expected = ' and '.join(stated)
 
     def parse(text):
         try:
@@ -139,13 +153,14 @@ def number(least=float('-inf'), above=float('-inf'), most=float('inf')):
         except ValueError:
             value = float('nan')
         if not (least <= value <= most and value > above and abs(value) != float('inf')):
-            raise argparse.ArgumentTypeError(f'found {text!r}, expected a number {expected}'.rstrip())
+            raise argparse.ArgumentTypeError(f'found {text!r}, expected a finite number {expected}'.rstrip())
         return value
     return parse
 
 
 def config_parser():
-    """The parser of all options. Its `parse_args` exits with code 2 and a one-line message on invalid options."""
+    """The parser of all options. Its `parse_args` exits with code 2 and a one-line
+    message on invalid options."""
     parser = OptionParser(prog='run_nerf.py', description='Train a NeRF and render novel views.',
                            allow_abbrev=False, config_file_open_func=open_config,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -158,17 +173,19 @@ def config_parser():
 def _run_options(parser):
     add = parser.add_options('run')
     add('--config', affects='nothing', is_config_file=True, metavar='FILE',
-        help='config file with lines of key = value; the keys are the options below')
+        help='config file with lines of key = value, where the keys are the options below')
     add('--expname', affects='source', help='name of the experiment')
     add('--basedir', affects='nothing', default='./logs/', help='outputs go to <basedir>/<expname>')
     add('--datadir', affects='source', default='./data/llff/fern', help='folder of the scene')
     add('--seed', affects='training', type=integer(0), default=0, help='random seed')
-    add('--device', affects='nothing', default='auto', help='auto (CUDA if there is a GPU), cpu, cuda, cuda:1, …')
+    add('--device', affects='nothing', default='auto',
+        help='auto (CUDA if there is a GPU), cpu, cuda, cuda:1, …')
 
 
 def _data_options(parser):
     add = parser.add_options('data')
-    add('--dataset_type', affects='scene', default='llff', help='layout of the scene on disk: blender or llff')
+    add('--dataset_type', affects='scene', default='llff',
+        help='layout of the scene on disk: blender or llff')
     add('--testskip', affects='source', type=integer(0), default=8,
         help='blender: load every n-th image of val and test; 0 for all')
     add('--white_bkgd', affects='networks', action=BooleanSwitch, default=False,
@@ -190,7 +207,8 @@ def _data_options(parser):
     add('--far', affects='networks', type=number(above=0),
         help='far bound in units of rays_d; taken from the data by default')
     add('--aabb', affects='networks', type=number(), nargs=6, metavar=('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1'),
-        help='bounding box of hash grids and occupancy grid, in NDC if rays are; estimated from the data by default')
+        help='bounding box of hash grids and occupancy grid, in NDC for forward-facing scenes; '
+             'estimated from the data by default')
     add('--random_bkgd', affects='training', action=BooleanSwitch, default=False,
         help='blender: average the loss over all background colours; needs images with alpha')
     add('--pixel_centers', affects='source', action=BooleanSwitch, default=False,
@@ -212,7 +230,8 @@ def _network_options(parser):
     add('--i_embed_views', affects='networks', type=int, default=None,
         help='encoding of directions: 0 positional, 2 spherical harmonics, -1 none; '
              'by default 2 with hash grids, otherwise the same as --i_embed')
-    add('--n_levels', affects='networks', type=integer(1, 64), default=16, help='hash grids: number of resolutions')
+    add('--n_levels', affects='networks', type=integer(1, 64), default=16,
+        help='hash grids: number of resolutions')
     add('--n_features', affects='networks', type=int, choices=[1, 2, 4, 8], default=2,
         help='hash grids: features per entry')
     add('--log2_hashmap_size', affects='networks', type=integer(4, 28), default=19,
@@ -233,37 +252,41 @@ def _training_options(parser):
     add('--lrate_decay', affects='training', type=integer(1), default=250,
         help='thousands of steps in which the learning rate decays to a tenth')
     add('--occupancy_grid', affects='networks', action=BooleanSwitch, default=False,
-        help='one network, sampled only in occupied cells; N_samples steps span the diagonal of the bounding box')
+        help='one network, sampled only in occupied cells; N_samples steps span the diagonal of the box')
     add('--N_rand_samples', affects='training', type=integer(1), default=2 ** 18,
         help='with --occupancy_grid: samples per step; the number of rays adapts to it, up to N_rand')
     add('--no_batching', affects='training', action=BooleanSwitch, default=False,
         help='draw the rays of a step from one image rather than from all')
     add('--precrop_iters', affects='training', type=integer(0), default=0,
-        help='number of first steps that train on central crops of the images')
+        help='train on central crops of the images in the first n steps')
     add('--precrop_frac', affects='training', type=number(above=0, most=1), default=.5,
         help='fraction of the image side that these crops keep')
     add('--precision', affects='rendering', choices=['auto', 'fp32', 'tf32', 'bf16'], default='auto',
-        help='precision of matrix products in the networks; auto: bf16 if the device supports it, otherwise fp32')
+        help='precision of matrix products in the hidden layers; auto: bf16 in training if that is fast on '
+             'the device, fp32 in exact rendering')
     add('--backward', affects='nothing', choices=['auto', 'sparse', 'plain'], default='auto',
         help='sparse: store no activations and backpropagate only through samples that have a gradient; '
-             'plain: ordinary backpropagation; auto: whichever is cheaper')
+             'plain: ordinary backpropagation; auto: sparse if the density passes a ReLU')
     add('--no_reload', affects='nothing', action=BooleanSwitch, default=False,
         help='start from scratch even if there are checkpoints')
-    add('--no_restart', affects='nothing', action=BooleanSwitch, default=False,
+    add('--no_restart', affects='training', action=BooleanSwitch, default=False,
         help='do not reinitialise a network that collapses to the background')
-    add('--ft_path', affects='nothing', help='checkpoint to start from instead of the newest of the experiment')
+    add('--ft_path', affects='nothing',
+        help='checkpoint to start from instead of the newest of the experiment')
 
 
 def _rendering_options(parser):
     add = parser.add_options('rendering')
     add('--N_samples', affects='networks', type=integer(1), default=64, help='coarse samples per ray')
-    add('--N_importance', affects='networks', type=integer(0), default=0, help='additional fine samples per ray')
+    add('--N_importance', affects='networks', type=integer(0), default=0,
+        help='additional fine samples per ray')
     add('--perturb', affects='training', type=number(least=0), default=1.,
         help='1 to jitter the samples in training, 0 for no jitter')
     add('--raw_noise_std', affects='training', type=number(least=0), default=0.,
         help='standard deviation of the noise added to the density in training')
     add('--exact_render', affects='rendering', action=BooleanSwitch, default=False,
-        help='evaluate the networks at every sample, visible or not (with --occupancy_grid: in occupied cells)')
+        help='evaluate the networks at every sample, visible or not (with --occupancy_grid: at every sample '
+             'in an occupied cell)')
     add('--chunk', affects='nothing', type=integer(1), default=1024 * 32,
         help='rays rendered at once; lower it if memory runs out')
     add('--netchunk', affects='nothing', type=integer(1), default=1024 * 64,
@@ -282,17 +305,20 @@ def _render_only_options(parser):
         help='your own camera path: .npy or .json with c2w matrices [N, 3 or 4, 4], '
              'in the coordinates of the loaded scene')
     add('--overwrite', affects='nothing', action=BooleanSwitch, default=False,
-        help='with --render_only: render all frames again, also those that could be reused')
+        help='render all frames again, also those that could be reused')
 
 
 def _logging_options(parser):
     add = parser.add_options('logging')
-    add('--i_print', affects='nothing', type=integer(1), default=100, help='print loss and PSNR every n steps')
+    add('--i_print', affects='nothing', type=integer(1), default=100,
+        help='print loss and PSNR every n steps')
     add('--i_img', affects='nothing', type=integer(1), default=500,
         help='show a held-out view in TensorBoard every n steps')
-    add('--i_weights', affects='nothing', type=integer(1), default=10000, help='save a checkpoint every n steps')
+    add('--i_weights', affects='nothing', type=integer(1), default=10000,
+        help='save a checkpoint every n steps')
     add('--save_minutes', affects='nothing', type=number(above=0), default=10.,
         help='also save a checkpoint after this many minutes')
-    add('--i_testset', affects='nothing', type=integer(1), default=50000, help='render all test views every n steps')
+    add('--i_testset', affects='nothing', type=integer(1), default=50000,
+        help='render all test views every n steps')
     add('--i_video', affects='nothing', type=integer(1), default=50000,
         help='render a video of the camera path every n steps')

@@ -14,33 +14,32 @@ import numpy as np
 import torch
 
 from run_nerf_helpers import to8b
-from scenes.files import atomic_write, make_folder, write_text
+from scenes.files import atomic_folder, atomic_write, make_folder, write_text
 from scenes.images import read_image, write_image
 
-# Videos play at this many frames per second.
+# Videos play this many frames per second.
 FPS = 30
-# The largest 16-bit value stands for the depth `far`.
+# Depth images have 16 bits: this value stands for the depth `far`.
 MAX_UINT16 = 65535
 # These are nine colours of matplotlib's magma, from near black to pale yellow.
 MAGMA = np.array([[0, 0, 4], [28, 16, 68], [79, 18, 123], [129, 37, 129], [181, 54, 122], [229, 80, 100],
                   [251, 135, 97], [254, 194, 135], [252, 253, 191]]) / 255
-# The source files that determine what a frame looks like are found here.
+# The repository, whose code determines what a frame looks like.
 ROOT = Path(__file__).resolve().parent.parent
-# These patterns match the source files of the rendering code.
-RENDERING_CODE = ('run_nerf.py', 'run_nerf_helpers.py', 'accel/**/*.py', 'accel/**/*.c')
+# These patterns match the source files of the program.
+SOURCE_FILES = ('*.py', 'accel/**/*', 'scenes/*.py', 'training/*.py')
 
 
 class Frame(NamedTuple):
-    """A rendered image as NumPy arrays: colour [H, W, 3] in [0, 1], disparity [H, W], opacity [H, W]; with a fine
-    network also the coarse colour [H, W, 3]; and the rendering time in seconds (None if read from disk)."""
-    rgb: np.ndarray
-    disp: np.ndarray
-    acc: np.ndarray
-    rgb0: np.ndarray | None = None
-    seconds: float | None = None
+    """A rendered image as NumPy arrays."""
+    rgb: np.ndarray                 # colour [H, W, 3] in [0, 1]
+    disp: np.ndarray                # disparity [H, W]
+    acc: np.ndarray                 # opacity [H, W]; 0 or 1 if read from disk
+    rgb0: np.ndarray | None = None  # colour of the coarse network [H, W, 3], if there is a fine one
+    seconds: float | None = None    # how long rendering took; None if read from disk
 
 
-# --- pictures of disparity and error ----------------------------------------------------------------------------
+# --- images of disparity and error --------------------------------------------------------------------------
 
 def color_map(x):
     """Map values [...] in [0, 1] to colours [..., 3], dark to bright."""
@@ -49,7 +48,8 @@ def color_map(x):
 
 
 def disparity_range(disp):
-    """The 1st and 99th percentile of the disparities `disp` [...] without empty pixels (0); (0, 1) if all are."""
+    """The 1st and 99th percentile of the disparities `disp` [...] without empty
+    pixels (0); (0, 1) if all are."""
     visible = disp[(disp > 0) & np.isfinite(disp)]
     return tuple(np.percentile(visible, [1, 99]).tolist()) if visible.size else (0.0, 1.0)
 
@@ -59,31 +59,32 @@ def normalize_disparity(disp, low, high):
     return np.where(disp > 0, np.clip((disp - low) / max(high - low, 1e-10), 0, 1), 0)
 
 
-def comparison_picture(frame, target):
-    """One picture [H, 5 W, 3] in [0, 1]: render | target | error | disparity | opacity.
+def comparison_image(frame, target):
+    """One image [H, 5 W, 3] in [0, 1]: render | target | error | disparity | opacity.
 
     Args:
       frame: a `Frame`.
       target: the true image [H, W, 3] in [0, 1].
     """
-    error = np.clip(4 * np.abs(frame.rgb - target).mean(-1), 0, 1)  # an error of 0.25 has the brightest colour
+    error = np.clip(4 * np.abs(frame.rgb - target).mean(-1), 0, 1)  # 0.25 has the brightest colour
     disparity = normalize_disparity(frame.disp, *disparity_range(frame.disp))
     opacity = np.repeat(np.clip(frame.acc, 0, 1)[..., None], 3, -1)
     return np.concatenate([frame.rgb, target, color_map(error), color_map(disparity), opacity], 1)
 
 
-# --- frames on disk ---------------------------------------------------------------------------------------------
+# --- frames on disk -----------------------------------------------------------------------------------------
 
 def code_version():
-    """A hash of the rendering code, which changes whenever the code does."""
+    """A hash of the program's source files."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in RENDERING_CODE for path in ROOT.glob(pattern)):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b'\0' + path.read_bytes())
+    for path in sorted(path for pattern in SOURCE_FILES for path in ROOT.glob(pattern) if path.is_file()):
+        if path.suffix != '.pyc':
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b'\0' + path.read_bytes())
     return digest.hexdigest()
 
 
 def frames_fingerprint(render_poses, hwf, K, state, settings):
-    """A hash of all that frames depend on, the rendering code included: equal fingerprints mean equal frames.
+    """A hash of all that frames depend on: equal fingerprints mean equal frames.
 
     Args:
       render_poses: c2w matrices [N, 3 or 4, 4 or more].
@@ -94,8 +95,7 @@ def frames_fingerprint(render_poses, hwf, K, state, settings):
     cameras = {'render_poses': torch.as_tensor(np.asarray(render_poses, np.float32)),
                'hwf': torch.as_tensor(np.asarray(hwf, np.float64)),
                'K': torch.as_tensor(np.asarray(K, np.float64))}
-    digest = hashlib.sha256(code_version().encode())
-    digest.update(json.dumps(settings, sort_keys=True, default=float).encode())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=float).encode())
     for name, tensors in sorted({**state, 'cameras': cameras}.items()):
         for key, tensor in sorted(tensors.items()):
             digest.update(f'{name}.{key} {tensor.dtype} {list(tensor.shape)}'.encode())
@@ -104,9 +104,9 @@ def frames_fingerprint(render_poses, hwf, K, state, settings):
 
 
 class FrameFolder:
-    """Frames in a folder: `000.png`, …, `disp/000.png` (colour-mapped disparity), `depth/000.png` (16 bit), and
-    `frames.json`, which gives the scale of the depths. Frames with the same fingerprint are reused; others are
-    deleted.
+    """Frames in a folder: `000.png`, …, `disp/000.png` (colour-mapped disparity), `depth/000.png` (16 bit),
+    and `frames.json`, which gives the scale of the depths. Frames with the same fingerprint are reused;
+    others are deleted, and the metrics and videos of them.
 
     Args:
       folder: created if it does not exist.
@@ -123,8 +123,8 @@ class FrameFolder:
         self.folder, self.far, self.disparity_range = make_folder(folder), float(far), None
         for name in ('disp', 'depth'):
             make_folder(self.folder / name)
-        self.about = {'depth': f'grey * {self.far / MAX_UINT16:.9g}, along the ray in units of rays_d; 0 is empty',
-                      'fingerprint': fingerprint}
+        scale = f'grey * {self.far / MAX_UINT16:.9g}, along the ray in units of rays_d; 0 is empty'
+        self.about = {'depth': scale, 'fingerprint': fingerprint}
         try:
             about = json.loads((self.folder / 'frames.json').read_text())
             if about['fingerprint'] == fingerprint and not overwrite:
@@ -132,14 +132,15 @@ class FrameFolder:
         except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
             pass
         if self.disparity_range is None:
-            for path in self.paths('[0-9]*'):
+            others = [self.folder / name for name in ('metrics.*', 'video.*', 'video_disp.*')]
+            for path in [*self.paths('[0-9]*'), *others]:
                 for old in path.parent.glob(path.name):
                     old.unlink()
         self.reused = len(list(self.folder.glob('[0-9]*.png')))
 
     def paths(self, name):
         """The files of a frame: disparity, depth, colour."""
-        return [self.folder / f'disp/{name}.png', self.folder / f'depth/{name}.png', self.folder / f'{name}.png']
+        return [self.folder / f'{subfolder}{name}.png' for subfolder in ('disp/', 'depth/', '')]
 
     def load(self, index):
         """Read frame `index`, with 8 bits of colour and 16 of depth; None if it is missing or damaged."""
@@ -181,10 +182,11 @@ class FrameFolder:
             write_image(path, image)
 
 
-# --- videos -----------------------------------------------------------------------------------------------------
+# --- videos -------------------------------------------------------------------------------------------------
 
 class Encoder(NamedTuple):
-    """A way to write a video: its name, the file ending, and the codec of ffmpeg (None: not written by ffmpeg)."""
+    """A way to write a video: its name, the file ending, and the codec of ffmpeg
+    (None: not written by ffmpeg)."""
     name: str
     suffix: str
     codec: str | None
@@ -193,8 +195,8 @@ class Encoder(NamedTuple):
 # This encoder always works: it writes a folder of PNGs.
 SINGLE_FRAMES = Encoder('single frames', '', None)
 # These are the ways to write a video, best first.
-ENCODERS = [Encoder('H.264', '.mp4', 'libx264'), Encoder('MPEG-4', '.mp4', 'mpeg4'), Encoder('GIF', '.gif', None),
-            SINGLE_FRAMES]
+ENCODERS = [Encoder('H.264', '.mp4', 'libx264'), Encoder('MPEG-4', '.mp4', 'mpeg4'),
+            Encoder('GIF', '.gif', None), SINGLE_FRAMES]
 
 
 def probe_encoder():
@@ -225,8 +227,8 @@ def is_complete_video(path, num_frames):
 
 @contextmanager
 def open_video(stem, encoder):
-    """Write a video frame by frame: yields a function that appends a float frame [H, W, 3] in [0, 1]. The file
-    gets its name when the block ends; after an exception nothing is left of it.
+    """Write a video frame by frame: yields a function that appends a float frame [H, W, 3] in [0, 1]. The
+    file, or folder of PNGs, gets its name when the block ends; after an exception nothing is left of it.
 
     Args:
       stem: path without the file ending, which the encoder adds.
@@ -236,12 +238,12 @@ def open_video(stem, encoder):
     """
     path = video_path(stem, encoder)
     if encoder == SINGLE_FRAMES:
-        make_folder(path)
-        indices = itertools.count()
+        with atomic_folder(path) as folder:
+            indices = itertools.count()
 
-        def save(frame):
-            write_image(path / f'{next(indices):03d}.png', to8b(frame))
-        yield save
+            def save(frame):
+                write_image(folder / f'{next(indices):03d}.png', to8b(frame))
+            yield save
         return
 
     options = {'fps': FPS, 'codec': encoder.codec, 'quality': 8, 'macro_block_size': 1}

@@ -1,8 +1,9 @@
 """One run in several processes: `torchrun --nproc_per_node=N run_nerf.py ...`.
 
-Every process (rank) has the whole scene and the same networks, and draws its share of each step's rays. Gradients
-are averaged after the backward pass, so that all ranks make the same update. Rank 0 writes all files; frames are
-rendered by all ranks. Without torchrun there is a single rank, and these functions cost nothing.
+Every process (rank) has the whole scene and the same networks, and draws its part of each step's
+rays. Gradients are averaged after the backward pass, so that all ranks make the same update.
+Rank 0 writes all files; frames are rendered by all ranks. Without torchrun there is a single
+rank, and these functions cost nothing.
 """
 import contextlib
 import datetime
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from scenes.errors import UserError, first_line
+from training.signals import Stopped
 
 # A lost process shows by its closed connection, so collective operations may wait this long for a slow one.
 TIMEOUT = datetime.timedelta(days=7)
@@ -25,7 +27,7 @@ class ProcessLost(Exception):
 
 
 def derive_seed(seed, step, index):
-    """A random seed for use number `index` at `step`, different for each of the three."""
+    """A random seed, different for each seed of a run, step, and index of what it is for."""
     return ((seed * 1_000_003 + step) * 1_009 + index) % 2 ** 63
 
 
@@ -41,15 +43,15 @@ class Processes:
       size: number of processes; taken from torchrun's environment by default.
     Attributes:
       size: number of processes.
-      index: number of this process, from 0.
+      rank: number of this process, from 0.
       is_main: whether this is rank 0, which writes files and evaluates.
       lost: whether another process has ended unexpectedly.
     """
 
     def __init__(self, size=None):
         self.size = int(os.environ.get('WORLD_SIZE', 1)) if size is None else size
-        self.index = int(os.environ.get('RANK', 0)) if self.size > 1 else 0
-        self.is_main, self.lost, self.control = self.index == 0, False, None
+        self.rank = int(os.environ.get('RANK', 0)) if self.size > 1 else 0
+        self.is_main, self.lost, self.control = self.rank == 0, False, None
 
     def __enter__(self):
         if self.size > 1:
@@ -60,9 +62,11 @@ class Processes:
         return self
 
     def __exit__(self, exception_type, *_):
+        # a group that is still referenced keeps threads, which may crash the exit of Python
+        self.control = None
         # NCCL waits for all ranks here, so a rank that leaves on its own skips it
-        if self.size > 1 and exception_type is None and not self.lost:
-            self.control = None  # a group that is still referenced keeps threads, which may crash the exit of Python
+        leaves_alone = self.lost or exception_type is not None
+        if self.size > 1 and not (leaves_alone and torch.cuda.is_available()):
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
 
@@ -77,21 +81,22 @@ class Processes:
 
     # --- training ---
 
-    def share(self, count):
-        """How many of a step's `count` rays this process draws.
+    def own_rays(self, N_rand):
+        """How many of a step's `N_rand` rays this process draws.
 
         Raises:
           UserError: fewer rays than processes.
         """
-        if count < self.size:
-            raise UserError(f'--N_rand: found {count}, '
+        if N_rand < self.size:
+            raise UserError(f'--N_rand: found {N_rand}, '
                             f'expected at least one ray for each of the {self.size} processes')
-        return count // self.size + (self.index < count % self.size)
+        return N_rand // self.size + (self.rank < N_rand % self.size)
 
     def seed_per_rank(self, seed, step):
-        """Give each rank its own random numbers after `step`; rank 0 keeps those of a run with one process."""
+        """Give each rank its own random numbers after `step`; rank 0 keeps
+        those of a run with one process."""
         if not self.is_main:
-            torch.manual_seed(derive_seed(seed, step, self.index))
+            torch.manual_seed(derive_seed(seed, step, self.rank))
 
     def average(self, parameters, tensors, weight):
         """Replace gradients and tensors by their weighted means over the ranks, in place.
@@ -99,9 +104,9 @@ class Processes:
         Args:
           parameters: their `grad` is averaged; a missing one counts as zero.
           tensors: scalar tensors.
-          weight: this process's share of the step's rays.
+          weight: this process's fraction of the step's rays.
         Raises:
-          ProcessLost: nothing has been changed.
+          ProcessLost: another process has ended; nothing has been averaged.
         """
         if self.size == 1:
             return
@@ -131,10 +136,11 @@ class Processes:
             dist.all_reduce(result, dist.ReduceOp.MAX, self.control)
         return bool(result)
 
-    # --- rank 0 before or for the others ---
+    # --- rank 0 before the others, or for them ---
 
     def from_rank0(self, make):
-        """The result of `make()` on rank 0, in all processes. A `UserError` there is raised in all of them."""
+        """The result of `make()` on rank 0, in all processes. A `UserError` of
+        it is raised in all of them."""
         if self.size == 1:
             return make()
         box = [None]
@@ -157,23 +163,23 @@ class Processes:
         return own[0] if self.is_main else make()
 
     def should_save(self, path):
-        """After a process is lost: whether this one is to save the run's checkpoint `path`. Rank 0 does; another
-        rank does if the ranks before it have not, after waiting for them."""
-        deadline = time.monotonic() + SAVE_SECONDS * self.index
-        while not self.is_main and time.monotonic() < deadline and not path.exists():
+        """After a process is lost: whether this one, which is not rank 0, is to save the run's checkpoint
+        `path`. It is if no lower rank has saved it in the time that those ranks have."""
+        deadline = time.monotonic() + SAVE_SECONDS * self.rank
+        while time.monotonic() < deadline and not path.exists():
             time.sleep(0.1)
-        return self.is_main or not path.exists()
+        return not path.exists()
 
     # --- rendering: rank 0 hands out frames, the others serve ---
 
-    def each(self, render, poses, *arguments):
-        """Called by rank 0 while the others `serve`: `render(pose, *arguments)` for up to `size` poses, each in a
-        different process. Returns the results in order."""
+    def render_all(self, render, poses):
+        """Called by rank 0 while the others `serve`: `render(pose)` for up to `size` poses, each in another
+        process. Returns the results in order. Errors and `Stopped` of any process are raised here."""
         if self.size == 1:
-            return [render(pose, *arguments) for pose in poses]
+            return [render(pose) for pose in poses]
         with self._detect_loss():
-            dist.broadcast_object_list([(poses, arguments)], 0, self.control)
-        return self._render_and_gather(render, poses, arguments)
+            dist.broadcast_object_list([poses], 0, self.control)
+        return self._render_and_gather(render, poses)
 
     def serve(self, render):
         """Render the frames that rank 0 hands out until it calls `release`."""
@@ -183,7 +189,7 @@ class Processes:
                 dist.broadcast_object_list(box, 0, self.control)
             if box[0] is None:
                 return
-            self._render_and_gather(render, *box[0])
+            self._render_and_gather(render, box[0])
 
     def release(self):
         """Called by rank 0: end `serve` in the other processes."""
@@ -191,15 +197,17 @@ class Processes:
             with self._detect_loss():
                 dist.broadcast_object_list([None], 0, self.control)
 
-    def _render_and_gather(self, render, poses, arguments):
+    def _render_and_gather(self, render, poses):
         try:
-            result = render(poses[self.index], *arguments) if self.index < len(poses) else None
-        except Exception as error:  # raised by rank 0, which knows what needs the frame
+            result = render(poses[self.rank]) if self.rank < len(poses) else None
+        except (Exception, Stopped) as error:  # raised on rank 0, which knows what needs the frame
             result = error
         results = [None] * self.size if self.is_main else None
         with self._detect_loss():
             dist.gather_object(result, results, 0, self.control)
-        for result in results or ():
-            if isinstance(result, Exception):
+        if not self.is_main:
+            return None
+        for result in results:
+            if isinstance(result, BaseException):
                 raise result
-        return results and results[:len(poses)]
+        return results[:len(poses)]

@@ -1,11 +1,21 @@
-"""Stopping a run: the first SIGINT or SIGTERM lets it save and leave, the second one ends it at once."""
+"""Stopping a run: the first SIGINT or SIGTERM lets it save and exit; a second one, in a
+single process, exits at once."""
 import contextlib
 import os
 import signal
 
 
 class Stopped(BaseException):
-    """Work was given up because the run is to stop. Not an error, so `except Exception` lets it through."""
+    """Work was given up because a signal asks the run to stop. Not an `Exception`, so
+    `except Exception` lets it pass.
+
+    Attributes:
+      exit_code: the exit code by which a shell recognises the signal.
+    """
+
+    def __init__(self, exit_code):
+        super().__init__(exit_code)
+        self.exit_code = exit_code
 
 
 class StopRequest:
@@ -39,13 +49,16 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number, _):
+        # with torchrun a second signal is ignored: it forwards each one, and
+        # kills processes that take too long
+        single_process = int(os.environ.get('WORLD_SIZE', 1)) == 1
         if self.requested:
-            # torchrun forwards a signal that also reached this process, and kills processes that take too long
-            if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+            if single_process:
                 os._exit(128 + number)
             return
         self.signal = number
-        self.say(f'{signal.Signals(number).name}: stopping; repeat it to stop at once')
+        name = signal.Signals(number).name
+        self.say(f'{name}: stopping; repeat it to stop at once' if single_process else f'{name}: stopping')
         if self._interrupts:
             self.check()
 
@@ -65,16 +78,10 @@ class StopRequest:
             raise Stopped(self.exit_code)
 
     @contextlib.contextmanager
-    def interruptible(self, enabled=True):
-        """A block that the first signal ends at once with `Stopped`; not even begun if it has arrived already.
-
-        Args:
-          enabled: False makes it an ordinary block. Several processes need that: a collective operation must not
-            be interrupted in one of them, so they call `check` in between.
-        """
-        if not enabled:
-            yield
-            return
+    def interruptible(self):
+        """A block that the first signal ends at once with `Stopped`; not even begun if it has
+        arrived already. Must not hold collective operations of several processes, which are only
+        complete if all of them take part."""
         try:
             self._interrupts = True  # before the check, so that no signal falls between the two
             self.check()

@@ -1,5 +1,9 @@
-"""C functions, compiled for this machine at first use. Without a compiler the reference implementations in PyTorch replace
-them. They run in torch's own pool of OpenMP threads where torch's runtime is named `libgomp.so.1`, as theirs is."""
+"""C kernels, compiled for this machine on first use. Without a compiler, their reference implementations in
+PyTorch are used.
+
+The kernels run in torch's own pool of OpenMP threads if torch's OpenMP runtime is called
+`libgomp.so.1`, as theirs is.
+"""
 import ctypes
 import functools
 import hashlib
@@ -7,45 +11,54 @@ import os
 import platform
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 
-FLAGS = ['-O3', '-march=native', '-ffast-math', '-fno-finite-math-only', '-fopenmp', '-shared', '-fPIC', '-lm']
+# This is -ffast-math but for two parts: infinity and NaN keep their meaning, and the library does not switch
+# the whole process to flushing denormal numbers to zero.
+FAST_MATH = ['-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros', '-fassociative-math',
+             '-freciprocal-math']
+FLAGS = ['-O3', '-march=native', *FAST_MATH, '-fopenmp', '-shared', '-fPIC', '-lm']
 
 
 @functools.cache
-def compiled(name):
-    """The functions of `<name>.c` beside this file as a ctypes library; None where it cannot be compiled, or where
-    the environment has NERF_PLAIN set."""
-    if os.environ.get('NERF_PLAIN'):
+def load_kernels(name):
+    """The functions of `<name>.c` beside this file as a ctypes library. None, with a warning, if they cannot
+    be compiled; also None if the environment has NERF_NO_KERNELS set."""
+    if os.environ.get('NERF_NO_KERNELS'):
         return None
-    source = Path(__file__).with_name(f'{name}.c')
     try:
-        return ctypes.CDLL(str(library(source)))
-    except (OSError, subprocess.SubprocessError):
+        return ctypes.CDLL(str(build_library(Path(__file__).with_name(f'{name}.c'))))
+    except (OSError, subprocess.SubprocessError) as error:
+        warnings.warn(f'{name}.c is not compiled ({error}); its slower reference implementation is used',
+                      stacklevel=2)
         return None
 
 
-def call(name, function, *arguments):
-    """Call `function` of `<name>.c`: tensors and None are passed as pointers, int as int64_t, float as float. Tensors must
-    be contiguous and on the CPU, and the caller keeps them alive."""
-    kinds = {int: ctypes.c_int64, float: ctypes.c_float}
+def call_kernel(name, function, *arguments):
+    """Call `function` of `<name>.c`: tensors and None are passed as pointers, int as int64_t, float as float.
+    Tensors must be contiguous, on the CPU, and float32, int64 or bool as the function expects; the caller
+    keeps them alive."""
+    types = {int: ctypes.c_int64, float: ctypes.c_float}
 
     def converted(argument):
         if argument is None:
             return ctypes.c_void_p()
         if not torch.is_tensor(argument):
-            return kinds[type(argument)](argument)
+            return types[type(argument)](argument)
         assert argument.is_contiguous() and argument.device.type == 'cpu'
+        assert argument.dtype in (torch.float32, torch.int64, torch.bool)
         return ctypes.c_void_p(argument.data_ptr())
-    getattr(compiled(name), function)(*[converted(argument) for argument in arguments])
+    getattr(load_kernels(name), function)(*[converted(argument) for argument in arguments])
 
 
-def library(source):
-    """Path of the shared library, cached between runs. Its name is a hash of source, flags and processor."""
-    fingerprint = hashlib.sha256('\n'.join([source.read_text(), *FLAGS, processor()]).encode()).hexdigest()[:16]
-    path = cache_folder() / f'{source.stem}-{fingerprint}.so'
+def build_library(source):
+    """Path of the shared library of `source`, compiled unless a run before has done so. Its name is a hash of
+    source, flags and processor."""
+    fingerprint = hashlib.sha256('\n'.join([source.read_text(), *FLAGS, processor()]).encode()).hexdigest()
+    path = cache_folder() / f'{source.stem}-{fingerprint[:16]}.so'
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = Path(folder, 'part.so')
@@ -56,12 +69,13 @@ def library(source):
 
 
 def cache_folder():
-    """A writable folder of this user."""
+    """A folder that this user can write to. A shared temporary folder may hold one that others have made."""
+    user = os.getuid() if os.name == 'posix' else 'user'
     for folder in (Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'nerf'),
-                   Path(tempfile.gettempdir(), f'nerf-{os.getuid() if hasattr(os, "getuid") else "user"}')):
+                   Path(tempfile.gettempdir(), f'nerf-{user}')):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
+            if os.access(folder, os.W_OK) and (os.name != 'posix' or folder.stat().st_uid == user):
                 return folder
         except OSError:
             continue

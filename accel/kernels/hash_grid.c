@@ -1,18 +1,18 @@
-/* Multiresolution hash encoding on a CPU, compiled at first use; the reference implementation is in
+/* Multiresolution hash encoding on a CPU, compiled on first use; the reference implementation is in
  * `accel/hash_grid.py`.
  *
- * Points are x[N][3] in [0, 1]. Level l has cells of 1 / resolution[l]; its entries, F numbers each, begin at entry offset[l]
- * of the table. A level of (resolution + 1)^3 entries is dense, one with fewer is hashed.
+ * Points are x[N][3] in [0, 1]. Level l has cells of 1 / resolutions[l]; its entries, F numbers each, begin at entry
+ * level_offsets[l] of the table. A level of (resolution + 1)^3 entries is dense, one with fewer is hashed.
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#define BLOCK 2048 /* points encoded at once, few enough for a level's entries to stay in the cache */
+#define POINTS_PER_TASK 2048 /* few enough for a level's entries to stay in the cache */
 #define MAX_F 8
 
 /* The eight entries around a point, and their weights. */
-static inline void corners(const float *x, int64_t resolution, int64_t size, int64_t *entry, float *weight)
+static inline void corner_entries(const float *x, int64_t resolution, int64_t size, int64_t *entry, float *weight)
 {
     const int dense = (resolution + 1) * (resolution + 1) * (resolution + 1) <= size;
     int64_t cell[3];
@@ -43,14 +43,15 @@ static inline void corners(const float *x, int64_t resolution, int64_t size, int
     }
 }
 
-static inline __attribute__((always_inline)) void encode_level(const float *x, const float *table, float *out, int64_t count,
-                                                               int64_t stride, const int F, int64_t resolution, int64_t size)
+static inline __attribute__((always_inline)) void encode_level(const float *x, const float *table, float *out,
+                                                               int64_t count, int64_t stride, const int F,
+                                                               int64_t resolution, int64_t size)
 {
     int64_t entry[8];
     float weight[8];
     for (int64_t n = 0; n < count; n++) {
         float sum[MAX_F] = {0};
-        corners(x + 3 * n, resolution, size, entry, weight);
+        corner_entries(x + 3 * n, resolution, size, entry, weight);
         for (int c = 0; c < 8; c++)
             for (int f = 0; f < F; f++)
                 sum[f] += weight[c] * table[entry[c] * F + f];
@@ -59,56 +60,57 @@ static inline __attribute__((always_inline)) void encode_level(const float *x, c
 }
 
 /* out[N][levels * F] */
-void encode(const float *x, const float *table, float *out, int64_t N, int64_t levels, int64_t F, const int64_t *resolution,
-            const int64_t *offset)
+void encode(const float *x, const float *table, float *out, int64_t N, int64_t levels, int64_t F,
+            const int64_t *resolutions, const int64_t *level_offsets)
 {
 #pragma omp parallel for schedule(dynamic)
-    for (int64_t start = 0; start < N; start += BLOCK) {
-        int64_t count = N - start < BLOCK ? N - start : BLOCK;
+    for (int64_t start = 0; start < N; start += POINTS_PER_TASK) {
+        int64_t count = N - start < POINTS_PER_TASK ? N - start : POINTS_PER_TASK;
+        const float *points = x + 3 * start;
         for (int64_t l = 0; l < levels; l++) {
-            const float *entries = table + offset[l] * F;
+            const float *entries = table + level_offsets[l] * F;
             float *to = out + start * levels * F + l * F;
-            int64_t size = offset[l + 1] - offset[l];
+            int64_t size = level_offsets[l + 1] - level_offsets[l];
             switch (F) { /* with F constant the compiler vectorises the inner loops */
-            case 1: encode_level(x + 3 * start, entries, to, count, levels * F, 1, resolution[l], size); break;
-            case 2: encode_level(x + 3 * start, entries, to, count, levels * F, 2, resolution[l], size); break;
-            case 4: encode_level(x + 3 * start, entries, to, count, levels * F, 4, resolution[l], size); break;
-            case 8: encode_level(x + 3 * start, entries, to, count, levels * F, 8, resolution[l], size); break;
+            case 1: encode_level(points, entries, to, count, levels * F, 1, resolutions[l], size); break;
+            case 2: encode_level(points, entries, to, count, levels * F, 2, resolutions[l], size); break;
+            case 4: encode_level(points, entries, to, count, levels * F, 4, resolutions[l], size); break;
+            case 8: encode_level(points, entries, to, count, levels * F, 8, resolutions[l], size); break;
             }
         }
     }
 }
 
 static inline __attribute__((always_inline)) void gradient_level(const float *x, const float *grad_out, float *grad,
-                                                                 int64_t N, int64_t stride, const int F, int64_t resolution,
-                                                                 int64_t size)
+                                                                 int64_t N, int64_t stride, const int F,
+                                                                 int64_t resolution, int64_t size)
 {
     int64_t entry[8];
     float weight[8];
     for (int64_t n = 0; n < N; n++) {
-        corners(x + 3 * n, resolution, size, entry, weight);
+        corner_entries(x + 3 * n, resolution, size, entry, weight);
         for (int c = 0; c < 8; c++)
             for (int f = 0; f < F; f++)
                 grad[entry[c] * F + f] += weight[c] * grad_out[n * stride + f];
     }
 }
 
-/* Overwrites grad, which has the table's layout. One thread does a whole level: no entry is written by two threads, and the
- * order of summation does not depend on the number of threads. */
+/* Overwrites grad, which has the table's layout. One thread does a whole level: no entry is written by two threads, and
+ * the order of summation does not depend on the number of threads. */
 void gradient(const float *x, const float *grad_out, float *grad, int64_t N, int64_t levels, int64_t F,
-              const int64_t *resolution, const int64_t *offset)
+              const int64_t *resolutions, const int64_t *level_offsets)
 {
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t l = levels - 1; l >= 0; l--) {
-        float *to = grad + offset[l] * F;
+        float *to = grad + level_offsets[l] * F;
         const float *from = grad_out + l * F;
-        int64_t size = offset[l + 1] - offset[l];
+        int64_t size = level_offsets[l + 1] - level_offsets[l];
         memset(to, 0, size * F * sizeof(float));
         switch (F) {
-        case 1: gradient_level(x, from, to, N, levels * F, 1, resolution[l], size); break;
-        case 2: gradient_level(x, from, to, N, levels * F, 2, resolution[l], size); break;
-        case 4: gradient_level(x, from, to, N, levels * F, 4, resolution[l], size); break;
-        case 8: gradient_level(x, from, to, N, levels * F, 8, resolution[l], size); break;
+        case 1: gradient_level(x, from, to, N, levels * F, 1, resolutions[l], size); break;
+        case 2: gradient_level(x, from, to, N, levels * F, 2, resolutions[l], size); break;
+        case 4: gradient_level(x, from, to, N, levels * F, 4, resolutions[l], size); break;
+        case 8: gradient_level(x, from, to, N, levels * F, 8, resolutions[l], size); break;
         }
     }
 }
