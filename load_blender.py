@@ -1,5 +1,5 @@
-"""The Blender layout: `transforms_{train,val,test}.json` or a single
-`transforms.json`, and folders of images.
+"""The Blender layout: `transforms_{train,val,test}.json` or a single `transforms.json`, and folders of
+images.
 
     scene/transforms_train.json   {"camera_angle_x": .69, "frames": [{"file_path": "./train/r_0",
     scene/transforms_val.json         "transform_matrix": [[…] × 4]}, …]}
@@ -18,7 +18,7 @@ import numpy as np
 from scenes.cameras import check_poses, focus_point, homogeneous, normalize, viewmatrix
 from scenes.errors import UserError
 from scenes.files import read_json
-from scenes.images import IMAGE_EXTENSIONS, composite, read_image, resize_area
+from scenes.images import IMAGE_EXTENSIONS, composite_on_bkgd, read_image, resize_area
 from scenes.scene import Scene
 
 # Error messages describe the expected files in these words.
@@ -53,7 +53,8 @@ def load_blender_scene(args):
     def to_8bit(image):
         """uint8 [H, W, 4]: RGB composited on the background, and alpha."""
         alpha = image[..., 3:] if image.shape[-1] == 4 else np.ones_like(image[..., :1])
-        return np.round(255 * np.concatenate([composite(image, args.white_bkgd), alpha], -1)).astype(np.uint8)
+        rgba = np.concatenate([composite_on_bkgd(image, args.white_bkgd), alpha], -1)
+        return np.round(255 * rgba).astype(np.uint8)
 
     imgs, poses, render_poses, _, (i_train, i_val, i_test), K, names = load_blender_data(
         args.datadir, args.half_res, args.testskip, llffhold=args.llffhold, convert=to_8bit, details=True)
@@ -78,8 +79,8 @@ def load_blender_data(basedir, half_res=False, testskip=1, *, llffhold=8, conver
       render_poses: float32 [40, 4, 4], c2w on an orbit.
       [H, W, focal]: focal length in pixels.
       i_split: index arrays of train, val and test.
-      K, names: with `details`, intrinsics in pixels, float64 [3, 3], and paths
-        of the images within `basedir`.
+      K, names: with `details`, intrinsics in pixels, float64 [3, 3], and paths of the images within
+        `basedir`.
     Raises:
       UserError: files are missing, damaged or inconsistent.
     """
@@ -126,6 +127,8 @@ def orbit_of_cameras(poses, count=40):
     for angle in np.linspace(0, 2 * np.pi, count + 1)[:-1]:
         arm = radius * (np.cos(angle) * across + np.sin(angle) * np.cross(up, across)) + height * up
         path.append(homogeneous(viewmatrix(arm, up, focus + arm)))
+    if not np.isfinite(path).all():
+        raise UserError('found cameras that are all in one place, expected cameras around a scene')
     return np.stack(path).astype(np.float32)
 
 
@@ -215,8 +218,8 @@ def parse_matrix(rows, where):
 
 
 def check_intrinsics(meta, path):
-    """Raise UserError if an intrinsic is not a positive number, or
-    `camera_angle_x` is not a field of view."""
+    """Raise UserError if an intrinsic is not a positive number, or `camera_angle_x` is not a field of
+    view."""
     for key in ('camera_angle_x', *INTRINSICS, 'w', 'h'):
         value = meta.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
@@ -227,8 +230,8 @@ def check_intrinsics(meta, path):
 
 
 def intrinsics_matrix(frames, H, W):
-    """K [3, 3] float64 in pixels, for images of H × W pixels on disk. Lens
-    distortion is ignored, with a warning.
+    """K [3, 3] float64 in pixels, for images of H × W pixels on disk. Lens distortion is ignored, with a
+    warning.
 
     Raises:
       UserError: there is neither a field of view nor a focal length, or `w` and `h` are not the images' size.

@@ -16,7 +16,7 @@ import numpy as np
 from scenes.cameras import check_poses, focus_point, homogeneous, normalize, viewmatrix
 from scenes.errors import UserError
 from scenes.files import PARTIAL, read_array
-from scenes.images import IMAGE_EXTENSIONS, composite, read_image, resize_area, write_image
+from scenes.images import IMAGE_EXTENSIONS, composite_on_bkgd, read_image, resize_area, write_image
 from scenes.scene import Scene, uses_ndc
 
 # Error messages describe the expected files in these words.
@@ -38,7 +38,7 @@ def load_llff_scene(args):
     views = np.arange(len(images))
     i_test = views[::args.llffhold] if args.llffhold > 0 else np.array([i_central])
     near, far = (0.0, 1.0) if uses_ndc(args) else (float(bds.min()) * 0.9, float(bds.max()))
-    names = [path.name for path in image_files(args.datadir, args.factor)]
+    names = [os.path.relpath(path, args.datadir) for path in image_files(args.datadir, args.factor)]
     return Scene(images, *images.shape[1:3], poses[:, :, :4], K, near, far, render_poses[:, :, :4],
                  np.setdiff1d(views, i_test), i_test, i_test, names=names)
 
@@ -52,7 +52,8 @@ def load_llff_data(basedir, factor=8, recenter=True, bd_factor=.75, spherify=Fal
       factor: use the images downsampled by this factor; 0, 1 or None for full size.
       recenter: put the mean camera at the origin.
       bd_factor: scale the world so that the nearest bound is 1 / bd_factor; None for no scaling.
-      spherify: for cameras all around an object: origin at its centre, mean distance 1, a circular path.
+      spherify: for cameras all around an object: origin at its centre, root mean square distance 1, and a
+        circular path.
       path_zflat: a flat path of half the views instead of the spiral.
       white_bkgd: composite images with alpha on white rather than black.
       as_uint8: return the images as uint8 in [0, 255].
@@ -73,7 +74,7 @@ def load_llff_data(basedir, factor=8, recenter=True, bd_factor=.75, spherify=Fal
     if len(paths) != len(poses):
         raise UserError(f'{image_folder(basedir, factor)}: found {len(paths)} images, '
                         f'but {len(poses)} poses in poses_bounds.npy')
-    images = read_images(paths, white_bkgd)
+    images = read_opaque_images(paths, white_bkgd)
     H, W = images.shape[1:3]
     for recorded, found, name in ((poses[0, 0, 4], H, 'high'), (poses[0, 1, 4], W, 'wide')):
         if abs(recorded / factor - found) > 1:
@@ -93,8 +94,8 @@ def image_folder(basedir, factor):
 
 
 def image_files(basedir, factor):
-    """The image files of `image_folder`, sorted by name. The folder is created from
-    `images/` if it is missing."""
+    """The image files of `image_folder`, sorted by name. The folder is created from `images/` if it is
+    missing."""
     folder = image_folder(basedir, factor)
     if not folder.is_dir():
         if folder.name == 'images':
@@ -110,8 +111,8 @@ def list_images(folder):
 
 
 def downsample_images(basedir, factor):
-    """Create `images_<factor>/` from `images/` with an area filter. The folder
-    gets its name when it is complete.
+    """Create `images_<factor>/` from `images/` with an area filter. The folder gets its name when it is
+    complete.
 
     Raises:
       UserError: there are no photos, two of them have the same name, or the folder cannot be created.
@@ -147,7 +148,7 @@ def downsample_images(basedir, factor):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_images(paths, white_bkgd):
+def read_opaque_images(paths, white_bkgd):
     """uint8 [N, H, W, 3]: the images at `paths`, composited on white or black if they have alpha."""
     with ThreadPoolExecutor() as pool:
         images = list(pool.map(read_image, paths))
@@ -159,7 +160,7 @@ def read_images(paths, white_bkgd):
     def opaque(image):
         if image.shape[-1] == 3:
             return image
-        return np.round(255 * composite(image / np.float32(255), white_bkgd)).astype(np.uint8)
+        return np.round(255 * composite_on_bkgd(image / np.float32(255), white_bkgd)).astype(np.uint8)
     return np.stack([opaque(image) for image in images])
 
 
@@ -204,8 +205,8 @@ def recenter_poses(poses):
 
 
 def spiral_path(center, up, radii, focus_depth, rotations, views, rate=0.5):
-    """Poses [views, 3, 4] on a spiral around the camera `center`, looking at a
-    point `focus_depth` ahead of it.
+    """Poses [views, 3, 4] on a spiral around the camera `center`, looking at a point `focus_depth` ahead of
+    it.
 
     Args:
       radii: extent of the spiral along the three axes of `center`, in scene units.
@@ -221,8 +222,8 @@ def spiral_path(center, up, radii, focus_depth, rotations, views, rate=0.5):
 
 
 def forward_facing_path(poses, bds, path_zflat):
-    """The spiral of the paper's videos, [M, 3, 4]: as wide as the cameras spread,
-    focused between near and far."""
+    """The spiral of the paper's videos, [M, 3, 4]: as wide as the cameras spread, focused between near and
+    far."""
     close_depth, far_depth = bds.min() * 0.9, bds.max() * 5.0
     focus_depth = 1.0 / (0.25 / close_depth + 0.75 / far_depth)  # a weighted mean in disparity
     center, up = average_pose(poses), normalize(poses[:, :3, 1].sum(0))

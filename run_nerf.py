@@ -4,9 +4,9 @@
     python run_nerf.py --config configs/demo.txt --render_only  # render a video from the newest checkpoint
     tensorboard --logdir logs                                   # watch
 
-Mildenhall et al., "NeRF: Representing Scenes as Neural Radiance Fields for View Synthesis", ECCV 2020. From
-the end of this file to its start the method stands in the order in which a ray meets it: `train` → `render` →
-`batchify_rays` → `render_rays` → `network_query_fn` → `raw2outputs`.
+Mildenhall et al., "NeRF: Representing Scenes as Neural Radiance Fields for View Synthesis", ECCV 2020. Read
+this file from the bottom up to follow a ray: `train` → `render` → `batchify_rays` → `render_rays` →
+`network_query_fn` (`accel/network_query.py`) → `raw2outputs`.
 """
 import sys
 import time
@@ -38,9 +38,11 @@ from run_nerf_helpers import (  # noqa: F401 - batchify and run_network are name
     get_rays,
     img2mse,
     img2mse_random_bkgd,
+    mse2psnr,
     ndc_rays,
     run_network,
     sample_pdf,
+    split_rays,
     stratified_samples,
 )
 from scenes.bounds import box_of_rays, fit_bounds
@@ -68,8 +70,7 @@ from training.threads import yield_when_busy
 
 # The interval behind the last sample of a ray has this length, so that any density there is opaque.
 LAST_INTERVAL = 1e10
-# Layouts of a scene on disk by --dataset_type: each is loaded by a function of the
-# options that returns a `Scene`.
+# Loaders by --dataset_type: functions of the options that return a `Scene`.
 SCENE_LOADERS = {'blender': load_blender_scene, 'llff': load_llff_scene}
 
 
@@ -133,9 +134,7 @@ def render_rays(ray_batch, network_fn, network_query_fn, N_samples, retraw=False
       network and z_std [N_rays], the standard deviation of the fine samples' z_vals; with retsamples weights,
       z_vals [N_rays, N_samples] and depth_map, with N_importance also weights0, z_vals0.
     """
-    rays_o, rays_d = ray_batch[:, 0:3], ray_batch[:, 3:6]
-    near, far = ray_batch[:, 6:7], ray_batch[:, 7:8]
-    viewdirs = ray_batch[:, -3:] if ray_batch.shape[-1] > 8 else None
+    rays_o, rays_d, near, far, viewdirs = split_rays(ray_batch)
 
     def query(z_vals, network):
         pts = rays_o[:, None] + rays_d[:, None] * z_vals[..., None]  # [N_rays, N_samples, 3]
@@ -180,7 +179,7 @@ EXACT = ExactRenderer()
 
 def batchify_rays(rays_flat, chunk=1024 * 32, renderer=EXACT, **kwargs):
     """`render_rays` of `renderer` on `chunk` rays [., 8 or 11] at a time; the results are concatenated."""
-    renderer = renderer.for_rays(rays_flat, **kwargs)
+    renderer = renderer.for_rays(rays_flat, chunk, **kwargs)
     parts = [renderer.render_rays(rays, **kwargs) for rays in rays_flat.split(chunk)]
     results = {key: [part[key] for part in parts] for key in parts[0]}
     return {key: PackedSamples.cat(values) if isinstance(values[0], PackedSamples) else torch.cat(values)
@@ -269,8 +268,8 @@ def render_path(render_poses, hwf, K, chunk, render_kwargs, gt_imgs=None, savedi
         rgbs.append(frame.rgb)
         disps.append(frame.disp)
         if gt_imgs is not None and render_factor <= 1:
-            mse = np.mean((frame.rgb - np.asarray(gt_imgs[index])) ** 2)
-            tqdm.write(f'frame {index}: PSNR {-10 * np.log10(mse):.2f}')
+            mse = img2mse(*(torch.as_tensor(np.asarray(image)) for image in (frame.rgb, gt_imgs[index])))
+            tqdm.write(f'frame {index}: PSNR {mse2psnr(mse).item():.2f}')
     return np.stack(rgbs), np.stack(disps)
 
 
@@ -291,7 +290,7 @@ def create_network(args, depth, width):
             raise ValueError('found encoding 2 of positions, expected 0 (positional), 1 (hash) or -1 (none)')
         encoding, input_ch = get_embedder(args.multires, args.i_embed)
     except ValueError as error:
-        raise UserError(f'--i_embed, --i_embed_views: {error}') from None
+        raise UserError(f'--i_embed, --i_embed_views: {error}; 1 is the hash grid of positions') from None
     return EncodedNeRF(encoding, views[0], D=depth, W=width, input_ch=input_ch, input_ch_views=views[1],
                        skips=[4], output_ch=5 if args.N_importance > 0 else 4, use_viewdirs=args.use_viewdirs)
 
@@ -354,7 +353,7 @@ def prepare(args, processes):
     if needs_images or not state['camera']:
         scene = processes.run_rank0_first(partial(load_scene, args))  # rank 0 may write downsampled images
     else:
-        scene = scene_from_checkpoint(args, state['camera'])
+        scene = scene_from_checkpoint(args, state['camera'])  # enough for a camera path
 
     kwargs_train, kwargs_test, start, grad_vars, optimizer = create_nerf(args, (path, state))
     for render_kwargs in (kwargs_train, kwargs_test):
@@ -368,8 +367,8 @@ def prepare(args, processes):
 
 
 def frame_renderer(args, scene, kwargs_train, kwargs_test, processes, stop, say):
-    """The `ImageRenderer` of camera paths and test views, fast unless --exact_render is given; held-out views
-    are rendered with all samples, in the precision of training."""
+    """The `ImageRenderer` of a run. Camera paths and test views are rendered fast unless --exact_render is
+    given; TensorBoard's view (`render_view`) with all samples, in the precision of training."""
     query, exact_query = kwargs_train['network_query_fn'], kwargs_test['network_query_fn']
     view_kwargs = {**kwargs_test, 'network_query_fn': query}
     render_factor = args.render_factor if args.render_only else 0
@@ -385,8 +384,8 @@ def frame_renderer(args, scene, kwargs_train, kwargs_test, processes, stop, say)
 # --- training -----------------------------------------------------------------------------------------------
 
 def color_error(rgb, acc, target, bkgd):
-    """Mean squared error of colours [N, 3] with opacity [N] on `bkgd`. Where `target` [N, 4] has alpha, its
-    expectation over all backgrounds."""
+    """Mean squared error of colours [N, 3] with opacity [N] on `bkgd`; for a `target` [N, 4] with alpha, the
+    expected error over random backgrounds."""
     return img2mse(rgb, target) if target.shape[-1] == 3 else img2mse_random_bkgd(rgb, acc, target, bkgd)
 
 
@@ -423,16 +422,17 @@ def loss_and_gradient(hwf, K, chunk, batch, render_kwargs):
         losses = nerf_losses(rgb, acc, extras, part.target, bkgd)
         (sum(losses.values()) * share).backward()
 
-        opacities = {'coarse': extras['acc0'], 'fine': acc} if 'acc0' in extras else {'coarse': acc}
-        no_color, no_opacity = torch.full_like(rgb, bkgd), torch.zeros_like(acc)
-        measures.add(share, losses, color_errors(rgb, acc, extras, part.target, bkgd), opacities,
-                     color_error(no_color, no_opacity, part.target, bkgd), extras.get('num_samples'))
+        with torch.no_grad():
+            opacities = {'coarse': extras['acc0'], 'fine': acc} if 'acc0' in extras else {'coarse': acc}
+            no_color, no_opacity = torch.full_like(rgb, bkgd), torch.zeros_like(acc)
+            measures.add(share, losses, color_errors(rgb, acc, extras, part.target, bkgd), opacities,
+                         color_error(no_color, no_opacity, part.target, bkgd), extras.get('num_samples'))
     return measures
 
 
 def set_learning_rate(optimizer, lrate, lrate_decay, step):
-    """Decay exponentially, to a tenth in 1000 · lrate_decay steps; returns the rate of `step`, from 0."""
-    lrate = lrate * 0.1 ** (step / (1000 * lrate_decay))
+    """Set the rate of step `step` ≥ 1, which falls to a tenth in 1000 · lrate_decay steps; returns it."""
+    lrate = lrate * 0.1 ** ((step - 1) / (1000 * lrate_decay))
     for group in optimizer.param_groups:
         group['lr'] = lrate
     return lrate
@@ -454,7 +454,7 @@ def train(args, console):
         # log, rays, safeguards and checkpoints of the run
         logger, rays, safeguards, checkpoints = start_run(
             args, scene, checkpoint, kwargs_train, optimizer, start, console, processes)
-        weight = rays.N_rand / args.N_rand  # of this process's gradient
+        rank_share = rays.N_rand / args.N_rand  # of the rays of a step
         with suppress(ProcessLost):
             evaluator.run_missing(start, logger)
             for step in logger.steps():
@@ -463,11 +463,11 @@ def train(args, console):
                 # render and backpropagate
                 optimizer.zero_grad()
                 measures = loss_and_gradient(scene.hwf, scene.K, args.chunk, batch, kwargs_train)
-                processes.average(grad_vars, measures.tensors(), weight)
+                processes.average(grad_vars, measures.tensors(), rank_share)
 
                 # update the networks, and what depends on them
                 lrate = args.lrate * safeguards.lrate_scale
-                lrate = set_learning_rate(optimizer, lrate, args.lrate_decay, step - 1)
+                lrate = set_learning_rate(optimizer, lrate, args.lrate_decay, step)
                 if safeguards.all_finite(measures):
                     optimizer.step()
                 safeguards.recover(step, measures, checkpoints, processes)
@@ -475,12 +475,13 @@ def train(args, console):
                 rays.adapt_to(measures.mean_samples)
 
                 # log, save, evaluate
-                logger.finish_step(step, len(batch.target) / weight, measures, lrate, safeguards)
+                logger.finish_step(step, len(batch.target) / rank_share, measures, lrate, safeguards)
                 checkpoints.save_if_due(step, safeguards.healthy)
                 evaluator.run_if_due(step, logger)
                 if processes.any(stop.requested):
                     break
-        logger.finish(checkpoints, processes)
+        saved = checkpoints.finish(logger.steps_done, processes)
+        logger.finish(checkpoints.newest, saved, processes)
         return stop.exit_code or int(processes.lost)
 
 

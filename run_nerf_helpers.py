@@ -34,8 +34,8 @@ def img2mse(x, y):
 def img2mse_random_bkgd(rgb, acc, target, bkgd):
     """The expectation of `img2mse` over background colours b, uniform in [0, 1]^3, in closed form.
 
-    On background b the error e becomes e + (b - bkgd) a, where a is the target's
-    alpha minus the rendered opacity.
+    On background b the error e becomes e + (b - bkgd) a, where a is the target's alpha minus the rendered
+    opacity.
 
     Args:
       rgb: rendered colours on `bkgd` [N, 3].
@@ -143,7 +143,8 @@ def get_embedder(multires, i=0):
     elif i == 2:
         embedder = SphericalHarmonics()
     else:
-        raise ValueError(f'found encoding {i}, expected 0 (positional), -1 (none) or 2 (spherical harmonics)')
+        raise ValueError(f'found encoding {i}, expected 0 (positional), -1 (none), or for directions '
+                         '2 (spherical harmonics)')
     return embedder, embedder.out_dim
 
 
@@ -202,12 +203,12 @@ class NeRF(nn.Module):
         if not self.use_viewdirs:
             return in_float32(self.output_linear, h)
 
-        alpha = in_float32(self.alpha_linear, h)
+        sigma = in_float32(self.alpha_linear, h)
         h = self.feature_linear(h)
         h = torch.cat([h, input_views.to(h.dtype)], -1)
         for layer in self.views_linears:
             h = F.relu(layer(h), inplace=True)
-        return torch.cat([in_float32(self.rgb_linear, h), alpha], -1)
+        return torch.cat([in_float32(self.rgb_linear, h), sigma], -1)
 
     def load_weights_from_keras(self, weights):
         """Copy the weights of the paper's TensorFlow model: a list of kernel, bias, kernel, bias, … as Keras'
@@ -236,8 +237,8 @@ class NeRF(nn.Module):
 
 
 class RadianceField(nn.Module):
-    """The interface of a network that encodes its inputs itself: positions and
-    directions to raw colour and density.
+    """The interface of a network that encodes its inputs itself: positions and directions to raw colour and
+    density.
 
     Encodings are submodules, so that learned ones are trained, saved and moved with the network. A submodule
     that owns parameters has a method `reset_parameters`, as torch's layers do.
@@ -267,20 +268,20 @@ class RadianceField(nn.Module):
 
 
 class EncodedNeRF(RadianceField, NeRF):
-    """A `NeRF` that encodes its inputs itself. It inherits the layers, so that its
-    checkpoints are those of a `NeRF`.
+    """A `NeRF` that encodes its inputs itself. It inherits the layers, so that its checkpoints are those of a
+    `NeRF`.
 
     Args:
       encoding: module that encodes positions, [..., 3] to [..., input_ch].
-      encoding_views: module that encodes directions, [..., 3] to [...,
-        input_ch_views]; None without view directions.
+      encoding_views: module that encodes directions, [..., 3] to [..., input_ch_views]; None without view
+        directions.
       kwargs: for `NeRF`.
     """
 
     # A chunk has this many activations in a layer, which fit a CPU's caches or fill a GPU.
     CHUNK_ACTIVATIONS = {'cpu': 2 ** 20, 'cuda': 2 ** 26}  # noqa: RUF012 - read only
     # A chunk of fewer points costs more in calls than it gains in caches.
-    MIN_CHUNK = 1024
+    MIN_CHUNK_POINTS = 1024
 
     def __init__(self, encoding, encoding_views=None, **kwargs):
         NeRF.__init__(self, **kwargs)
@@ -300,7 +301,7 @@ class EncodedNeRF(RadianceField, NeRF):
 
     def preferred_chunk(self, device):
         activations = self.CHUNK_ACTIVATIONS.get(device.type, self.CHUNK_ACTIVATIONS['cuda'])
-        return max(self.MIN_CHUNK, activations // self.W)
+        return max(self.MIN_CHUNK_POINTS, activations // self.W)
 
 
 class BoundedModule(nn.Module):
@@ -423,6 +424,13 @@ def ndc_rays(H, W, focal, near, rays_o, rays_d):
     return origin, direction
 
 
+def split_rays(ray_batch):
+    """Rays [N, 8 or 11] as `render` makes them to rays_o, rays_d [N, 3], near, far [N, 1], viewdirs [N, 3] or
+    None."""
+    viewdirs = ray_batch[:, 8:11] if ray_batch.shape[-1] > 8 else None
+    return ray_batch[:, 0:3], ray_batch[:, 3:6], ray_batch[:, 6:7], ray_batch[:, 7:8], viewdirs
+
+
 # --- disparity ----------------------------------------------------------------------------------------------
 
 def disparity(depth_map, acc_map):
@@ -442,13 +450,13 @@ def fixed_uniform(shape, like):
 
 
 def stratified_samples(near, far, N_samples, lindisp, perturb, pytest):
-    """Positions of the coarse samples of rays, Eq. 2 as nerf-pytorch computes it: evenly spaced from near to
-    far, both included, or anywhere between the midpoints to their neighbours.
+    """Positions of the coarse samples of rays (Eq. 2, as nerf-pytorch computes it): evenly spaced from near
+    to far, both included; with `perturb` each is drawn uniformly between the midpoints to its neighbours.
 
     Args:
       near, far: bounds [N_rays, 1].
       lindisp: space them evenly in disparity instead of depth.
-      perturb: more than 0 for random positions between the midpoints.
+      perturb: more than 0 for random positions.
       pytest: use NumPy's fixed random numbers in place of torch's.
     Returns:
       z_vals [N_rays, N_samples], ascending.

@@ -1,9 +1,9 @@
 """Renders frames faster: skips samples that cannot be seen, and merges those that are close together.
 
 The density of each network is baked into a grid (`accel/baking.py`). Rays keep their samples, but networks
-are evaluated only in cells that may hold something, and not behind what is opaque. Some rays of a frame are
-rendered exactly too: if they differ by more than a tolerance, the frame is rendered more precisely, and
-finally exactly.
+are evaluated only in cells that may hold something, and not behind what is opaque. Some rays of each frame
+are also rendered exactly. If the two differ by more than a tolerance, the frame is rendered at the next, more
+precise level, and in the end exactly.
 """
 import math
 from functools import partial
@@ -16,6 +16,7 @@ from accel.baking import BAKING_RESOLUTION, bake
 from accel.network_query import NetworkQuery
 from accel.packed import MAX_OPTICAL_DEPTH
 from accel.renderer import Renderer
+from run_nerf_helpers import split_rays
 
 # A colour channel or opacity of a checked ray may differ by this much.
 TOLERANCE = 0.1
@@ -25,13 +26,11 @@ RMS_TOLERANCE = 0.003
 CHECKED_EVERY = 160
 # At least this many rays of a frame are checked.
 MIN_CHECKED_RAYS = 256
-# At most this many rays of a frame are checked.
-MAX_CHECKED_RAYS = 4096
-# Baking must not evaluate the coarse grids at more points than this many exact frames have samples.
+# A frame is rendered exactly if evaluating the coarse grids costs more than this many exact frames.
 MAX_BAKING_FRAMES = 8
-# Baking the first time evaluates at most this many small cells for each coarse cell.
+# This is `max_cells` of `bake` at the fastest level.
 FAST_CELLS = 6
-# Baking where that is not precise enough evaluates at most this many small cells for each coarse cell.
+# This is `max_cells` of `bake` at the more precise level.
 PRECISE_CELLS = 16
 # Samples of a ray are merged if they are in the same interval of this length, as a share of a cell's side.
 MERGE_LENGTH = 0.2
@@ -58,8 +57,8 @@ class FastRenderer(Renderer):
 
     Args:
       exact: the exact `Renderer`, which must be dense.
-      queries: `NetworkQuery`s to evaluate networks with, the fastest first, the
-        last one as precise as `exact`.
+      queries: `NetworkQuery`s to evaluate networks with, the fastest first, the last one as precise as
+        `exact`.
       aabb: bounding box [2, 3]; samples outside it are never skipped.
       say: called with a line of text when frames need more than the fastest level.
     """
@@ -80,14 +79,14 @@ class FastRenderer(Renderer):
     def render_rays(self, ray_batch, *args, **kwargs):
         return self.exact.render_rays(ray_batch, *args, **kwargs)
 
-    def for_rays(self, rays_flat, **kwargs):
+    def for_rays(self, rays_flat, chunk, **kwargs):
         """The renderer for the rays of a frame. It does not depend on earlier frames, because with several
         processes each of them renders different ones."""
         networks, N = evaluated_networks(**kwargs), len(rays_flat)
         if torch.is_grad_enabled() or not can_skip(**kwargs) or not baking_pays(N, len(networks), **kwargs):
             return self.exact
-        count = min(N, MAX_CHECKED_RAYS, max(MIN_CHECKED_RAYS, N // CHECKED_EVERY))
-        checked = rays_flat[stratified_indices(N, count)]
+        count = min(N, max(MIN_CHECKED_RAYS, N // CHECKED_EVERY))
+        checked = rays_flat[stratified_indices(N, count)].split(chunk)
         expected = colors_and_opacities(self.exact, checked, **kwargs)
         for level in self.levels:
             grids = {network: self.grid(network, level, rays_flat, **kwargs) for network in networks}
@@ -103,21 +102,21 @@ class FastRenderer(Renderer):
         return self.exact
 
     def grid(self, network, level, rays, N_samples, **kwargs):
-        """The baked grid of a network, which is kept. Near and far of the first
-        ray count for all of `rays`."""
+        """The baked grid of a network, which is kept. Near and far of the first ray count for all of
+        `rays`."""
         interval = ((rays[0, 7] - rays[0, 6]) / N_samples).item()
 
-        def optical_depth(points):
+        def raw_optical_depth(points):
             return level.query.density(points, network) * interval
         key = network, level, interval
         if key not in self.grids:
-            self.grids[key] = bake(optical_depth, self.aabb.to(rays.device), level.max_cells)
+            self.grids[key] = bake(raw_optical_depth, self.aabb.to(rays.device), level.max_cells)
         return self.grids[key]
 
 
 class BakedRenderer(Renderer):
-    """Evaluates networks only where grids say that they may be visible; returns the
-    maps of the last network only.
+    """Evaluates networks only where grids say that they may be visible; returns the maps of the last network
+    only.
 
     Args:
       exact: the exact `Renderer`.
@@ -133,11 +132,11 @@ class BakedRenderer(Renderer):
     @torch.no_grad()
     def render_rays(self, ray_batch, network_fn, network_query_fn, N_samples, N_importance=0,
                     network_fine=None, white_bkgd=False, **kwargs):
-        """As `render_rays` of run_nerf.py; only rays along which the last network
-        may be visible are rendered."""
+        """As `render_rays` of run_nerf.py; only rays along which the last network may be visible are
+        rendered."""
         last = evaluated_networks(network_fn, N_importance, network_fine)[-1]
-        viewdirs = ray_batch[:, -3:] if ray_batch.shape[-1] > 8 else None
-        ends = ray_batch[:, 0:3] + ray_batch[:, 3:6] * ray_batch[:, 7:8]
+        rays_o, rays_d, _, far, viewdirs = split_rays(ray_batch)
+        ends = rays_o + rays_d * far
         ends = network_query_fn.at_points(ends, viewdirs, last)[:, :4]
         # the last interval is so long that any density there is opaque
         hit = self.grids[last].may_hit(ray_batch) | ~(ends[:, 3] <= 0)
@@ -160,8 +159,8 @@ class BakedRenderer(Renderer):
         return out
 
     def coarse_pass(self, precise, pts, viewdirs, network):
-        """raw [N, S, 4] of `pts` [N, S, 3] with densities only; by the query
-        `precise` where they have weight."""
+        """raw [N, S, 4] of `pts` [N, S, 3] with densities only; by the query `precise` where they have
+        weight."""
         raw, lengths = pts.new_full([*pts.shape[:2], 4], TRANSPARENT), interval_lengths(pts)
 
         def evaluate(ray, sample):
@@ -224,7 +223,8 @@ def can_skip(N_samples, perturb=0.0, raw_noise_std=0.0, retraw=False, retsamples
 
 
 def baking_pays(num_rays, num_networks, N_samples, N_importance=0, **kwargs):
-    """Whether baking costs less than MAX_BAKING_FRAMES; coarse cells are evaluated at corners and centres."""
+    """Whether evaluating the coarse grids, at corners and centres, costs at most MAX_BAKING_FRAMES exact
+    frames."""
     points = 2 * num_networks * BAKING_RESOLUTION ** 3
     return points <= MAX_BAKING_FRAMES * num_rays * (N_samples + N_importance)
 
@@ -234,15 +234,15 @@ def interval_lengths(pts):
     return F.pad(torch.linalg.vector_norm(pts[:, 1:] - pts[:, :-1], dim=-1), (0, 1))
 
 
-def colors_and_opacities(renderer, rays, **kwargs):
-    """Colours and opacities [N, 4] of `rays` [N, 8 or 11]."""
-    maps = renderer.render_rays(rays, **kwargs)
-    return torch.cat([maps['rgb_map'], maps['acc_map'][:, None]], -1)
+def colors_and_opacities(renderer, chunks, **kwargs):
+    """Colours and opacities [N, 4] of the rays in `chunks`, [., 8 or 11] each."""
+    maps = [renderer.render_rays(rays, **kwargs) for rays in chunks]
+    return torch.cat([torch.cat([part['rgb_map'], part['acc_map'][:, None]], -1) for part in maps])
 
 
 def merge_neighbours(ray, bins, points, lengths):
-    """Merge samples in the same one of `bins` [M] and on the same `ray` [M], which
-    must be neighbours in these lists.
+    """Merge samples in the same one of `bins` [M] and on the same `ray` [M], which must be neighbours in
+    these lists.
 
     Args:
       points: positions of the samples [M, 3].

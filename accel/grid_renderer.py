@@ -6,7 +6,7 @@ import torch
 from accel.occupancy import OccupancyGrid
 from accel.packed import MAX_OPTICAL_DEPTH, OUT_CHANNELS, PackedSamples, composite, composite_onto
 from accel.renderer import Renderer
-from run_nerf_helpers import disparity
+from run_nerf_helpers import disparity, split_rays
 
 # The grid is updated once in this many training steps.
 UPDATE_EVERY_N_STEPS = 16
@@ -33,25 +33,23 @@ class GridRenderer(Renderer):
     def render_rays(self, ray_batch, network_fn, network_query_fn, N_samples, retraw=False, lindisp=False,
                     perturb=0., N_importance=0, network_fine=None, white_bkgd=False, raw_noise_std=0.,
                     verbose=False, pytest=False, retsamples=False):
-        """Render rays by samples in steps of the box's diagonal divided by N_samples; without gradients, rays
-        end where they have become opaque.
+        """Render rays by samples in steps of the box's diagonal divided by N_samples. Without gradients, the
+        network is not evaluated behind what is opaque.
 
         Args: as those of `render_rays` in run_nerf.py.
         Returns:
-          dict: rgb_map, disp_map, acc_map, depth_map; num_samples [N_rays], the
-            samples of each ray; with retsamples
-          and gradients `packed`, the `PackedSamples`.
+          dict: rgb_map, disp_map, acc_map, depth_map; num_samples [N_rays], the samples of each ray; with
+            retsamples and gradients `packed`, the `PackedSamples`.
         Raises:
-          ValueError: retraw, lindisp, pytest or a fine network, which are not available.
+          ValueError: retraw, lindisp, pytest or N_importance, which are not available.
         """
         if retraw or lindisp or pytest or N_importance:
             raise ValueError('an occupancy grid has no retraw, lindisp, pytest or N_importance')
-        rays_o, rays_d = ray_batch[:, 0:3].contiguous(), ray_batch[:, 3:6].contiguous()
-        near, far = ray_batch[:, 6], ray_batch[:, 7]
-        viewdirs = ray_batch[:, -3:] if ray_batch.shape[-1] > 8 else None
+        rays_o, rays_d, near, far, viewdirs = split_rays(ray_batch)
+        near, far = near[:, 0], far[:, 0]
         step_size = self.grid.step_size(N_samples)
         jitter = torch.rand_like(near) if perturb > 0 else torch.full_like(near, 0.5)
-        candidates, num_candidates = self.grid.candidates(rays_o, rays_d, near, far, step_size, jitter)
+        spacing, num_candidates = self.grid.candidates(rays_o, rays_d, near, far, step_size, jitter)
         step_sizes = torch.full_like(near, step_size)
 
         def query(t, ray_indices):
@@ -63,18 +61,18 @@ class GridRenderer(Renderer):
             return raw
 
         if not torch.is_grad_enabled():
-            out, num_samples = self.render_until_opaque(query, rays_o, rays_d, candidates, num_candidates,
+            out, num_samples = self.render_until_opaque(query, rays_o, rays_d, spacing, num_candidates,
                                                         step_sizes)
             return {**split_maps(out, white_bkgd), 'num_samples': num_samples}
-        t, ray_indices, offsets, _ = self.grid.march(rays_o, rays_d, candidates, num_candidates)
+        t, ray_indices, offsets, _ = self.grid.march(rays_o, rays_d, spacing, num_candidates)
         out, weights = composite(query(t, ray_indices), t, ray_indices, step_sizes, offsets)
         ret = {**split_maps(out, white_bkgd), 'num_samples': offsets.diff()}
         if retsamples:
-            half = 0.5 * candidates[:, 1][ray_indices]  # half a step, in units of rays_d
+            half = 0.5 * spacing[:, 1][ray_indices]  # half a step, in units of rays_d
             ret['packed'] = PackedSamples(weights, t - half, t + half, ray_indices, len(ray_batch))
         return ret
 
-    def render_until_opaque(self, query, rays_o, rays_d, candidates, num_candidates, step_sizes):
+    def render_until_opaque(self, query, rays_o, rays_d, spacing, num_candidates, step_sizes):
         """`composite` a few samples of each ray at a time, leaving out rays that have become opaque.
 
         Returns [N_rays, 5] and the number of samples of each ray.
@@ -87,7 +85,7 @@ class GridRenderer(Renderer):
         while len(alive):
             max_samples = max(MIN_SAMPLES_PER_ADVANCE, samples_per_advance // len(alive))
             t, ray_indices, offsets, begin = self.grid.march(
-                rays_o[alive], rays_d[alive], candidates[alive], num_candidates[alive], begin, max_samples)
+                rays_o[alive], rays_d[alive], spacing[alive], num_candidates[alive], begin, max_samples)
             num_samples[alive] += offsets.diff()
             raw = query(t, alive[ray_indices])
             out[alive], optical_depth[alive] = composite_onto(raw, t, ray_indices, step_sizes[alive], offsets,

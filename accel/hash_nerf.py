@@ -7,19 +7,19 @@ from run_nerf_helpers import RadianceField, in_float32
 
 # The hidden layers have this many channels.
 HIDDEN_WIDTH = 64
-# The density's MLP has this many outputs: the log density, less INITIAL_LOG_DENSITY, and features for the
-# colour's MLP, which takes all of them.
+# The density's MLP has this many outputs. The first plus INITIAL_LOG_DENSITY is the log density; the colour's
+# MLP takes all of them.
 DENSITY_OUTPUTS = 16
 # Log densities are clamped to this, so that densities and gradients stay finite.
 MAX_LOG_DENSITY = 15.0
-# New networks have about this log density. In thinner fog surfaces form later, and from
-# forward-facing photos hardly ever.
+# New networks have about this log density. In thinner fog surfaces form later, and from forward-facing photos
+# hardly ever.
 INITIAL_LOG_DENSITY = 2.0
 
 
 class TruncatedExp(torch.autograd.Function):
-    """exp(x), with x clamped to MAX_LOG_DENSITY. The gradient does not vanish where x
-    is clamped, but stays finite."""
+    """exp(x), with x clamped to at most MAX_LOG_DENSITY. The gradient is exp of x clamped to
+    ±MAX_LOG_DENSITY: it neither vanishes nor overflows."""
 
     @staticmethod
     def forward(ctx, x):
@@ -42,8 +42,8 @@ class HashNeRF(RadianceField):
       input_ch_views: size of the encoded direction.
     """
 
-    # Most table entries get a gradient in few steps only: a small eps lets each of them count.
-    # `fused` passes over the table once.
+    # Most table entries get a gradient in few steps only: a small eps lets each of them count. `fused` passes
+    # over the table once.
     adam_options = {'betas': (0.9, 0.99), 'eps': 1e-15, 'fused': True}  # noqa: RUF012 - read only
     relu_density = False
     W = HIDDEN_WIDTH

@@ -9,8 +9,8 @@ class NetworkQuery:
 
     Args:
       netchunk: the most points to compute at once.
-      precision: 'bf16' for bfloat16 products in the hidden layers; 'fp32', or 'tf32', which is a global
-        setting of torch's (`pick_precision`) and the same here.
+      precision: 'bf16' for bfloat16 products in the hidden layers. 'fp32' and 'tf32' are the same here: TF32
+        is a global setting of torch (`pick_precision`).
       backward: 'sparse' keeps no activations and backpropagates only through samples that have a gradient,
         see `accel/sparse_backward.py`; 'plain' is ordinary backpropagation; 'auto' is sparse for networks
         whose density passes a ReLU, and plain for the others, whose samples nearly all have a gradient.

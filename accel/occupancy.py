@@ -3,33 +3,31 @@
 Rays are sampled in steps of equal length, only in occupied cells. While a network trains, the grid follows
 its density. A sample that a ray might take is a candidate:
 
-  candidates      [N_rays, 3] start, dt and jitter; candidate k of a ray is at t_k = start + (k + jitter) * dt
+  spacing         [N_rays, 3] start, dt and jitter; candidate k of a ray is at t_k = start + (k + jitter) * dt
   num_candidates  [N_rays]    how many candidates lie in the box, between near and far
 """
 import torch
 from torch import nn
 
 from accel.kernels.compiled import call_kernel, load_kernels
-from run_nerf_helpers import BoundedModule
+from run_nerf_helpers import BoundedModule, split_rays
 
 # The grid has this many cells along each side.
 RESOLUTION = 128
 # Marching skips empty blocks of this many cells along each side; occupancy.c defines the same number.
 BLOCK = 8
-# Before a cell is evaluated, its recorded optical depth decays by this factor;
-# instant-ngp's 0.95 suits longer runs.
+# Before a cell is evaluated, its recorded optical depth decays by this factor, faster than in instant-ngp
+# (0.95).
 DECAY = 0.8
-# A cell may be occupied if the recorded optical depth of a step through it exceeds
-# this, or the mean if that is less.
+# A cell is occupied if its recorded optical depth exceeds OCC_MARGIN * min(OCC_THRE, the mean of all cells).
 OCC_THRE = 0.01
-# Both thresholds are multiplied by this, because the point that is evaluated in
-# a cell may not be its densest.
+# This factor leaves room for points of a cell that are denser than the one that is evaluated.
 OCC_MARGIN = 0.25
 # After the warm-up, an update evaluates at most this many cells: half of them any cells, half of them
 # occupied ones.
 MAX_UPDATED_CELLS = 2 ** 17
 # A ray has at most this many candidates.
-MAX_STEPS = 2 ** 14
+MAX_CANDIDATES = 2 ** 14
 # The reference implementation of marching looks up at most this many candidates at once.
 MAX_LOOKUPS = 2 ** 22
 # Cells that cannot hold anything have this recorded optical depth; they are never evaluated or sampled.
@@ -65,8 +63,8 @@ class CellGrid(BoundedModule):
         return self.aabb[0] + (index + position) * ((self.aabb[1] - self.aabb[0]) / G)
 
     def maybe_occupied(self, points):
-        """Whether points [..., 3] are in occupied cells, or outside the box,
-        where nothing is known; [...]."""
+        """Whether points [..., 3] are in occupied cells, or outside the box, where nothing is known;
+        [...]."""
         cells = (points - self.aabb[0]) * (self.resolution / (self.aabb[1] - self.aabb[0]))
         inside = ((cells >= 0) & (cells <= self.resolution)).all(-1)
         x, y, z = cells.nan_to_num(0.0).clamp(0, self.resolution - 1).long().unbind(-1)
@@ -81,7 +79,7 @@ class CellGrid(BoundedModule):
           step_size: distance between candidates, in units of the box.
           jitter: position of the first candidate, in steps [N].
         Returns:
-          candidates [N, 3], num_candidates [N]: see above.
+          spacing [N, 3], num_candidates [N]: see above.
         """
         # where the rays cross the three pairs of planes that bound the box; parallel planes bound nothing
         to_sides = (self.aabb[:, None] - rays_o) / rays_d                              # [2, N, 3]
@@ -93,10 +91,10 @@ class CellGrid(BoundedModule):
 
         start, end = torch.maximum(near, enter), torch.minimum(far, leave)
         dt = step_size / torch.linalg.vector_norm(rays_d, dim=-1)
-        num_candidates = ((end - start) / dt - jitter).ceil().nan_to_num(0.0).clamp(0, MAX_STEPS).long()
+        num_candidates = ((end - start) / dt - jitter).ceil().nan_to_num(0.0).clamp(0, MAX_CANDIDATES).long()
         return torch.stack([start, dt, jitter], -1), torch.where(misses, 0, num_candidates)
 
-    def march(self, rays_o, rays_d, candidates, num_candidates, begin=None, max_samples=MAX_STEPS):
+    def march(self, rays_o, rays_d, spacing, num_candidates, begin=None, max_samples=MAX_CANDIDATES):
         """The candidates that lie in occupied cells.
 
         Args:
@@ -108,34 +106,35 @@ class CellGrid(BoundedModule):
         """
         begin = torch.zeros_like(num_candidates) if begin is None else begin
         if rays_o.device.type == 'cpu' and load_kernels('occupancy') is not None:
-            return self._march_compiled(rays_o, rays_d, candidates, num_candidates, begin, max_samples)
-        return self.march_reference(rays_o, rays_d, candidates, num_candidates, begin, max_samples)
+            return self._march_compiled(rays_o, rays_d, spacing, num_candidates, begin, max_samples)
+        return self.march_reference(rays_o, rays_d, spacing, num_candidates, begin, max_samples)
 
     def may_hit(self, ray_batch):
         """Whether rays [N, 8 or more] (origin, direction, near, far) may meet anything: they cross an
         occupied cell, tested twice along its shortest side, or begin or end outside the box; [N]."""
-        rays_o, rays_d = ray_batch[:, 0:3].contiguous(), ray_batch[:, 3:6].contiguous()
-        near, far = ray_batch[:, 6], ray_batch[:, 7]
+        rays_o, rays_d, near, far, _ = split_rays(ray_batch)
+        near, far = near[:, 0], far[:, 0]
         step_size = ((self.aabb[1] - self.aabb[0]).amin() / (2 * self.resolution)).item()
-        candidates = self.candidates(rays_o, rays_d, near, far, step_size, torch.zeros_like(near))
-        _, _, offsets, _ = self.march(rays_o, rays_d, *candidates, max_samples=1)
+        jitter = torch.zeros_like(near)
+        spacing, num_candidates = self.candidates(rays_o, rays_d, near, far, step_size, jitter)
+        _, _, offsets, _ = self.march(rays_o, rays_d, spacing, num_candidates, max_samples=1)
         ends = torch.stack([rays_o + rays_d * t[:, None] for t in (near, far)])        # [2, N, 3]
         outside = ((ends < self.aabb[0]) | (ends > self.aabb[1])).any(-1).any(0)
         return (offsets.diff() > 0) | outside
 
-    def march_reference(self, rays_o, rays_d, candidates, num_candidates, begin, max_samples):
+    def march_reference(self, rays_o, rays_d, spacing, num_candidates, begin, max_samples):
         """The reference implementation of `march`."""
         width = max(1, int((num_candidates - begin).max())) if len(begin) else 1
-        inputs = rays_o, rays_d, candidates, num_candidates, begin
+        inputs = rays_o, rays_d, spacing, num_candidates, begin
         parts = zip(*[x.split(max(1, MAX_LOOKUPS // width)) for x in inputs])
         marched = [self._march_part(*part, width, max_samples) for part in parts]
         t, counts, next_begin = (torch.cat(part) for part in zip(*marched))
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return t, torch.arange(len(begin), device=t.device).repeat_interleave(counts), offsets, next_begin
 
-    def _march_part(self, rays_o, rays_d, candidates, num_candidates, begin, width, max_samples):
+    def _march_part(self, rays_o, rays_d, spacing, num_candidates, begin, width, max_samples):
         k = begin[:, None] + torch.arange(width, device=begin.device)                  # [N, K]
-        start, dt, jitter = candidates[..., None].unbind(1)
+        start, dt, jitter = spacing[..., None].unbind(1)
         t = start + (k + jitter) * dt
         G = self.resolution
         points = rays_o[:, None] + t[..., None] * rays_d[:, None]                      # [N, K, 3]
@@ -147,11 +146,11 @@ class CellGrid(BoundedModule):
         after_last = (hit * (k + 1)).amax(-1)
         return t[hit], counts, torch.where(counts == max_samples, after_last, num_candidates)
 
-    def _march_compiled(self, rays_o, rays_d, candidates, num_candidates, begin, max_samples):
+    def _march_compiled(self, rays_o, rays_d, spacing, num_candidates, begin, max_samples):
         N, G = len(begin), self.resolution
         rays = torch.cat([rays_o, rays_d], -1)
         counts, next_begin = torch.empty_like(begin), torch.empty_like(begin)
-        inputs = (rays, candidates.contiguous(), num_candidates, begin, N, max_samples, self.occupied,
+        inputs = (rays, spacing.contiguous(), num_candidates, begin, N, max_samples, self.occupied,
                   self.blocks, G, self.aabb[0], G / (self.aabb[1] - self.aabb[0]), counts, next_begin)
         call_kernel('occupancy', 'march', *inputs, None, None, None)  # counts the samples
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -173,8 +172,9 @@ class OccupancyGrid(CellGrid):
 
     def set_aabb(self, aabb, possible=None):
         super().set_aabb(aabb)
+        self.occs.zero_()
         if possible is not None:
-            self.occs.copy_(torch.where(possible.to(self.occs.device), 0.0, IMPOSSIBLE))
+            self.occs[~possible.to(self.occs.device)] = IMPOSSIBLE
         self.reset()
 
     def reset(self):
@@ -214,8 +214,8 @@ class OccupancyGrid(CellGrid):
         self.apply_threshold()
 
     def apply_threshold(self):
-        """Decide from the recorded optical depths which cells are occupied: all
-        possible ones if none would be."""
+        """Decide from the recorded optical depths which cells are occupied: all possible ones if none would
+        be."""
         possible = self.occs > IMPOSSIBLE
         mean = self.occs.clamp(min=0).sum() / possible.sum().clamp(min=1)
         occupied = possible & (self.occs > OCC_MARGIN * mean.clamp(max=OCC_THRE))

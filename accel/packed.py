@@ -40,8 +40,8 @@ class PackedSamples(NamedTuple):
 
 
 def composite(raw, t, ray_indices, step_sizes, offsets):
-    """Colour, opacity and depth of rays, and the weights of their samples: Eq. 3
-    without the interval to infinity.
+    """Colour, opacity and depth of rays, and the weights of their samples: Eq. 3 without the interval to
+    infinity.
 
     Args:
       raw: colour logits and density before its ReLU [M, 4].
@@ -56,8 +56,8 @@ def composite(raw, t, ray_indices, step_sizes, offsets):
 
 
 def composite_reference(raw, t, ray_indices, step_sizes, offsets, optical_depth=None):
-    """The reference implementation. `optical_depth` [N_rays] is that in front of
-    the samples, 0 if not given."""
+    """The reference implementation. `optical_depth` [N_rays] is that in front of the samples, 0 if not
+    given."""
     optical_depths = torch.relu(raw[:, 3]) * step_sizes[ray_indices]                   # of each sample [M]
     # sums over the samples in front, by differences of a sum over all rays, which needs float64
     total = torch.cat([optical_depths.new_zeros(1, dtype=torch.float64), optical_depths.double().cumsum(0)])

@@ -1,12 +1,12 @@
 """The interface of a renderer, which turns rays into colours.
 
 `ExactRenderer` in run_nerf.py is the paper's hierarchical sampling; `GridRenderer` samples the occupied cells
-of a grid; `FastRenderer` skips samples that cannot be seen. A renderer is a module: its grids and networks
-are saved, moved and trained like those of any other module.
+of a grid; `FastRenderer` skips samples that cannot be seen. A renderer is a module: its parameters, buffers
+and submodules are trained, saved and moved like those of any other module.
 """
 from torch import nn
 
-# At most this many samples of rays are in memory at once, on each type of device.
+# Rays are rendered in parts of at most this many samples, those of the last network, on each type of device.
 MAX_SAMPLES = {'cpu': 2 ** 18, 'cuda': 2 ** 22}
 
 
@@ -18,18 +18,19 @@ class Renderer(nn.Module):
     dense = False
 
     def render_rays(self, ray_batch, network_fn, network_query_fn, N_samples, **kwargs):
-        """Render `ray_batch` [N_rays, 8 or 11]; arguments and results are those of
-        `render_rays` in run_nerf.py."""
+        """Render `ray_batch` [N_rays, 8 or 11]; arguments and results are those of `render_rays` in
+        run_nerf.py."""
         raise NotImplementedError
 
-    def for_rays(self, rays_flat, **kwargs):
-        """The renderer to use for `rays_flat` [N_rays, 8 or 11], all rays of a frame or batch: itself unless
-        overridden. The other arguments are those of `render_rays`."""
+    def for_rays(self, rays_flat, chunk, **kwargs):
+        """The renderer to use for `rays_flat` [N_rays, 8 or 11], all rays of a frame or batch, which are
+        rendered `chunk` at a time: itself unless overridden. The other arguments are those of
+        `render_rays`."""
         return self
 
     def update(self, step, **kwargs):
-        """Called after training step `step` with the arguments of `render_rays`: update
-        what depends on the networks."""
+        """Called after training step `step` with the arguments of `render_rays`: update what depends on the
+        networks."""
 
     def drop_cache(self):
         """Drop whatever was computed from the networks, because they have changed."""

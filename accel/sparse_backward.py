@@ -17,34 +17,34 @@ CHUNK_LENGTHS = 32
 
 
 class SparseBackward(torch.autograd.Function):
-    """`fn(points)`, computed `chunk` rows at a time. The parameters of `fn` are inputs, so that autograd
-    requests their gradients."""
+    """`fn(inputs)` of `inputs` [M, C], points and directions, computed `chunk` rows at a time. The parameters
+    of `fn` are arguments too, so that autograd requests their gradients."""
 
     @staticmethod
-    def forward(ctx, fn, chunk, points, *parameters):
+    def forward(ctx, fn, chunk, inputs, *parameters):
         ctx.fn, ctx.chunk = fn, chunk
-        ctx.save_for_backward(points, *parameters)
-        return evaluate_in_chunks(fn, points, chunk)
+        ctx.save_for_backward(inputs, *parameters)
+        return evaluate_in_chunks(fn, inputs, chunk)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_raw):
-        points, *parameters = ctx.saved_tensors
+        inputs, *parameters = ctx.saved_tensors
         with_gradient = (grad_raw != 0).any(-1).nonzero().squeeze(-1)  # NaN is not 0: it is kept and noticed
-        to_points = ctx.needs_input_grad[2]
-        grad_points = torch.zeros_like(points) if to_points else None
+        to_inputs = ctx.needs_input_grad[2]
+        grad_inputs = torch.zeros_like(inputs) if to_inputs else None
         sums = [None] * len(parameters)
         for rows in with_gradient.split(ctx.chunk) if len(with_gradient) else ():
-            inputs = points[rows].detach().requires_grad_(to_points)
+            selected = inputs[rows].detach().requires_grad_(to_inputs)
             with torch.enable_grad():
-                raw = evaluate_padded(ctx.fn, inputs, ctx.chunk)
-            wanted = [*parameters, inputs] if to_points else parameters
+                raw = evaluate_padded(ctx.fn, selected, ctx.chunk)
+            wanted = [*parameters, selected] if to_inputs else parameters
             grads = torch.autograd.grad(raw, wanted, grad_raw[rows], allow_unused=True)
-            if to_points:
-                grads, grad_points[rows] = grads[:-1], grads[-1]
+            if to_inputs:
+                grads, grad_inputs[rows] = grads[:-1], grads[-1]
             sums = add_gradients(sums, grads)
         sums = [torch.zeros_like(p) if total is None else total for p, total in zip(parameters, sums)]
-        return None, None, grad_points, *sums
+        return None, None, grad_inputs, *sums
 
 
 def add_gradients(sums, grads):
@@ -55,21 +55,21 @@ def add_gradients(sums, grads):
     return [grad if total is None else total for total, grad in zip(sums, grads)]
 
 
-def evaluate_in_chunks(fn, points, chunk):
-    """`fn` on `chunk` rows of `points` at a time, into one tensor that is allocated once."""
-    first = evaluate_padded(fn, points[:chunk], chunk)
-    if len(points) <= chunk:
+def evaluate_in_chunks(fn, inputs, chunk):
+    """`fn` on `chunk` rows of `inputs` at a time, into one tensor that is allocated once."""
+    first = evaluate_padded(fn, inputs[:chunk], chunk)
+    if len(inputs) <= chunk:
         return first
-    out = first.new_empty(len(points), *first.shape[1:])
+    out = first.new_empty(len(inputs), *first.shape[1:])
     out[:chunk] = first
-    for start in range(chunk, len(points), chunk):
-        out[start:start + chunk] = evaluate_padded(fn, points[start:start + chunk], chunk)
+    for start in range(chunk, len(inputs), chunk):
+        out[start:start + chunk] = evaluate_padded(fn, inputs[start:start + chunk], chunk)
     return out
 
 
 def evaluate_padded(fn, part, chunk):
-    """`fn` on `part` [M, C], M <= chunk; on a CPU with its last row repeated up to
-    one of CHUNK_LENGTHS lengths."""
+    """`fn` on `part` [M, C], M <= chunk; on a CPU with its last row repeated up to one of CHUNK_LENGTHS
+    lengths."""
     if part.device.type != 'cpu' or len(part) == 0:
         return fn(part)
     multiple = math.ceil(chunk / CHUNK_LENGTHS)

@@ -38,8 +38,8 @@ def parse(doc, *options):
       doc: docstring of the benchmark.
       options: pairs (name, keyword arguments of add_argument), in addition to --json.
     Returns:
-      bench, args: namespaces of the options of the benchmark and of run_nerf.py;
-        `bench.rest` is the list of the latter.
+      bench, args: namespaces of the options of the benchmark and of run_nerf.py; `bench.rest` is the list of
+        the latter.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog='All other options are those of run_nerf.py.')
@@ -78,7 +78,7 @@ class Run(NamedTuple):
 
     def update(self, step, measures, finite=True):
         """Update the networks, unless the gradient is not `finite`, and what depends on them."""
-        set_learning_rate(self.optimizer, self.args.lrate, self.args.lrate_decay, step - 1)
+        set_learning_rate(self.optimizer, self.args.lrate, self.args.lrate_decay, step)
         if finite:
             self.optimizer.step()
         self.kwargs_train['renderer'].update(step, **self.kwargs_train)

@@ -38,7 +38,7 @@ def main():
         checked = clock(run.device)
         run.update(step, measures, finite)
         updated = clock(run.device)
-        lrate = set_learning_rate(run.optimizer, args.lrate, args.lrate_decay, step - 1)
+        lrate = set_learning_rate(run.optimizer, args.lrate, args.lrate_decay, step)
         safeguards.recover(step, measures, checkpoints, processes)
         logger.finish_step(step, len(batch.target), measures, lrate, safeguards)
         checkpoints.save_if_due(step, safeguards.healthy)

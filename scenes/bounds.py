@@ -1,7 +1,7 @@
 """The bounding box of a scene, and the cells of it that may contain something, from cameras and silhouettes.
 
-A box is a tensor [2, 3]: lowest and highest corner. Cells divide each side of a
-box into `resolution` intervals.
+A box is a tensor [2, 3]: lowest and highest corner. Cells divide each side of a box into `resolution`
+intervals.
 """
 import numpy as np
 import torch
@@ -43,8 +43,8 @@ def find_bounds(scene, ndc, resolution, aabb=None):
       scene: a `Scene`.
       ndc: whether rays are mapped to normalised device coordinates.
       resolution: number G of cells along a side.
-      aabb: the box as six numbers, lowest corner first, if it is known. Cells of
-        it that few views see are kept.
+      aabb: the box as six numbers, lowest corner first, if it is known. Cells of it that few views see are
+        kept.
     Returns:
       aabb: [2, 3].
       possible: cells that may contain something, bool [G, G, G]; None for all.
@@ -141,13 +141,14 @@ def in_visual_hull(scene, centers, half, keep_rarely_seen=False):
         c2w = torch.from_numpy(scene.poses[view])
         in_camera = (centers[remaining] - c2w[:, 3]) @ c2w[:, :3]                     # [N_remaining, 3]
         depth = -in_camera[:, 2:]
-        near, far = depth - radius, depth + radius
+        nearest, farthest = depth - radius, depth + radius
         focal = K.diagonal()[:2]
         pixel = K[:2, 2] + in_camera[:, :2] * focal * torch.tensor([1.0, -1.0]) / depth.clamp(min=1e-6)
-        reach = PERSPECTIVE_STRETCH * focal.max() * radius / near.clamp(min=1e-6) + 1
+        reach = PERSPECTIVE_STRETCH * focal.max() * radius / nearest.clamp(min=1e-6) + 1
         low, high = pixel - reach, pixel + reach                                      # [N_remaining, 2]
 
-        seen = ((far > scene.near) & (near < scene.far) & (high > 0) & (low < size)).all(-1).nonzero()[:, 0]
+        in_range = (farthest > scene.near) & (nearest < scene.far)                    # [N_remaining, 1]
+        seen = (in_range & (high > 0) & (low < size)).all(-1).nonzero()[:, 0]
         x0, y0 = torch.minimum(low[seen].clamp(min=0), size).long().T
         x1, y1 = torch.minimum(high[seen].ceil().clamp(min=0), size).long().T
         sums = summed_area_table(scene.alphas[view] > 0)
@@ -155,7 +156,7 @@ def in_visual_hull(scene, centers, half, keep_rarely_seen=False):
         num_views[remaining[seen]] += 1
         num_opaque[remaining[opaque]] += 1
 
-        ruled_out = ((near > scene.near) & (far < scene.far) & (low > 0) & (high < size)).all(-1)
+        ruled_out = ((nearest > scene.near) & (farthest < scene.far) & (low > 0) & (high < size)).all(-1)
         ruled_out[opaque] = False
         remaining = remaining[~ruled_out]
     hull = torch.zeros(len(centers), dtype=torch.bool)

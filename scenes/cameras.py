@@ -10,16 +10,16 @@ def normalize(x):
 
 
 def viewmatrix(back, up, position):
-    """c2w [3, 4] of a camera at `position` whose z axis is along `back`, and whose y axis is
-    as close to `up` as possible."""
+    """c2w [3, 4] of a camera at `position` whose z axis is along `back`, and whose y axis is as close to `up`
+    as possible."""
     back = normalize(back)
     right = normalize(np.cross(up, back))
     return np.stack([right, normalize(np.cross(back, right)), back, position], 1)
 
 
 def homogeneous(poses):
-    """Poses [..., 3, 4 or more] as [..., 4, 4], with the row 0, 0, 0, 1 below;
-    further columns are dropped."""
+    """Poses [..., 3, 4 or more] as [..., 4, 4], with the row 0, 0, 0, 1 below; further columns are
+    dropped."""
     last = np.broadcast_to(np.array([0, 0, 0, 1], poses.dtype), (*poses.shape[:-2], 1, 4))
     return np.concatenate([poses[..., :3, :4], last], -2)
 
@@ -31,7 +31,7 @@ def check_poses(poses, where):
       poses: [N, 3 or 4, 4 or more].
       where: function of the index of a pose that names it in the error message.
     Raises:
-      UserError: a pose has NaN or infinity, or its axes are far from a rotation.
+      UserError: a pose has NaN or infinity, or its axes are degenerate: |det| is not between 0.1 and 10.
     """
     finite = np.isfinite(poses).all((1, 2))
     if not finite.all():

@@ -9,6 +9,6 @@ class UserError(ValueError):
 
 
 def first_line(error):
-    """The first line of an error's message, or the error's type if it has none,
-    for quoting in a `UserError`."""
+    """The first line of an error's message, or the error's type if it has none, for quoting in a
+    `UserError`."""
     return next(iter(str(error).splitlines()), '') or type(error).__name__

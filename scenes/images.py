@@ -1,4 +1,4 @@
-"""Images as arrays: read as 8 bit, composite, downsample, write."""
+"""Images as arrays: read as 8 bit, composite_on_bkgd, downsample, write."""
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -21,7 +21,7 @@ def read_image(path):
         with iio.imopen(path, 'r', plugin='pillow') as file:
             meta = file.metadata()
             mode = None
-            if meta['mode'] in ('CMYK', 'YCCK'):   # the fourth channel is ink, not alpha
+            if meta['mode'] == 'CMYK':             # the fourth channel is ink, not alpha
                 mode = 'RGB'
             elif 'transparency' in meta:           # one colour is transparent; there is no alpha channel
                 mode = 'RGBA'
@@ -45,7 +45,7 @@ def write_image(path, image):
         partial.write_bytes(iio.imwrite('<bytes>', image, extension=Path(path).suffix))
 
 
-def composite(image, white_bkgd):
+def composite_on_bkgd(image, white_bkgd):
     """Float image [H, W, 3 or 4] with straight alpha to RGB [H, W, 3] on a white or black background."""
     rgb, alpha = image[..., :3], image[..., 3:]
     return rgb * alpha + (1 - alpha) * white_bkgd if alpha.size else rgb
@@ -60,8 +60,8 @@ def area_weights(n_in, n_out):
 
 
 def resize_area(image, height, width):
-    """Downsample `image` [H, W, C] to float32 [height, width, C]: each pixel is the
-    mean of the area it covers."""
+    """Downsample `image` [H, W, C] to float32 [height, width, C]: each pixel is the mean of the area it
+    covers."""
     H, W, C = image.shape
     image = image.astype(np.float32)
     if H % height == 0 and W % width == 0:

@@ -1,5 +1,5 @@
-"""Random rays for training: `sampler.sample(step)` gives a `Batch` of rays and
-the colours of their pixels."""
+"""Random rays for training: `sampler.sample(step)` gives a `Batch` of rays and the colours of their
+pixels."""
 from typing import NamedTuple
 
 import numpy as np
@@ -9,13 +9,9 @@ from run_nerf_helpers import pixel_rays
 
 
 class Batch(NamedTuple):
-    """Rays of one training step and the colours they should have.
-
-    rays: [2, N_rays, 3], origins and directions.
-    target: colours in [0, 1], [N_rays, 3]; [N_rays, 4] with alpha.
-    """
-    rays: torch.Tensor
-    target: torch.Tensor
+    """Rays of one training step and the colours they should have."""
+    rays: torch.Tensor    # origins and directions [2, N_rays, 3]
+    target: torch.Tensor  # colours in [0, 1], [N_rays, 3], or with alpha [N_rays, 4]
 
     def split(self, max_rays):
         """Yield batches of at most `max_rays` rays, each with its share of the rays of this batch."""
@@ -45,7 +41,7 @@ class RaySampler:
 
     def __init__(self, scene, N_rand, no_batching, precrop_iters, precrop_frac, pixel_centers, device,
                  with_alpha=False, N_rand_samples=None, expected_samples=None):
-        first, last = min(scene.i_train), max(scene.i_train)  # a slice, which on the CPU is no copy
+        first, last = min(scene.i_train), max(scene.i_train)  # a slice shares memory on a CPU
         self.images = torch.from_numpy(scene.images[first:last + 1]).to(device)        # [., H, W, 3] uint8
         self.poses = torch.from_numpy(scene.poses[first:last + 1]).to(device)          # [., 3, 4]
         self.alphas = None                                                             # [., H, W] uint8

@@ -16,31 +16,20 @@ NOT_IN_CHECKPOINT = ('images', 'alphas', 'names')
 
 @dataclass
 class Scene:
-    """What training and rendering need to know about a scene of N views.
-
-    images: uint8 [N, H, W, 3], composited on the background; None if the scene comes from a checkpoint.
-    H, W: height and width of the images in pixels.
-    poses: float32 [N, 3, 4], c2w.
-    K: float64 [3, 3], intrinsics in pixels.
-    near, far: where sampling along a ray starts and ends, in units of rays_d.
-    render_poses: float32 [M, 3, 4], c2w along the path of the video.
-    i_train, i_val, i_test: indices of the views in each split.
-    alphas: uint8 [N, H, W]; None if no image has transparent pixels.
-    names: path of each view's image within the scene's folder; None if the scene comes from a checkpoint.
-    """
-    images: np.ndarray | None
-    H: int
-    W: int
-    poses: np.ndarray
-    K: np.ndarray
-    near: float
-    far: float
-    render_poses: np.ndarray
-    i_train: np.ndarray
-    i_val: np.ndarray
-    i_test: np.ndarray
-    alphas: np.ndarray | None = None
-    names: list[str] | None = None
+    """What training and rendering need to know about a scene of N views."""
+    images: np.ndarray | None         # uint8 [N, H, W, 3] on the background; None if from a checkpoint
+    H: int                            # height of the images in pixels
+    W: int                            # width of the images in pixels
+    poses: np.ndarray                 # c2w, float32 [N, 3, 4]
+    K: np.ndarray                     # intrinsics in pixels, float64 [3, 3]
+    near: float                       # where sampling along a ray starts, in units of rays_d
+    far: float                        # where it ends
+    render_poses: np.ndarray          # c2w along the path of the video, float32 [M, 3, 4]
+    i_train: np.ndarray               # indices of the training views
+    i_val: np.ndarray                 # indices of the validation views
+    i_test: np.ndarray                # indices of the test views
+    alphas: np.ndarray | None = None  # uint8 [N, H, W]; None if the loader found or kept no transparency
+    names: list[str] | None = None    # path of each image within the scene's folder; None if not known
 
     @property
     def hwf(self):
@@ -56,8 +45,8 @@ class Scene:
         return plain
 
     def has_cameras_of(self, saved):
-        """Whether the cameras are those of `saved`, the `checkpoint_fields` of a
-        checkpoint; true if it has none."""
+        """Whether the cameras are those of `saved`, the `checkpoint_fields` of a checkpoint; true if it has
+        none."""
         if 'poses' not in saved:
             return True
         own = self.checkpoint_fields()
@@ -87,8 +76,8 @@ def finish_scene(args, scene):
 
 
 def apply_options(args, scene):
-    """Replace near, far and the camera path by --near, --far and --render_poses
-    where given; returns the scene.
+    """Replace near, far and the camera path by --near, --far and --render_poses where given; returns the
+    scene.
 
     Raises:
       UserError: near and far do not fit each other or the options, or the file of --render_poses is unusable.
@@ -111,8 +100,8 @@ def apply_options(args, scene):
 
 
 def uses_ndc(args):
-    """Whether rays are mapped to normalised device coordinates: only those of
-    forward-facing (llff) scenes are."""
+    """Whether rays are mapped to normalised device coordinates: only those of forward-facing (llff) scenes
+    are."""
     return args.dataset_type == 'llff' and not args.no_ndc
 
 
@@ -130,7 +119,7 @@ def warn_of_mismatches(args, scene):
             warnings.warn('the cameras surround the scene, which normalised device coordinates cannot '
                           'represent: set --no_ndc --spherify --lindisp', stacklevel=2)
     if args.random_bkgd and scene.alphas is None:
-        warnings.warn(f'{args.datadir}: the scene has no transparent pixels, so --random_bkgd has no effect',
+        warnings.warn(f'{args.datadir}: the scene was loaded without alpha, so --random_bkgd has no effect',
                       stacklevel=2)
 
 

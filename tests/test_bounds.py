@@ -12,8 +12,8 @@ BALL = torch.tensor([0.2, 0, 0])
 
 
 def ball_scene(radius=0.5, views=20, size=64, alpha=True):
-    """A ball at (0.2, 0, 0), seen by cameras on a sphere of radius 4 around the
-    origin; only what bounds need."""
+    """A ball at (0.2, 0, 0), seen by cameras on a sphere of radius 4 around the origin; only what bounds
+    need."""
     random = np.random.RandomState(0)
     back = random.randn(views, 3)
     back /= np.linalg.norm(back, axis=-1, keepdims=True)

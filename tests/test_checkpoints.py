@@ -23,6 +23,7 @@ from training.checkpoints import (
     warn_of_changes,
 )
 from training.options import config_parser
+from training.processes import Processes
 
 CAMERA = {'H': 4, 'W': 6, 'near': 2.0, 'far': 6.0, 'K': torch.eye(3), 'pixel_centers': True}
 
@@ -68,7 +69,7 @@ def make_parts(seed=0, **others):
 
 def keeper(folder, *args, parts=None, said=None, is_main=True, **others):
     say = (lambda line: None) if said is None else said.append
-    return Checkpoints(folder, parts or make_parts(**others), options(*args), CAMERA, None, say, is_main)
+    return Checkpoints(folder, parts or make_parts(**others), options(*args), CAMERA, None, 0, say, is_main)
 
 
 def equal(one, other):
@@ -354,7 +355,7 @@ def test_a_failed_save_is_reported_and_retried(tmp_path, clock, monkeypatch):
     (tmp_path / '.000002.part.tar').write_text('half')
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, 'write', fail)
-        assert kept.save(5) is None and kept.newest is None and kept.saved_step is None
+        assert kept.save(5) is None and kept.newest is None and kept.saved_step == 0
         kept.save_if_due(9)
     failed = 'not written (No space left on device)'
     assert said == [f'{tmp_path}/000005.tar: {failed}; training continues and will retry',
@@ -366,3 +367,28 @@ def test_a_failed_save_is_reported_and_retried(tmp_path, clock, monkeypatch):
     kept.save_if_due(7)
     kept.save_if_due(8)
     assert steps_in(tmp_path) == [7]
+
+
+def test_the_last_step_is_saved_once(tmp_path):
+    kept = keeper(tmp_path)
+    assert kept.finish(0, Processes(1)) and steps_in(tmp_path) == [], 'nothing was done'
+    assert kept.finish(3, Processes(1)) and kept.finish(3, Processes(1)) and steps_in(tmp_path) == [3]
+
+
+def test_a_last_step_that_cannot_be_saved(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(Checkpoints, 'write', fail)
+    assert not keeper(tmp_path).finish(3, Processes(1))
+
+
+@pytest.mark.parametrize('exists, lost, saves', [
+    (False, True, True), (True, True, False), (False, False, False)])
+def test_another_rank_saves_a_lost_run(tmp_path, monkeypatch, exists, lost, saves):
+    monkeypatch.setattr('training.processes.SAVE_SECONDS', 0.2)
+    processes, kept = Processes(1), keeper(tmp_path, is_main=False)
+    processes.size, processes.rank, processes.is_main, processes.lost = 2, 1, False, lost
+    if exists:
+        kept.path_of(3).write_text('saved by rank 0')
+    kept.finish(3, processes)
+    assert (kept.saved_step == 3) == saves

@@ -188,19 +188,18 @@ def test_changed_networks_are_baked_again(ball):
     np.testing.assert_allclose(other.rgb, frame(exact).rgb, atol=0.01)
 
 
-@torch.no_grad()
-def test_the_checked_rays_of_a_large_frame_are_limited(ball, monkeypatch):
-    exact, fast, _ = ball
-    monkeypatch.setattr(fast_renderer, 'MAX_CHECKED_RAYS', 300)
-    checked = []
+def test_checked_rays_are_rendered_in_chunks(ball, monkeypatch):
+    """As the others, so that a chunk always fits in memory."""
+    _, fast, _ = ball
+    sizes = []
 
-    def count_rays(renderer, rays, **kwargs):
-        checked.append(len(rays))
-        return torch.zeros(len(rays), 4)
-    monkeypatch.setattr(fast_renderer, 'colors_and_opacities', count_rays)
-    names = ('network_fn', 'network_query_fn', 'network_fine', 'N_samples', 'N_importance')
-    fast['renderer'].for_rays(torch.zeros(10 ** 5, 11), **{name: exact[name] for name in names})
-    assert checked == [300, 300]
+    def render_rays(self, rays, *args, **kwargs):
+        sizes.append(len(rays))
+        return run_nerf.render_rays(rays, *args, **kwargs)
+    monkeypatch.setattr(run_nerf.ExactRenderer, 'render_rays', render_rays)
+    K = np.array([[80.0, 0, 32], [0, 80, 32], [0, 0, 1]])
+    run_nerf.render_frame(POSE, [64, 64, 80.0], K, 100, fast)
+    assert max(sizes) == 100 and sum(sizes) >= fast_renderer.MIN_CHECKED_RAYS
 
 
 def test_networks_are_baked_once(ball):
@@ -253,7 +252,7 @@ def test_fog_is_divided_less(ball):
     torch.nn.init.constant_(fast['network_fine'].hardness, -1.0)  # everywhere around
     frame(fast)
     cells = baking.BAKING_RESOLUTION ** 3
-    assert query.points < (2 * 2 + 2 * baking.MAX_CELLS) * cells + 64 * 64 * 192
+    assert query.points < (2 * 2 + 2 * baking.MAX_CENTERS) * cells + 64 * 64 * 192
     sizes = {network: grid.resolution for (network, *_), grid in fast['renderer'].grids.items()}
     finest = baking.BAKING_RESOLUTION * baking.MAX_DIVISIONS
     assert baking.BAKING_RESOLUTION < sizes[fast['network_fine']] < sizes[fast['network_fn']] == finest
@@ -333,8 +332,8 @@ def test_blobs_between_evaluated_points_are_seen(wisps, monkeypatch):
 
 
 def test_suspect_cells_are_kept_if_other_points_find_density(monkeypatch):
-    """Between a threshold and half of it, only cells are kept in which one of the
-    eight points is near a blob."""
+    """Between a threshold and half of it, only cells are kept in which one of the eight points is near a
+    blob."""
     monkeypatch.setattr(baking, 'THRESHOLDS', (-0.8, baking.MIN_OPTICAL_DEPTH))  # -12.8 in units of density
     network, kept = Wisps(), {}
     for below in (-5.0, -10.0, -14.0):
@@ -390,11 +389,13 @@ def test_training_and_small_images_are_exact(ball):
     names = ('network_fn', 'network_query_fn', 'network_fine', 'N_samples', 'N_importance', 'perturb',
              'raw_noise_std')
     options = {name: exact[name] for name in names}
-    assert renderer.for_rays(torch.zeros(10 ** 4, 11), **options) is renderer.exact  # gradients are enabled
+    # gradients are enabled
+    assert renderer.for_rays(torch.zeros(10 ** 4, 11), 1000, **options) is renderer.exact
     with torch.no_grad():
-        assert renderer.for_rays(torch.zeros(4, 11), **options) is renderer.exact
-        assert renderer.for_rays(torch.zeros(10 ** 4, 11), **{**options, 'perturb': 1.0}) is renderer.exact
-        assert renderer.for_rays(torch.zeros(10 ** 4, 11), **options, retraw=True) is renderer.exact
+        assert renderer.for_rays(torch.zeros(4, 11), 1000, **options) is renderer.exact
+        random = {**options, 'perturb': 1.0}
+        assert renderer.for_rays(torch.zeros(10 ** 4, 11), 1000, **random) is renderer.exact
+        assert renderer.for_rays(torch.zeros(10 ** 4, 11), 1000, **options, retraw=True) is renderer.exact
 
 
 # --- in a run ---

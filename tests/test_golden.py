@@ -231,8 +231,8 @@ def recorded_view():
 
 
 def assert_equals_recorded(frame, recorded, stride):
-    """Colour, opacity and disparity of a frame [H, W, ...]; `stride` is that of the
-    recorded pixels to compare."""
+    """Colour, opacity and disparity of a frame [H, W, ...]; `stride` is that of the recorded pixels to
+    compare."""
     for found, key in ((frame.rgb, 'rgb'), (frame.acc, 'acc'), (frame.disp, 'disp')):
         close(found, np.nan_to_num(recorded[key], nan=0.0)[::stride, ::stride], 2e-3)
 

@@ -1,5 +1,5 @@
-"""Rendering through an occupancy grid: against the formula, training against
-rendering, changes of the grid."""
+"""Rendering through an occupancy grid: against the formula, training against rendering, changes of the
+grid."""
 from types import SimpleNamespace
 
 import numpy as np

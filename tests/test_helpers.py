@@ -264,8 +264,8 @@ def test_rays_of_single_pixels_equal_those_of_the_image():
 
 
 def test_ndc_keeps_points_on_their_rays():
-    """Projecting a point of a ray gives a point of the NDC ray, at t' = 1 - o_z /
-    (o_z + t d_z) (Eq. 20 ff.)."""
+    """Projecting a point of a ray gives a point of the NDC ray, at t' = 1 - o_z / (o_z + t d_z) (Eq. 20
+    ff.)."""
     H, W, focal, near = 20, 30, 25.0, 1.0
     rays_o = torch.randn(50, 3) * 0.1
     rays_d = torch.cat([torch.randn(50, 2) * 0.3, -torch.ones(50, 1)], -1)

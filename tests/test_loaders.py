@@ -58,6 +58,9 @@ def test_reading_grey_and_palette_images(tmp_path):
     write_image(tmp_path / 'grey.png', grey)
     assert np.array_equal(read_image(tmp_path / 'grey.png'), np.repeat(grey[..., None], 3, -1))
     assert [path.name for path in tmp_path.iterdir()] == ['grey.png']
+    palette = Image.fromarray(noise(6, 5, 3, seed=1)).convert('P')
+    palette.save(tmp_path / 'palette.png')
+    assert np.array_equal(read_image(tmp_path / 'palette.png'), np.asarray(palette.convert('RGB')))
 
 
 def test_one_transparent_colour_becomes_alpha(tmp_path):
@@ -145,8 +148,8 @@ def test_intrinsics_in_pixels(tmp_path):
 
 
 def single_file_scene(folder, count=17):
-    """Write a scene with one transforms.json: cameras on a circle of radius 3,
-    at height 1 around (5, 0, 0)."""
+    """Write a scene with one transforms.json: cameras on a circle of radius 3, at height 1 around (5, 0,
+    0)."""
     (folder / 'images').mkdir(parents=True)
     frames = []
     for index in range(count):
@@ -257,6 +260,31 @@ def test_ndc_with_cameras_all_around_gives_a_warning():
         load_llff(DATA / 'nerf_llff_data/fern', '--spherify')
 
 
+def test_cameras_that_face_different_ways_do_not_fit_ndc(tmp_path):
+    scene = load_llff(llff_scene(tmp_path / 'scene'))
+    turned = np.eye(3, 4, dtype=np.float32)
+    turned[0, 0] = turned[2, 2] = -1
+    scene.poses = np.stack([np.eye(3, 4, dtype=np.float32), turned])
+    with pytest.warns(UserWarning, match='the cameras surround the scene'):
+        finish_scene(options(tmp_path), scene)
+
+
+def test_a_panorama_has_no_orbit(tmp_path):
+    """All cameras in one place, looking outwards in the plane."""
+    folder = blender_scene(tmp_path / 'scene')
+    frames = []
+    for index, angle in enumerate(np.arange(3) * 2 * np.pi / 3):
+        pose, back = np.eye(4), np.array([np.cos(angle), np.sin(angle), 0])
+        pose[:3, :3] = np.stack([np.cross([0, 0, 1], back), [0, 0, 1], back], -1)
+        frames.append({'file_path': f'train/r_{index}', 'transform_matrix': pose.tolist()})
+    for path in folder.glob('transforms_*.json'):
+        path.unlink()
+    (folder / 'transforms.json').write_text(json.dumps({'camera_angle_x': 0.7, 'frames': frames}))
+    problem = 'found cameras that are all in one place'
+    with np.errstate(invalid='ignore'), pytest.raises(UserError, match=problem):
+        load_blender_data(folder)
+
+
 # --- camera paths from files --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('rows', [3, 4])
@@ -286,7 +314,7 @@ def test_opaque_images_have_no_alphas(tmp_path):
     folder = blender_scene(tmp_path / 'scene')
     for path in folder.rglob('*.png'):
         iio.imwrite(path, np.dstack([noise(8, 10, 3, seed=0), np.full((8, 10), 255, np.uint8)]))
-    with pytest.warns(UserWarning, match='--random_bkgd has no effect'):
+    with pytest.warns(UserWarning, match='without alpha, so --random_bkgd has no effect'):
         assert load_blender(folder, '--random_bkgd').alphas is None
 
 
@@ -294,8 +322,8 @@ def test_scenes_name_the_image_of_each_view(tmp_path):
     names = load_blender(blender_scene(tmp_path / 'blender')).names
     assert names == [f'{split}/r_{i}.png' for split in ('train', 'val', 'test') for i in range(3)]
     folder = llff_scene(tmp_path / 'llff')
-    for factor in (0, 2):
-        assert load_llff(folder, '--factor', factor).names == ['0.png', '1.png', '2.png']
+    for factor, name in ((0, 'images'), (2, 'images_2')):
+        assert load_llff(folder, '--factor', factor).names == [f'{name}/{i}.png' for i in range(3)]
 
 
 def test_a_scene_from_a_checkpoint_has_the_same_cameras(tmp_path):

@@ -201,28 +201,12 @@ def test_the_log_file_begins_with_the_first_lines(tmp_path, capsys):
 
 # --- the lines around a run ---------------------------------------------------------------------------------
 
-class SavesOnce:
-    """In place of `Checkpoints`."""
-
-    def __init__(self, fails=False):
-        self.fails, self.saved_step, self.newest = fails, None, None
-
-    def path_of(self, step):
-        return self.folder / f'{step:06d}.tar'
-
-    def save(self, step):
-        if self.fails:
-            return None
-        self.saved_step, self.newest = step, f'{step:06d}.tar'
-        return self.newest
-
-
-@pytest.mark.parametrize('fails, expected', [(False, 'checkpoint  000003.tar\n'), (True, 'NOT SAVED')])
-def test_the_end_of_a_run(tmp_path, capsys, fails, expected):
+@pytest.mark.parametrize('saved, expected', [(True, 'checkpoint  000003.tar\n'), (False, 'NOT SAVED')])
+def test_the_end_of_a_run(tmp_path, capsys, saved, expected):
     logger = Logger(options(tmp_path, '--N_iters', 3), tmp_path, 0, CPU, Console())
     run_steps(logger, measures_of(coarse=0.1))
     logger.record_output('video', 'somewhere.mp4')
-    logger.finish(SavesOnce(fails), Processes(1))
+    logger.finish('000003.tar', saved, Processes(1))
     out = capsys.readouterr().out
     assert '3 steps done, 0 min' in out and expected in out and 'somewhere.mp4' in out and '--logdir' in out
 
@@ -230,34 +214,17 @@ def test_the_end_of_a_run(tmp_path, capsys, fails, expected):
 def test_a_finished_run_has_nothing_to_do(tmp_path, capsys):
     logger = Logger(options(tmp_path, '--N_iters', 3), tmp_path, 3, CPU, Console())
     run_steps(logger, measures_of(coarse=0.1))
-    checkpoints = SavesOnce()
-    logger.finish(checkpoints, Processes(1))
-    assert 'nothing to do: 3 steps are done' in capsys.readouterr().out and checkpoints.saved_step is None
+    logger.finish(None, True, Processes(1))
+    assert 'nothing to do: 3 steps are done' in capsys.readouterr().out
 
 
 def test_a_lost_process_is_reported(tmp_path, capsys):
     logger, processes = Logger(options(tmp_path, '--N_iters', 3), tmp_path, 0, CPU, Console()), Processes(1)
     run_steps(logger, measures_of(coarse=0.1))
     processes.lost = True
-    logger.finish(SavesOnce(), processes)
+    logger.finish('000003.tar', True, processes)
     out = capsys.readouterr().out
     assert 'another process of this run has ended' in out and '000003.tar' in out
-
-
-@pytest.mark.parametrize('exists, lost, saves', [(False, True, True), (True, True, False),
-                                                 (False, False, False)])
-def test_another_rank_saves_a_lost_run(tmp_path, monkeypatch, exists, lost, saves):
-    monkeypatch.setattr('training.processes.SAVE_SECONDS', 0.2)
-    processes = Processes(1)
-    processes.size, processes.rank, processes.is_main, processes.lost = 2, 1, False, lost
-    logger = Logger(options(tmp_path, '--N_iters', 3), None, 0, CPU, Console(quiet=True))
-    run_steps(logger, measures_of(coarse=0.1))
-    checkpoints = SavesOnce()
-    checkpoints.folder = tmp_path
-    if exists:
-        checkpoints.path_of(3).write_text('saved by rank 0')
-    logger.finish(checkpoints, processes)
-    assert (checkpoints.saved_step == 3) == saves
 
 
 def test_the_header_of_a_run(tmp_path):

@@ -64,7 +64,7 @@ def test_chunks_fit_caches_and_netchunk(netchunk, width, kind):
     network.W = width
     chunk = NetworkQuery(netchunk).chunk(network, device)
     assert 1 <= chunk <= netchunk
-    assert chunk * width <= max(network.CHUNK_ACTIVATIONS[kind], network.MIN_CHUNK * width)
+    assert chunk * width <= max(network.CHUNK_ACTIVATIONS[kind], network.MIN_CHUNK_POINTS * width)
     assert NetworkQuery(netchunk).chunk(hash_nerf(), device) == netchunk
 
 

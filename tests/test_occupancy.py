@@ -10,7 +10,7 @@ from tiny_grids import each_implementation, march, needs_compiler, occupied_grid
 
 from accel import occupancy
 from accel.grid_renderer import UPDATE_EVERY_N_STEPS, WARMUP_STEPS
-from accel.occupancy import IMPOSSIBLE, MAX_STEPS, OCC_THRE, OccupancyGrid
+from accel.occupancy import IMPOSSIBLE, MAX_CANDIDATES, OCC_THRE, OccupancyGrid
 
 both_implementations = pytest.mark.usefixtures('each_implementation')
 
@@ -25,28 +25,28 @@ def distance_to_cell_border(grid, points):
 
 @needs_compiler
 @given(share=st.sampled_from([0.0, 0.02, 0.3, 1.0]), resolution=st.sampled_from([5, 16, 20]),
-       seed=st.integers(0, 99), max_samples=st.sampled_from([3, MAX_STEPS]))
+       seed=st.integers(0, 99), max_samples=st.sampled_from([3, MAX_CANDIDATES]))
 @settings(max_examples=25, deadline=None)
 def test_march_equals_the_reference_implementation(share, resolution, seed, max_samples):
     grid = occupied_grid(share, resolution, seed)
     rays_o, rays_d = rays_around(200, seed)
-    candidates, num_candidates, marched = march(grid, rays_o, rays_d, max_samples=max_samples)
+    spacing, num_candidates, marched = march(grid, rays_o, rays_d, max_samples=max_samples)
     t, ray_indices, offsets, resume = marched
     begin = torch.zeros_like(num_candidates)
-    other_t, _, other_offsets, other_resume = grid.march_reference(rays_o, rays_d, candidates,
+    other_t, _, other_offsets, other_resume = grid.march_reference(rays_o, rays_d, spacing,
                                                                    num_candidates, begin, max_samples)
     for n in range(200):
         ours, theirs = t[offsets[n]:offsets[n + 1]], other_t[other_offsets[n]:other_offsets[n + 1]]
         if len(ours) == len(theirs) and torch.allclose(ours, theirs, atol=1e-6):
             assert resume[n] == other_resume[n]
             continue
-        # rounding decides to which cell a point on a face belongs; `max_samples`
-        # then shifts all points behind it
+        # rounding decides to which cell a point on a face belongs; `max_samples` then shifts all points
+        # behind it
         odd = [x for x in torch.cat([ours, theirs]) if (ours - x).abs().min().item() > 1e-6 or
                (theirs - x).abs().min().item() > 1e-6] if len(ours) and len(theirs) else [*ours, *theirs]
         points = rays_o[n] + rays_d[n] * torch.stack(odd)[:, None]
         assert distance_to_cell_border(grid, points).min() < 1e-4
-        assert max_samples < MAX_STEPS or distance_to_cell_border(grid, points).max() < 1e-4
+        assert max_samples < MAX_CANDIDATES or distance_to_cell_border(grid, points).max() < 1e-4
     assert ray_indices.equal(torch.arange(200).repeat_interleave(offsets.diff()))
 
 
@@ -54,11 +54,11 @@ def test_march_equals_the_reference_implementation(share, resolution, seed, max_
 def test_march_equals_a_loop():
     grid = occupied_grid(0.2, 10)
     rays_o, rays_d = rays_around(60)
-    candidates, num_candidates, (t, _, offsets, _) = march(grid, rays_o, rays_d)
+    spacing, num_candidates, (t, _, offsets, _) = march(grid, rays_o, rays_d)
     low, high, G = *grid.aabb.numpy().astype(np.float64), grid.resolution
     for n in range(60):
         found, o, d = [], rays_o[n].numpy().astype(np.float64), rays_d[n].numpy().astype(np.float64)
-        start, dt, jitter = candidates[n].tolist()
+        start, dt, jitter = spacing[n].tolist()
         assert math.isclose(dt * np.linalg.norm(d), 0.03, rel_tol=1e-5)
         for k in range(-3, 500):
             t_k = start + (k + jitter) * dt
@@ -81,10 +81,10 @@ def test_march_equals_a_loop():
 def test_marching_in_parts_finds_the_same_samples():
     grid = occupied_grid(0.3)
     rays_o, rays_d = rays_around(100)
-    candidates, num_candidates, (t, _, offsets, _) = march(grid, rays_o, rays_d)
+    spacing, num_candidates, (t, _, offsets, _) = march(grid, rays_o, rays_d)
     parts, begin = [[] for _ in range(100)], torch.zeros_like(num_candidates)
     while (begin < num_candidates).any():
-        some, _, ends, begin = grid.march(rays_o, rays_d, candidates, num_candidates, begin, 7)
+        some, _, ends, begin = grid.march(rays_o, rays_d, spacing, num_candidates, begin, 7)
         assert ends.diff().max() <= 7
         for n in range(100):
             parts[n] += some[ends[n]:ends[n + 1]].tolist()
@@ -109,8 +109,8 @@ def test_no_rays_have_no_samples():
 
 def test_the_reference_implementation_marches_in_parts(monkeypatch):
     grid, (rays_o, rays_d) = occupied_grid(0.3), rays_around(100)
-    candidates, num_candidates, _ = march(grid, rays_o, rays_d)
-    arguments = rays_o, rays_d, candidates, num_candidates, torch.zeros_like(num_candidates), MAX_STEPS
+    spacing, num_candidates, _ = march(grid, rays_o, rays_d)
+    arguments = rays_o, rays_d, spacing, num_candidates, torch.zeros_like(num_candidates), MAX_CANDIDATES
     whole = grid.march_reference(*arguments)
     monkeypatch.setattr(occupancy, 'MAX_LOOKUPS', 1000)
     assert all(torch.equal(*pair) for pair in zip(whole, grid.march_reference(*arguments)))
@@ -196,6 +196,7 @@ def test_a_density_that_is_not_finite_does_not_stay(bad):
     """Once the network has recovered, the grid is that of its density."""
     grid = OccupancyGrid(16)
     update(grid, lambda points: torch.full([len(points)], bad), steps=1)
+    assert torch.isfinite(grid.occs).all()
     grid.reset()
     assert update(grid, blob).occupied.equal(update(OccupancyGrid(16), blob).occupied)
 
@@ -210,9 +211,11 @@ def test_impossible_cells_stay_empty():
     assert grid.occupied.equal(possible)
     grid.reset()
     assert grid.occupied.equal(possible)
+    grid.set_aabb([[-2.0, -2, -2], [1, 1, 1]])
+    assert grid.occupied.all(), 'nothing is known of another box'
 
 
-def test_reset_parameters_forgets_what_was_found():
+def test_reset_forgets_what_was_found():
     grid = OccupancyGrid(16)
     grid.set_aabb([[-1.0, -1, -1], [1, 1, 1]])
     new = {key: value.clone() for key, value in grid.state_dict().items()}

@@ -1,5 +1,5 @@
-"""Options: nerf-pytorch's names and defaults, config files, what overrides what,
-and what each option affects."""
+"""Options: nerf-pytorch's names and defaults, config files, what overrides what, and what each option
+affects."""
 import re
 
 import pytest

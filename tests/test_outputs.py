@@ -176,6 +176,14 @@ def test_frames_are_reused_only_with_the_same_fingerprint(tmp_path):
     assert store.reused == 0 and not list(tmp_path.rglob('*.png'))
 
 
+def test_files_of_others_are_left_alone(tmp_path):
+    names = ['2023_holiday.png', '0001.png', 'metrics.csv', 'video.mov']
+    for name in names:
+        (tmp_path / name).write_text('not ours')
+    store = FrameFolder(tmp_path, 'one', far=6.0)
+    assert store.reused == 0 and all((tmp_path / name).read_text() == 'not ours' for name in names)
+
+
 def test_metrics_and_videos_of_other_frames_are_removed(tmp_path):
     FrameFolder(tmp_path, 'one', far=6.0).save(0, some_frame())
     names = ['metrics.json', 'metrics.csv', 'video.mp4', 'video_disp.mp4']
@@ -296,7 +304,7 @@ def test_a_signal_at_any_moment_leaves_the_whole_video_or_nothing(tmp_path, enco
         for attempt in range(20):
             folder = tmp_path / f'{attempt}'
             folder.mkdir()
-            timer = threading.Timer(moments.uniform(0, 0.15), os.kill, [os.getpid(), signal.SIGINT])
+            timer = threading.Timer(moments.uniform(0, 0.3), os.kill, [os.getpid(), signal.SIGINT])
             timer.start()
             with contextlib.suppress(Interrupted):
                 with open_video(folder / 'video', encoder) as add:
@@ -310,6 +318,7 @@ def test_a_signal_at_any_moment_leaves_the_whole_video_or_nothing(tmp_path, enco
     found = [path for path in tmp_path.rglob('*') if path.is_file()]
     assert {path.name for path in found} <= {f'video{encoder.suffix}'}
     assert all(is_complete_video(path, 20) for path in found if encoder.codec)
+    assert all(len(iio.imread(path)) == 20 for path in found if not encoder.codec)
 
 
 # --- the Evaluator ------------------------------------------------------------------------------------------

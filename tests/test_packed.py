@@ -79,8 +79,8 @@ def test_composite_equals_the_reference_implementation(N, seed, density, kind):
 
 @both_implementations
 def test_the_gradient_in_front_of_an_extremely_dense_sample():
-    """That of the first sample depends on its transmittance and on what is
-    behind it, however dense that is."""
+    """That of the first sample depends on its transmittance and on what is behind it, however dense that
+    is."""
     raw, *samples = one_ray(torch.tensor([[1.0, 0, 0, 3], [-1, 0, 0, 1e8]]), 0.1)
     *_, grad = outputs_and_gradient(composite, raw, samples, lambda out, weights: out[:, 0].sum())
     after = math.exp(-0.3)

@@ -39,7 +39,7 @@ def test_render_only_takes_all_from_the_checkpoint(fast_demo_run, tmp_path, opti
 
 
 def test_a_checkpoint_with_a_grid_is_refused_without_one(fast_demo_run, capsys):
-    assert run(*FAST_DEMO, '--basedir', fast_demo_run.parent, '--no-occupancy_grid') == 2
+    assert run(*FAST_DEMO, '--basedir', fast_demo_run.parent, '--no-occupancy_grid', '--no-random_bkgd') == 2
     assert 'occupancy_grid False (was True)' in capsys.readouterr().err
 
 
@@ -51,13 +51,14 @@ def test_killed_and_resumed_is_bit_equal_to_undisturbed(tmp_path, options):
 
 
 @pytest.mark.parametrize('options', [
-    ['--N_importance', 16, '--no-occupancy_grid', '--N_rand', 64], ['--no-use_viewdirs'],
+    ['--N_importance', 16, '--no-occupancy_grid', '--N_rand', 64, '--no-random_bkgd'], ['--no-use_viewdirs'],
     ['--no-random_bkgd', '--i_embed_views', 0], ['--i_embed', -1, '--netwidth', 16]],
     ids=lambda options: ' '.join(map(str, options)))
-def test_other_combinations_train_and_resume(few_views, tmp_path, options):
+def test_other_combinations_train_and_resume(few_views, tmp_path, capsys, options):
     for steps in (20, 22):
         assert run(*FAST_DEMO, *NO_OUTPUTS, '--datadir', few_views, '--basedir', tmp_path, '--N_iters', steps,
                    *options) == 0
+    assert 'resumes after step 20' in capsys.readouterr().out
 
 
 @needs_data
@@ -86,6 +87,7 @@ def test_a_collapsed_density_is_restarted(few_views, tmp_path, capsys):
 @pytest.mark.parametrize('options, problem', [
     (['--N_importance', '16'], 'argument --N_importance: found 16, expected 0 with --occupancy_grid'),
     (['--lindisp'], 'argument --lindisp: not available with --occupancy_grid'),
+    (['--no-occupancy_grid'], 'argument --random_bkgd: needs --occupancy_grid with --i_embed 1'),
     (['--aabb', '0', '0', '0', '1', '-1', '1'], 'argument --aabb: found 0 0 0 1 -1 1, expected X0 < X1')])
 def test_options_that_contradict_each_other(capsys, options, problem):
     with pytest.raises(SystemExit):

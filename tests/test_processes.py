@@ -1,5 +1,5 @@
-"""Runs of several real processes: equal gradients and parameters, signals, and a
-checkpoint if a process dies."""
+"""Runs of several real processes: equal gradients and parameters, signals, and a checkpoint if a process
+dies."""
 import os
 import re
 import signal
@@ -260,8 +260,8 @@ sys.exit(run_nerf.main())
 
 @pytest.mark.slow
 def test_parameters_stay_equal_and_any_number_resumes(tmp_path):
-    """After 50 steps the parameters of the ranks are equal bit for bit, and any
-    number of processes can resume."""
+    """After 50 steps the parameters of the ranks are equal bit for bit, and any number of processes can
+    resume."""
     script = tmp_path / 'all_save.py'
     script.write_text(ALL_SAVE.format(folder=str(tmp_path)))
     code, output = finish(torchrun(*SMALL, '--basedir', tmp_path, '--N_iters', 50, script=script))

@@ -1,5 +1,5 @@
-"""Rendering and losses of run_nerf.py: reference implementations, invariances,
-finite outputs and gradients."""
+"""Rendering and losses of run_nerf.py: reference implementations, invariances, finite outputs and
+gradients."""
 import numpy as np
 import pytest
 import torch
@@ -22,6 +22,7 @@ from run_nerf import (
     render_frame,
     render_path,
     render_rays,
+    set_learning_rate,
 )
 from run_nerf_helpers import disparity, get_rays, img2mse
 from scenes.rays import Batch
@@ -267,7 +268,7 @@ class Grey(Renderer):
         super().__init__()
         self.grey, self.calls = torch.nn.Parameter(torch.tensor(0.25)), []
 
-    def for_rays(self, rays_flat, **kwargs):
+    def for_rays(self, rays_flat, chunk, **kwargs):
         self.calls.append(('for_rays', len(rays_flat), kwargs['N_samples']))
         return self
 
@@ -298,7 +299,7 @@ def test_a_custom_renderer_renders_frames_and_batches():
 
 def test_a_renderer_may_choose_another_for_the_rays():
     class Chooser(Renderer):
-        def for_rays(self, rays_flat, **kwargs):
+        def for_rays(self, rays_flat, chunk, **kwargs):
             return Grey() if len(rays_flat) > 10 else EXACT
     kwargs = chain(renderer=Chooser())
     for count, expected in ((20, True), (5, False)):
@@ -308,7 +309,7 @@ def test_a_renderer_may_choose_another_for_the_rays():
 
 def test_defaults_of_a_renderer():
     renderer = Renderer()
-    assert renderer.for_rays(torch.zeros(1, 8)) is renderer
+    assert renderer.for_rays(torch.zeros(1, 8), 100) is renderer
     assert renderer.max_rays(torch.device('cpu'), 64, 128) == MAX_SAMPLES['cpu'] // 192
     renderer.update(1, network_fn=None)
     renderer.drop_cache()
@@ -389,6 +390,13 @@ def test_a_new_term_of_the_loss_is_trained_and_measured(monkeypatch):
     torch.testing.assert_close(after.total, before.total + after.losses['spread'])
     torch.testing.assert_close(after.losses['fine'], before.losses['fine'])
     assert not torch.allclose(gradient, gradient_with_spread)
+
+
+@pytest.mark.parametrize('step, expected', [(1, 5e-4), (2, 5e-4 * 0.1 ** (1 / 250000)), (250001, 5e-5)])
+def test_the_learning_rate_decays_to_a_tenth(step, expected):
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
+    assert set_learning_rate(optimizer, 5e-4, 250, step) == pytest.approx(expected, rel=1e-9)
+    assert optimizer.param_groups[0]['lr'] == pytest.approx(expected, rel=1e-9)
 
 
 # --- set-up -------------------------------------------------------------------------------------------------

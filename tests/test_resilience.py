@@ -118,8 +118,8 @@ def test_missing_outputs_of_the_last_step_are_made(two_steps, tmp_path):
 
 
 def test_lpips_does_not_change_the_random_numbers_of_training(tmp_path, monkeypatch):
-    """Its network is initialised at random in the middle of a run; a stand-in
-    for the package does that too."""
+    """Its network is initialised at random in the middle of a run; a stand-in for the package does that
+    too."""
     (tmp_path / 'lpips.py').write_text('import torch\n\n\nclass LPIPS(torch.nn.Conv2d):\n'
                                        '    def __init__(self, net, verbose):\n'
                                        '        super().__init__(3, 1, 3)\n\n'
@@ -311,7 +311,7 @@ def test_a_small_object_in_a_large_image_is_left_alone(tmp_path, capsys):
         iio.imwrite(path, image)
     assert run(*RESTARTING, '--datadir', scene, '--lrate', 5e-4, '--basedir', tmp_path,
                '--N_iters', 1200) == 0
-    assert capsys.readouterr().out.count('starts again') <= 1  # a network may really collapse
+    assert 'starts again' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('options, restarts', [([], 2 * 3), (['--no_restart'], 0)])

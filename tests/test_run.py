@@ -315,8 +315,8 @@ def test_importing_has_no_effects(tmp_path):
 
 
 def test_the_demo_scene_is_made_as_it_ships(monkeypatch):
-    """One view of the demo scene, made again; another mathematics library may
-    round a few pixels differently."""
+    """One view of the demo scene, made again; another mathematics library may round a few pixels
+    differently."""
     monkeypatch.syspath_prepend(ROOT / 'tools')
     import make_demo_scene
     shipped = iio.imread(ROOT / 'data/demo/test/r_5.png')

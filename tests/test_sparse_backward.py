@@ -114,8 +114,8 @@ def test_the_gradient_in_ndc():
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason='no GPU'))])
 def test_points_without_gradient_are_not_evaluated_again(device):
-    """Points without a gradient are not in the second pass at all, and nothing
-    but the inputs is kept for it."""
+    """Points without a gradient are not in the second pass at all, and nothing but the inputs is kept for
+    it."""
     network, evaluated, kept = two_networks()[0].to(device), [], []
     points, viewdirs = torch.rand(50, 20, 3, device=device), torch.rand(50, 3, device=device)
     network.register_forward_pre_hook(lambda _, inputs: evaluated.append(len(inputs[0])))

@@ -27,8 +27,8 @@ def occupied_grid(share, resolution=20, seed=0):
 
 
 def rays_around(N, seed=0):
-    """Rays from around and within the box of `occupied_grid`; some are parallel to
-    an axis, some miss the box."""
+    """Rays from around and within the box of `occupied_grid`; some are parallel to an axis, some miss the
+    box."""
     random = torch.Generator().manual_seed(seed)
     rays_o = 4 * torch.rand(N, 3, generator=random) - 2
     rays_d = torch.rand(N, 3, generator=random) - 0.5 - 0.3 * rays_o
@@ -39,8 +39,8 @@ def rays_around(N, seed=0):
 
 
 def march(grid, rays_o, rays_d, step=0.03, near=0.1, far=6.0, **options):
-    """Lattice and number of points of each ray, and what `grid.march` returns for them."""
+    """Spacing and number of candidates of each ray, and what `grid.march` returns for them."""
     N = len(rays_o)
-    candidates, num_candidates = grid.candidates(rays_o, rays_d, torch.full([N], near),
+    spacing, num_candidates = grid.candidates(rays_o, rays_d, torch.full([N], near),
                                                  torch.full([N], far), step, torch.full([N], 0.5))
-    return candidates, num_candidates, grid.march(rays_o, rays_d, candidates, num_candidates, **options)
+    return spacing, num_candidates, grid.march(rays_o, rays_d, spacing, num_candidates, **options)

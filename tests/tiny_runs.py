@@ -45,8 +45,8 @@ def run_python(script, *args, cwd=ROOT, timeout=300):
 
 
 def start(*args, script=ROOT / 'run_nerf.py', launcher=(), **options):
-    """Start the program in a process of its own, which writes to a pipe. It ends
-    with the test at the latest."""
+    """Start the program in a process of its own, which writes to a pipe. It ends with the test at the
+    latest."""
     command = [sys.executable, *launcher, str(script), *map(str, args)]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
     STARTED.append(subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -29,8 +29,8 @@ def blender_scene(folder):
 
 
 def llff_scene(folder):
-    """Write a scene in the LLFF layout, with photos of 16 × 24 pixels in full
-    size only; returns its folder."""
+    """Write a scene in the LLFF layout, with photos of 16 × 24 pixels in full size only; returns its
+    folder."""
     (folder / 'images').mkdir(parents=True)
     rows = []
     for index in range(FRAMES):

@@ -1,2 +1,2 @@
-"""What a run needs in addition to the method: options, checkpoints, logging,
-evaluation, processes, safeguards."""
+"""What a run needs in addition to the method: options, checkpoints, logging, evaluation, processes,
+safeguards."""

@@ -8,6 +8,7 @@ nerf-pytorch's keys are `global_step`, `network_fn_state_dict`, `network_fine_st
 import contextlib
 import io
 import pickle
+import sys
 import time
 import warnings
 import zipfile
@@ -99,8 +100,8 @@ def convert_older(state):
 
 
 def load_newest(folder):
-    """Read the newest checkpoint in `folder`. Damaged ones are renamed to
-    `NNNNNN.tar.damaged` with a warning.
+    """Read the newest checkpoint in `folder`. Damaged ones are renamed to `NNNNNN.tar.damaged` with a
+    warning.
 
     Returns:
       path, state; or (None, None) if there is none that can be read.
@@ -138,8 +139,8 @@ def load_checkpoint(args):
 
 
 def find_checkpoint(args, processes):
-    """Path and content of the checkpoint to start from, or (None, None); with
-    --render_only its options are adopted.
+    """Path and content of the checkpoint to start from, or (None, None); with --render_only its options are
+    adopted.
 
     Raises:
       UserError: a checkpoint that cannot be used; --render_only without one.
@@ -241,8 +242,8 @@ def networks_of(render_kwargs):
 
 
 def checkpoint_parts(render_kwargs, optimizer, **others):
-    """What a checkpoint holds, by name: networks, renderer, optimizer and others; None for
-    a part that does not exist."""
+    """What a checkpoint holds, by name: networks, renderer, optimizer and others; None for a part that does
+    not exist."""
     return {'network_fn': render_kwargs['network_fn'], 'network_fine': render_kwargs['network_fine'],
             'renderer': render_kwargs['renderer'], 'optimizer': optimizer, **others}
 
@@ -268,21 +269,21 @@ class Checkpoints:
 
     Args:
       folder: where the files go.
-      parts: dict name -> object with `state_dict`, or None to leave it out.
-        Includes the network `network_fn`.
+      parts: dict name -> object with `state_dict`, or None to leave it out. Includes the network
+        `network_fn`.
       args: the options.
       camera: what rendering needs to know of the scene, plain numbers and tensors.
-      start_path: the checkpoint that the run started from, or None.
+      start_path, start: the checkpoint that the run started from and its step; None and 0 for a new run.
       say: called with a line if a save fails.
       is_main: whether this process saves what is due.
     Attributes:
       newest: path of the newest checkpoint of this run, `start_path` at first.
-      saved_step: step of the last save in this process, None before the first.
+      saved_step: its step.
     """
 
-    def __init__(self, folder, parts, args, camera, start_path, say, is_main):
+    def __init__(self, folder, parts, args, camera, start_path, start, say, is_main):
         self.folder, self.parts, self.args, self.camera = Path(folder), parts, args, camera
-        self.newest, self.saved_step, self.say, self.is_main = start_path, None, say, is_main
+        self.newest, self.saved_step, self.say, self.is_main = start_path, start, say, is_main
         self.saved_at, self.retry_at = time.monotonic(), None
         self.timed = []  # paths of checkpoints that were due to --save_minutes alone
 
@@ -321,9 +322,26 @@ class Checkpoints:
         if step % self.args.i_weights and not is_last:
             self.timed.append(path)
             for old in self.timed[:-TIMED_CHECKPOINTS_KEPT]:
-                old.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    old.unlink()
             self.timed = self.timed[-TIMED_CHECKPOINTS_KEPT:]
         return path
+
+    def finish(self, step, processes):
+        """At the end of a run, save its last step unless that is done. If rank 0 is lost, the lowest
+        remaining rank saves. Returns whether the step is saved.
+
+        Args:
+          step: number of steps done.
+          processes: a `Processes`.
+        """
+        if step == self.saved_step:
+            return True
+        if self.is_main:
+            return self.save(step) is not None
+        if processes.lost and processes.should_save(self.path_of(step)) and self.save(step):
+            print(f'process {processes.rank}: saved {self.newest}', file=sys.__stderr__)
+        return self.path_of(step).exists()
 
     def write(self, path, step):
         """Write a checkpoint after `step` steps, all of it or nothing.

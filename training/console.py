@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from scenes.errors import UserError, first_line
+from training.processes import Processes
 from training.signals import Stopped
 
 # A rank that fails gives rank 0 this many seconds to report the same problem first.
@@ -26,8 +27,8 @@ class Console:
         self.quiet, self.log_path, self.early_lines = quiet, None, []
 
     def say(self, message, file=None):
-        """Log a line and print it above a progress bar. A closed console or a full
-        disk behind it does no harm."""
+        """Log a line and print it above a progress bar. A closed console or a full disk behind it does no
+        harm."""
         self.log(message)
         if self.quiet:
             return
@@ -46,8 +47,8 @@ class Console:
         self.say(f'run_nerf.py: warning: {message}', sys.stderr)
 
     def fail(self, error):
-        """Print the line that ends a run, and return its exit code: 2 for errors that the user can fix, 1 for
-        others, 128 + n for signal n, without a line.
+        """Print the line that ends a run, and return its exit code: 2 for what the user can fix, 1 otherwise.
+        For signal n it prints nothing and returns 128 + n.
 
         Ranks other than 0 wait first: if rank 0 failed for the same reason, torchrun ends them in that time.
         """
@@ -57,7 +58,8 @@ class Console:
         if isinstance(error, OSError):
             problem = f'{error.filename}: {error.strerror}' if error.filename else first_line(error)
         if isinstance(error, torch.OutOfMemoryError):
-            problem = 'out of GPU memory; lower --netchunk, and --chunk in rendering'
+            problem = ('out of GPU memory; lower --netchunk, with hash grids --N_rand_samples or --N_rand, '
+                       'and --chunk in rendering')
         if self.quiet:
             time.sleep(QUIET_SECONDS)
             print(f'process {os.environ["RANK"]}: error: {problem}', file=sys.__stderr__)
@@ -85,7 +87,7 @@ def rank0_console():
     """A `Console` for rank 0, which also prints warnings. Other ranks print nothing inside the block,
     not even argparse's errors."""
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-        console = Console(quiet=int(os.environ.get('RANK', 0)) > 0)
+        console = Console(quiet=not Processes().is_main)
         if console.quiet:
             null = stack.enter_context(open(os.devnull, 'w'))
             stack.enter_context(contextlib.redirect_stderr(null))

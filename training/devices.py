@@ -54,8 +54,8 @@ def has_fast_bf16(device):
 
 
 def pick_precision(name, device, width):
-    """Resolve `--precision` for layers of `width` channels on `device`. Also
-    switches TF32 on or off, globally.
+    """Resolve `--precision` for layers of `width` channels on `device`. Also switches TF32 on or off,
+    globally.
 
     Returns:
       'fp32', 'tf32' or 'bf16'.
@@ -73,5 +73,5 @@ def pick_precision(name, device, width):
 
 
 def rendering_precision(name):
-    """The precision of exact rendering for `--precision`: the one it names, and 'fp32' for 'auto'."""
+    """The precision of frames for --precision: the one it names, and 'fp32' for 'auto'."""
     return 'fp32' if name == 'auto' else name

@@ -1,5 +1,5 @@
-"""Evaluation during and after training: a held-out view, test views with
-metrics, videos of the camera path."""
+"""Evaluation during and after training: a held-out view, test views with metrics, videos of the camera
+path."""
 import math
 import platform
 from contextlib import suppress
@@ -24,10 +24,10 @@ from training.outputs import (
 )
 from training.signals import Stopped
 
-# Rendering the held-out view takes at most this fraction of the training time.
+# Rendering the held-out view takes at most about this fraction of the training time of --N_rand rays a step.
 VIEW_FRACTION = 0.02
-# Rendering a ray costs at most this fraction of training on it: there is no backward
-# pass, which is cheap if sparse.
+# Rendering a ray costs at most this fraction of training on it: training adds a backward pass, cheap if
+# sparse.
 RENDER_COST = 0.6
 # TensorBoard shows the comparison image of the held-out view under this name.
 IMAGE_NAME = 'held-out view/render, target, error, disparity, opacity'
@@ -68,8 +68,8 @@ class Evaluator:
             self._run(self._due(step), step, logger)
 
     def run_missing(self, step, logger):
-        """After resuming from step `step`: write the test views and the video of
-        that step if they are missing."""
+        """After resuming from step `step`: write the test views and the video of that step if they are
+        missing."""
         if step > 0:
             with suppress(Stopped):
                 self._run(self._due(step) - {'view'}, step, logger, only_missing=True)
@@ -111,8 +111,8 @@ class Evaluator:
             self.processes.release()
 
     def _attempt(self, what, make, *arguments):
-        """`make(*arguments)`, or None after reporting that there is no disk
-        space, memory or encoder for it."""
+        """`make(*arguments)`, or None after reporting that there is no disk space, memory or encoder for
+        it."""
         try:
             return make(*arguments)
         except (OSError, RuntimeError, UserError) as error:
@@ -122,9 +122,9 @@ class Evaluator:
     # --- the outputs ---
 
     def log_view(self, step, logger):
-        """Log the first held-out view to TensorBoard: PSNR of each network, and a
-        `comparison_image`. Only every n-th pixel in both directions is rendered if more would exceed
-        VIEW_FRACTION of the training time."""
+        """Log the first held-out view to TensorBoard: PSNR of each network, and a `comparison_image`. Only
+        every n-th pixel in both directions is rendered if more would exceed VIEW_FRACTION of the training
+        time."""
         scene = self.scene
         view = [*scene.i_val, *scene.i_test, *scene.i_train][0]
         affordable_rays = VIEW_FRACTION / RENDER_COST * self.args.i_img * self.args.N_rand
@@ -146,8 +146,8 @@ class Evaluator:
         return distance
 
     def write_testset(self, step, folder, video=False):
-        """Write all test views to `folder` as PNGs, with `metrics.json` and
-        `metrics.csv`; returns the means."""
+        """Write all test views to `folder` as PNGs, with `metrics.json` and `metrics.csv`; returns the
+        means."""
         args, scene, rows, lpips = self.args, self.scene, [], self.lpips
         frames = self.write_frames(scene.poses[scene.i_test], folder, video)
         for frame, view in zip(frames, scene.i_test, strict=True):

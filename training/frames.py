@@ -9,7 +9,7 @@ from training.outputs import code_version, frames_fingerprint
 from training.processes import Processes
 
 # When memory runs out, the chunk of rays is not halved below this.
-MIN_CHUNK = 256
+MIN_CHUNK_RAYS = 256
 
 
 class FrameRenderer:
@@ -47,7 +47,7 @@ class FrameRenderer:
                     return self.render_frame(pose, self.hwf, self.K, self.chunk, render_kwargs,
                                              self.render_factor, stride)
                 except torch.OutOfMemoryError:
-                    if self.chunk <= MIN_CHUNK:
+                    if self.chunk <= MIN_CHUNK_RAYS:
                         raise
                     self.chunk //= 2
                     warnings.warn(f'out of GPU memory in rendering: continuing with --chunk {self.chunk}',

@@ -17,8 +17,8 @@ from training.options import plain_options
 
 # The progress bar shows its name, percentage, steps, times and the latest figures.
 BAR_FORMAT = '{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]'
-# The figures of the progress bar are read no more often than this many seconds,
-# because reading waits for a GPU.
+# The figures of the progress bar are read no more often than this many seconds, because reading waits for a
+# GPU.
 REFRESH_SECONDS = 1.0
 # After a failed write, TensorBoard's next file is opened this many seconds later.
 TENSORBOARD_RETRY_SECONDS = 60.0
@@ -168,34 +168,28 @@ class Logger:
         """Remember the newest output of a kind for the closing lines."""
         self.outputs[what] = path
 
-    def finish(self, checkpoints, processes):
-        """End the run: save the last step unless that is done, and say where everything is. If rank 0 was
-        lost, the lowest remaining rank saves.
+    def finish(self, checkpoint, saved, processes):
+        """End the run and say where everything is.
 
         Args:
-          checkpoints: `Checkpoints` of the run.
+          checkpoint: path of the newest checkpoint, or None.
+          saved: whether it is that of the last step.
           processes: a `Processes`.
         """
         self.tensorboard.finish()
+        if self.folder is None:
+            return
         if processes.lost:
             self.say('another process of this run has ended; stopping')
-        step = self.steps_done
-        unsaved = step > self.start and checkpoints.saved_step != step
-        if not processes.is_main:
-            saves = processes.lost and unsaved and processes.should_save(checkpoints.path_of(step))
-            if saves and checkpoints.save(step):
-                print(f'process {processes.rank}: saved {checkpoints.newest}', file=sys.__stderr__)
-            return
         remove_partial_files(self.folder)  # an encoder may have continued a video that was given up
-        if unsaved:
-            unsaved = checkpoints.save(step) is None
         minutes, seconds = divmod(round(time.perf_counter() - self.started_at), 60)
         if self.start >= self.N_iters:
             self.say(f'nothing to do: {self.start} steps are done, and --N_iters is {self.N_iters}')
         else:
-            self.say(f'{step} steps done, {minutes} min {seconds} s')
-        saved = f'{checkpoints.newest or "none"}{"; the steps after it are NOT SAVED" if unsaved else ""}'
-        places = {'checkpoint': saved, **self.outputs, 'TensorBoard': f'tensorboard --logdir {self.folder}'}
+            self.say(f'{self.steps_done} steps done, {minutes} min {seconds} s')
+        unsaved = '' if saved else '; the steps after it are NOT SAVED'
+        places = {'checkpoint': f'{checkpoint or "none"}{unsaved}', **self.outputs,
+                  'TensorBoard': f'tensorboard --logdir {self.folder}'}
         for what, where in places.items():
             self.say(f'  {what:11} {where}')
 

@@ -79,8 +79,8 @@ def write_metrics(folder, rows, about):
     """Write `metrics.json` and `metrics.csv`: the conditions (`about`), the means, and a row for each image.
 
     Args:
-      rows: dicts with the same keys: view, image (file name), psnr, ssim, lpips,
-        seconds; None if not measured.
+      rows: dicts with the same keys: view, image (file name), psnr, ssim, lpips, seconds; None if not
+        measured.
       about: dict of what the numbers depend on: step, resolution, background, …
     Returns:
       dict of the means of all keys but view and image.

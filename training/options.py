@@ -6,13 +6,14 @@ Each option declares what it affects:
   networks   what a network's outputs mean: its architecture, and how rays are sampled and composited with it
   scene      the images and cameras
   training   the course of training
-  source     where the data is and what the run is called; and pixel_centers, which a checkpoint overrides
-  rendering  what frames look like, in addition to networks and scene
-  nothing    neither what is trained nor what frames look like
+  source     where the data is, which test views are loaded, what the run is called; and pixel_centers,
+             which a checkpoint overrides
+  rendering  what frames look like, in addition to networks and scene; and the precision, also of training
+  nothing    how a run is driven: its start and length, speed, memory and outputs
 
-Resuming warns if networks, scene or training differ from the checkpoint. `--render_only` takes
-these and source from the checkpoint where they are not given. Frames are reused if networks,
-scene and rendering are the same.
+Resuming warns if networks, scene or training differ from the checkpoint. `--render_only` takes these and
+source from the checkpoint where they are not given. Frames are reused if networks, scene and rendering are
+the same.
 """
 import argparse
 import io
@@ -59,8 +60,8 @@ class OptionParser(configargparse.ArgumentParser):
         self.affects = {}
 
     def add_options(self, title):
-        """Add a group to the help. Returns the function `add(name, affects=KIND,
-        ...)` that adds an option to it."""
+        """Add a group to the help. Returns the function `add(name, affects=KIND, ...)` that adds an option to
+        it."""
         group = self.add_argument_group(title)
 
         def add(name, *, affects, **settings):
@@ -103,6 +104,9 @@ class OptionParser(configargparse.ArgumentParser):
                        '--occupancy_grid, which takes the place of the coarse network')
         if args.occupancy_grid and args.lindisp:
             self.error('argument --lindisp: not available with --occupancy_grid, whose steps are equal')
+        if args.random_bkgd and args.i_embed == 1 and not args.occupancy_grid:
+            self.error('argument --random_bkgd: needs --occupancy_grid with --i_embed 1, whose density is '
+                       'never 0, so that the interval behind the last sample is opaque')
         if args.aabb is not None and not all(low < high for low, high in zip(args.aabb[:3], args.aabb[3:])):
             found = ' '.join(f'{x:g}' for x in args.aabb)
             self.error(f'argument --aabb: found {found}, expected X0 < X1, Y0 < Y1, Z0 < Z1')
@@ -159,8 +163,8 @@ def number(least=float('-inf'), above=float('-inf'), most=float('inf')):
 
 
 def config_parser():
-    """The parser of all options. Its `parse_args` exits with code 2 and a one-line
-    message on invalid options."""
+    """The parser of all options. Its `parse_args` exits with code 2 and a one-line message on invalid
+    options."""
     parser = OptionParser(prog='run_nerf.py', description='Train a NeRF and render novel views.',
                            allow_abbrev=False, config_file_open_func=open_config,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -258,7 +262,7 @@ def _training_options(parser):
     add('--no_batching', affects='training', action=BooleanSwitch, default=False,
         help='draw the rays of a step from one image rather than from all')
     add('--precrop_iters', affects='training', type=integer(0), default=0,
-        help='train on central crops of the images in the first n steps')
+        help='train on central crops of the images before step n')
     add('--precrop_frac', affects='training', type=number(above=0, most=1), default=.5,
         help='fraction of the image side that these crops keep')
     add('--precision', affects='rendering', choices=['auto', 'fp32', 'tf32', 'bf16'], default='auto',
@@ -285,8 +289,7 @@ def _rendering_options(parser):
     add('--raw_noise_std', affects='training', type=number(least=0), default=0.,
         help='standard deviation of the noise added to the density in training')
     add('--exact_render', affects='rendering', action=BooleanSwitch, default=False,
-        help='evaluate the networks at every sample, visible or not (with --occupancy_grid: at every sample '
-             'in an occupied cell)')
+        help='evaluate the networks at every sample, visible or not (no effect with --occupancy_grid)')
     add('--chunk', affects='nothing', type=integer(1), default=1024 * 32,
         help='rays rendered at once; lower it if memory runs out')
     add('--netchunk', affects='nothing', type=integer(1), default=1024 * 64,

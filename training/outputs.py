@@ -48,8 +48,8 @@ def color_map(x):
 
 
 def disparity_range(disp):
-    """The 1st and 99th percentile of the disparities `disp` [...] without empty
-    pixels (0); (0, 1) if all are."""
+    """The 1st and 99th percentile of the disparities `disp` [...] without empty pixels (0); (0, 1) if all
+    are."""
     visible = disp[(disp > 0) & np.isfinite(disp)]
     return tuple(np.percentile(visible, [1, 99]).tolist()) if visible.size else (0.0, 1.0)
 
@@ -84,7 +84,8 @@ def code_version():
 
 
 def frames_fingerprint(render_poses, hwf, K, state, settings):
-    """A hash of all that frames depend on: equal fingerprints mean equal frames.
+    """A hash of all that frames depend on: equal fingerprints mean equal frames, up to the tolerance of fast
+    rendering.
 
     Args:
       render_poses: c2w matrices [N, 3 or 4, 4 or more].
@@ -131,12 +132,12 @@ class FrameFolder:
                 self.disparity_range = tuple(about['disparity_range'])
         except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
             pass
-        if self.disparity_range is None:
+        if self.disparity_range is None and (self.folder / 'frames.json').is_file():  # other frames
             others = [self.folder / name for name in ('metrics.*', 'video.*', 'video_disp.*')]
             for path in [*self.paths('[0-9]*'), *others]:
                 for old in path.parent.glob(path.name):
                     old.unlink()
-        self.reused = len(list(self.folder.glob('[0-9]*.png')))
+        self.reused = len(list(self.folder.glob('[0-9]*.png'))) if self.disparity_range else 0
 
     def paths(self, name):
         """The files of a frame: disparity, depth, colour."""
@@ -185,8 +186,8 @@ class FrameFolder:
 # --- videos -------------------------------------------------------------------------------------------------
 
 class Encoder(NamedTuple):
-    """A way to write a video: its name, the file ending, and the codec of ffmpeg
-    (None: not written by ffmpeg)."""
+    """A way to write a video: its name, the file ending, and the codec of ffmpeg (None: not written by
+    ffmpeg)."""
     name: str
     suffix: str
     codec: str | None

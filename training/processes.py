@@ -1,9 +1,9 @@
 """One run in several processes: `torchrun --nproc_per_node=N run_nerf.py ...`.
 
-Every process (rank) has the whole scene and the same networks, and draws its part of each step's
-rays. Gradients are averaged after the backward pass, so that all ranks make the same update.
-Rank 0 writes all files; frames are rendered by all ranks. Without torchrun there is a single
-rank, and these functions cost nothing.
+Every process (rank) has the whole scene and the same networks, and draws its part of each step's rays.
+Gradients are averaged after the backward pass, so that all ranks make the same update. Rank 0 writes all
+files; frames are rendered by all ranks. Without torchrun there is a single rank, and these functions cost
+nothing.
 """
 import contextlib
 import datetime
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from scenes.errors import UserError, first_line
 from training.signals import Stopped
 
-# A lost process shows by its closed connection, so collective operations may wait this long for a slow one.
+# A dead process is noticed by its closed connection, so the timeout only has to outlast the slowest rank.
 TIMEOUT = datetime.timedelta(days=7)
 # After a process is lost, each rank gives the rank before it this many seconds to save the run.
 SAVE_SECONDS = 5.0
@@ -37,7 +37,7 @@ class Processes:
         with Processes() as processes:
             for step in ...:
                 ...  # backward pass
-                processes.average(parameters, tensors, weight)
+                processes.average(parameters, tensors, rank_share)
 
     Args:
       size: number of processes; taken from torchrun's environment by default.
@@ -72,10 +72,10 @@ class Processes:
 
     @contextlib.contextmanager
     def _detect_loss(self, problem='another process of this run has ended'):
-        """Turn the RuntimeError of a collective operation into `ProcessLost`."""
+        """Turn the error of a collective operation into `ProcessLost`."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # a ValueError if torchrun's variables are incomplete
             self.lost = True
             raise ProcessLost(f'{problem} ({first_line(error)})') from None
 
@@ -93,18 +93,18 @@ class Processes:
         return N_rand // self.size + (self.rank < N_rand % self.size)
 
     def seed_per_rank(self, seed, step):
-        """Give each rank its own random numbers after `step`; rank 0 keeps
-        those of a run with one process."""
+        """Give each rank its own random numbers after `step`; rank 0 keeps those of a run with one
+        process."""
         if not self.is_main:
             torch.manual_seed(derive_seed(seed, step, self.rank))
 
-    def average(self, parameters, tensors, weight):
+    def average(self, parameters, tensors, rank_share):
         """Replace gradients and tensors by their weighted means over the ranks, in place.
 
         Args:
           parameters: their `grad` is averaged; a missing one counts as zero.
           tensors: scalar tensors.
-          weight: this process's fraction of the step's rays.
+          rank_share: this process's fraction of the step's rays.
         Raises:
           ProcessLost: another process has ended; nothing has been averaged.
         """
@@ -114,7 +114,7 @@ class Processes:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         parts = [*(parameter.grad for parameter in parameters), *tensors]
-        flat = torch.cat([part.flatten() for part in parts]) * weight
+        flat = torch.cat([part.flatten() for part in parts]) * rank_share
         if flat.is_cuda:  # NCCL would wait for a lost process forever, the control group notices it
             torch.cuda.synchronize(flat.device)
             self.any(False)
@@ -139,8 +139,8 @@ class Processes:
     # --- rank 0 before the others, or for them ---
 
     def from_rank0(self, make):
-        """The result of `make()` on rank 0, in all processes. A `UserError` of
-        it is raised in all of them."""
+        """The result of `make()` on rank 0, in all processes. A `UserError` of it is raised in all of
+        them."""
         if self.size == 1:
             return make()
         box = [None]

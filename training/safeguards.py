@@ -1,9 +1,9 @@
-"""Keeps training healthy: skips steps that are not finite, rolls back after many of them,
-reinitialises collapsed networks.
+"""Keeps training healthy: skips steps that are not finite, rolls back after many of them, reinitialises
+collapsed networks.
 
-The ReLU on the density gives no gradient to a network that is transparent everywhere. If most pixels
-show a bright background, some random seeds end up there in the first steps, and all images stay
-blank for the rest of training.
+The ReLU on the density gives no gradient to a network that is transparent everywhere. If most pixels show a
+bright background, some random seeds end up there in the first steps, and all images stay blank for the rest
+of training.
 """
 import copy
 import math
@@ -15,16 +15,16 @@ from training.processes import derive_seed
 
 # A network is judged by its mean error and opacity over this many steps.
 WINDOW_STEPS = 100
-# A network of less mean opacity shows nothing; even a small object in a large image has more.
+# A network whose mean opacity is below this shows nothing; even a small object in a large image has more.
 BLANK_OPACITY = 1e-4
-# A network whose error is more than this fraction of the background's is no better than the background.
+# A network whose error exceeds this fraction of the background's error is no better than the background.
 BACKGROUND_RATIO = 0.97
-# A network makes progress if that fraction falls by more than this.
+# A network makes progress if its error, as a fraction of the background's, falls by more than this.
 MIN_PROGRESS = 0.002
 # A network that shows nothing has collapsed after this many windows.
 BLANK_WINDOWS = 2
-# A network that shows something, but nothing better than the background, has
-# collapsed after this many windows.
+# A network that shows something, but nothing better than the background, has collapsed after this many
+# windows.
 FLAT_WINDOWS = 8
 # A network is reinitialised at most this many times.
 MAX_RESTARTS = 3
@@ -39,12 +39,13 @@ class TrainingFailed(Exception):
 
 
 class Measures:
-    """Means over the rays of a training step, summed up part by part. All are
-    scalar tensors without gradient.
+    """Means over the rays of a training step, summed up part by part. All are scalar tensors without
+    gradient.
 
     Attributes:
       losses: dict name -> term of the loss.
-      errors: dict 'coarse', 'fine' -> mean squared error of the colours of that network.
+      errors: dict 'coarse', 'fine' -> mean squared error of the colours of that network; with --random_bkgd
+        its expectation over backgrounds.
       opacities: dict 'coarse', 'fine' -> mean opacity of that network.
       background: mean squared error of an image that shows only the background.
       mean_samples: samples per ray, None if the renderer does not count them.
@@ -175,8 +176,8 @@ class Safeguards:
                 watch.load_state_dict(state['watches'][name])
 
     def recover(self, step, measures, checkpoints, processes):
-        """After `step`: roll back if too many steps in a row were not finite, and
-        reinitialise collapsed networks."""
+        """After `step`: roll back if too many steps in a row were not finite, and reinitialise collapsed
+        networks."""
         if self.bad_in_a_row >= MAX_BAD_STEPS:
             self.roll_back(checkpoints, processes)
         if self.restart:
@@ -195,8 +196,8 @@ class Safeguards:
         return 0.1 ** self.rollbacks
 
     def all_finite(self, measures):
-        """Whether the loss and all gradients are finite, so that the optimizer
-        may step. Counts the bad steps.
+        """Whether the loss and all gradients are finite, so that the optimizer may step. Counts the bad
+        steps.
 
         Raises:
           TrainingFailed: too many in a row, although training rolled back before.
@@ -249,8 +250,8 @@ class Safeguards:
                          f'it starts again with seed {seed}')
 
     def _reinitialize(self, name, seed):
-        """Draw new parameters of a network from `seed`, drop their history in the optimizer, and
-        reset what depends on them."""
+        """Draw new parameters of a network from `seed`, drop their history in the optimizer, and reset what
+        depends on them."""
         reinitialize(self.networks[name], seed)
         for parameter in self.networks[name].parameters():
             self.optimizer.state.pop(parameter, None)

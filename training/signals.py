@@ -1,13 +1,13 @@
-"""Stopping a run: the first SIGINT or SIGTERM lets it save and exit; a second one, in a
-single process, exits at once."""
+"""Stopping a run: the first SIGINT or SIGTERM lets it save and exit; a second one, in a single process, exits
+at once."""
 import contextlib
 import os
 import signal
 
 
 class Stopped(BaseException):
-    """Work was given up because a signal asks the run to stop. Not an `Exception`, so
-    `except Exception` lets it pass.
+    """Work was given up because a signal asks the run to stop. Not an `Exception`, so `except Exception` lets
+    it pass.
 
     Attributes:
       exit_code: the exit code by which a shell recognises the signal.
@@ -49,8 +49,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number, _):
-        # with torchrun a second signal is ignored: it forwards each one, and
-        # kills processes that take too long
+        # with torchrun a second signal is ignored: it forwards each one, and kills processes that take too
+        # long
         single_process = int(os.environ.get('WORLD_SIZE', 1)) == 1
         if self.requested:
             if single_process:
@@ -79,9 +79,9 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interruptible(self):
-        """A block that the first signal ends at once with `Stopped`; not even begun if it has
-        arrived already. Must not hold collective operations of several processes, which are only
-        complete if all of them take part."""
+        """A block that the first signal ends at once with `Stopped`; not even begun if it has arrived
+        already. Must not hold collective operations of several processes, unless all of them end afterwards,
+        as in set-up."""
         try:
             self._interrupts = True  # before the check, so that no signal falls between the two
             self.check()

@@ -1,5 +1,5 @@
-"""The start of a training run: its folder and header, and the objects that it
-needs in addition to the method."""
+"""The start of a training run: its folder and header, and the objects that it needs in addition to the
+method."""
 import json
 import platform
 import subprocess
@@ -19,8 +19,8 @@ from training.logger import Logger
 from training.options import plain_options
 from training.safeguards import Safeguards
 
-# Before the first step with an occupancy grid, rays are expected to have this
-# fraction of --N_samples samples.
+# Before the first step with an occupancy grid, rays are expected to have this fraction of --N_samples
+# samples.
 EXPECTED_FRACTION = 0.25
 
 
@@ -52,9 +52,8 @@ def start_run(args, scene, checkpoint, render_kwargs, optimizer, start, console,
         restore(path, state, {'ray_sampler': rays, 'safeguards': safeguards})
     processes.seed_per_rank(args.seed, start)
     parts = checkpoint_parts(render_kwargs, optimizer, ray_sampler=rays, safeguards=safeguards)
-    settings = {key: render_kwargs[key] for key in ('ndc', 'lindisp', 'pixel_centers', 'white_bkgd')}
-    camera = {**settings, **scene.checkpoint_fields()}
-    checkpoints = Checkpoints(Path(args.basedir, args.expname), parts, args, camera, path, console.say,
+    camera = {'pixel_centers': render_kwargs['pixel_centers'], **scene.checkpoint_fields()}
+    checkpoints = Checkpoints(Path(args.basedir, args.expname), parts, args, camera, path, start, console.say,
                               processes.is_main)
     return logger, rays, safeguards, checkpoints
 
@@ -79,7 +78,7 @@ def open_run(args, scene, networks, start, device, console, processes):
     return Logger(args, folder, start, device, console)
 
 
-def describe_run(args, scene, device, networks, folder, start, processes=1):
+def describe_run(args, scene, device, networks, folder, start, num_processes=1):
     """The header of a run, a few lines; arguments as in `open_run`, and the number of processes."""
     sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     views = f'{len(scene.i_train)} train, {len(scene.i_val)} val, {len(scene.i_test)} test'
@@ -93,7 +92,7 @@ def describe_run(args, scene, device, networks, folder, start, processes=1):
         'images': f'{views}, {scene.W}×{scene.H}, near {scene.near:.3g}, far {scene.far:.3g}',
         'rays': f'{rays} from {"one image" if args.no_batching else "all images"}, {samples}',
         'networks': ' + '.join(f'{name} {size:,}' for name, size in sizes.items()) + ' parameters',
-        'device': str(device) if processes == 1 else f'{processes} processes, {device.type} each',
+        'device': str(device) if num_processes == 1 else f'{num_processes} processes, {device.type} each',
         'logs': f'{folder} ({f"resumes after step {start}" if start else "a new run"})',
     }
     return '\n'.join([args.expname] + [f'  {name:9} {text}' for name, text in lines.items()])

@@ -71,8 +71,8 @@ def build_library(source):
 def cache_folder():
     """A folder that this user can write to. A shared temporary folder may hold one that others have made."""
     user = os.getuid() if os.name == 'posix' else 'user'
-    for folder in (Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'nerf'),
-                   Path(tempfile.gettempdir(), f'nerf-{user}')):
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    for folder in (Path(cache, 'nerf'), Path(tempfile.gettempdir(), f'nerf-{user}')):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if os.access(folder, os.W_OK) and (os.name != 'posix' or folder.stat().st_uid == user):

@@ -50,10 +50,10 @@ static bool test_candidate(const Grid *grid, const Ray *ray, int64_t k, float *t
     return false;
 }
 
-/* rays[n][6]: origin and direction; candidates[n][3]: start, dt, jitter; num_candidates[n]; begin[n]: the first
+/* rays[n][6]: origin and direction; spacing[n][3]: start, dt, jitter; num_candidates[n]; begin[n]: the first
  * candidate to test. With `t` NULL, counts[n] becomes the number of samples, at most max_samples, and next_begin[n] the
  * first candidate that has not been tested; otherwise the samples are written from offsets[n] on. */
-void march(const float *rays, const float *candidates, const int64_t *num_candidates, const int64_t *begin, int64_t N,
+void march(const float *rays, const float *spacing, const int64_t *num_candidates, const int64_t *begin, int64_t N,
            int64_t max_samples, const uint8_t *cells, const uint8_t *blocks, int64_t resolution, const float *low,
            const float *scale, int64_t *counts, int64_t *next_begin, const int64_t *offsets, float *t,
            int64_t *ray_indices)
@@ -66,7 +66,7 @@ void march(const float *rays, const float *candidates, const int64_t *num_candid
             ray.o[i] = rays[6 * n + i];
             ray.d[i] = rays[6 * n + 3 + i];
         }
-        ray.start = candidates[3 * n], ray.dt = candidates[3 * n + 1], ray.jitter = candidates[3 * n + 2];
+        ray.start = spacing[3 * n], ray.dt = spacing[3 * n + 1], ray.jitter = spacing[3 * n + 2];
         ray.num_candidates = num_candidates[n];
         int64_t count = 0, k = begin[n];
         while (k < ray.num_candidates && count < max_samples) {
