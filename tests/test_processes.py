@@ -248,12 +248,12 @@ ALL_SAVE = '''
 import sys
 from pathlib import Path
 import run_nerf
-from training.logger import Logger
-finish = Logger.finish
-def save_and_finish(logger, checkpoints, processes):
-    checkpoints.write({folder!r} / Path(f'rank{{processes.rank}}.tar'), logger.steps_done)
-    finish(logger, checkpoints, processes)
-Logger.finish = save_and_finish
+from training.checkpoints import Checkpoints
+finish = Checkpoints.finish
+def write_and_finish(checkpoints, step, processes):
+    checkpoints.write({folder!r} / Path(f'rank{{processes.rank}}.tar'), step)
+    return finish(checkpoints, step, processes)
+Checkpoints.finish = write_and_finish
 sys.exit(run_nerf.main())
 '''
 
