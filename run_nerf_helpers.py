@@ -245,7 +245,7 @@ class RadianceField(nn.Module):
     """
     W = 256  # Width of the hidden layers; narrow ones do not gain from bfloat16.
     adam_options = {'betas': (0.9, 0.999)}  # noqa: RUF012 - read only
-    relu_density = True  # The density passes a ReLU: empty space has exactly no density and no gradient.
+    keep_activations = False  # Whether the activations of all samples of a step fit in memory.
 
     def forward(self, points, viewdirs=None):
         """Points [N, 3] and unit directions [N, 3] or None to raw [N, 4 or more]: three colour logits and a

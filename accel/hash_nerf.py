@@ -45,7 +45,7 @@ class HashNeRF(RadianceField):
     # Most table entries get a gradient in few steps only: a small eps lets each of them count. `fused` passes
     # over the table once.
     adam_options = {'betas': (0.9, 0.99), 'eps': 1e-15, 'fused': True}  # noqa: RUF012 - read only
-    relu_density = False
+    keep_activations = True
     W = HIDDEN_WIDTH
 
     def __init__(self, encoding, encoding_views=None, input_ch_views=0):

@@ -1,7 +1,7 @@
 """Evaluates networks at many points: in chunks, in the chosen precision, with a choice of backward passes."""
 import torch
 
-from accel.sparse_backward import SparseBackward, evaluate_in_chunks, evaluate_padded
+from accel.sparse_backward import SparseBackward, evaluate_in_chunks, evaluate_with_activations
 
 
 class NetworkQuery:
@@ -12,8 +12,8 @@ class NetworkQuery:
       precision: 'bf16' for bfloat16 products in the hidden layers. 'fp32' and 'tf32' are the same here: TF32
         is a global setting of torch (`pick_precision`).
       backward: 'sparse' keeps no activations and backpropagates only through samples that have a gradient,
-        see `accel/sparse_backward.py`; 'plain' is ordinary backpropagation; 'auto' is sparse for networks
-        whose density passes a ReLU, and plain for the others, whose samples nearly all have a gradient.
+        see `accel/sparse_backward.py`; 'plain' is ordinary backpropagation; 'auto' is sparse, but keeps the
+        activations of small networks and uses them where most samples have a gradient.
     """
 
     def __init__(self, netchunk=1024 * 64, precision='fp32', backward='auto'):
@@ -48,9 +48,10 @@ class NetworkQuery:
         chunk = self.chunk(network, inputs.device)
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         if torch.is_grad_enabled() and (parameters or inputs.requires_grad):
-            if self.backward == 'sparse' or (self.backward == 'auto' and network.relu_density):
-                return SparseBackward.apply(evaluate, chunk, inputs, *parameters)
-            return torch.cat([evaluate_padded(evaluate, part, chunk) for part in inputs.split(chunk)])
+            if self.backward == 'plain':
+                return evaluate_with_activations(evaluate, inputs, chunk)
+            keep_activations = self.backward == 'auto' and network.keep_activations
+            return SparseBackward.apply(evaluate, chunk, keep_activations, inputs, *parameters)
         # the outermost autocast keeps the weights that it has cast: one around all chunks casts them once
         with torch.autocast(inputs.device.type, enabled=False):
             return evaluate_in_chunks(evaluate, inputs, chunk)

@@ -6,6 +6,9 @@ nothing but its inputs; the backward pass selects the points where the gradient 
 evaluates the network there once more, and differentiates that. The gradient is the same. With F the cost of
 a forward pass and p the share of such points, a step costs F(1 + 3p) instead of 3F, and its memory depends
 on the size of a chunk only.
+
+The activations of small networks fit in memory. The forward pass keeps them, and where many points have a
+gradient, the backward pass uses them: that costs 3F whatever p is.
 """
 import math
 
@@ -14,6 +17,9 @@ import torch
 # On a CPU, chunks are padded to one of this many lengths: oneDNN compiles a kernel for each new number of
 # rows and keeps hundreds of them, which costs more time and memory than a few superfluous rows.
 CHUNK_LENGTHS = 32
+# To evaluate the network again is cheaper than to use the activations if fewer points than this fraction have
+# a gradient: F(1 + 3p) < 3F.
+RECOMPUTE_BELOW = 2 / 3
 
 
 class SparseBackward(torch.autograd.Function):
@@ -21,30 +27,49 @@ class SparseBackward(torch.autograd.Function):
     of `fn` are arguments too, so that autograd requests their gradients."""
 
     @staticmethod
-    def forward(ctx, fn, chunk, inputs, *parameters):
-        ctx.fn, ctx.chunk = fn, chunk
+    def forward(ctx, fn, chunk, keep_activations, inputs, *parameters):
+        ctx.fn, ctx.chunk, ctx.kept = fn, chunk, None
         ctx.save_for_backward(inputs, *parameters)
-        return evaluate_in_chunks(fn, inputs, chunk)
+        if not keep_activations:
+            return evaluate_in_chunks(fn, inputs, chunk)
+        leaf = inputs.detach().requires_grad_(ctx.needs_input_grad[3])
+        with torch.enable_grad():
+            raw = evaluate_with_activations(fn, leaf, chunk)
+        ctx.kept = raw, leaf
+        return raw.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_raw):
         inputs, *parameters = ctx.saved_tensors
-        with_gradient = (grad_raw != 0).any(-1).nonzero().squeeze(-1)  # NaN is not 0: it is kept and noticed
-        to_inputs = ctx.needs_input_grad[2]
+        to_inputs = ctx.needs_input_grad[3]
         grad_inputs = torch.zeros_like(inputs) if to_inputs else None
         sums = [None] * len(parameters)
-        for rows in with_gradient.split(ctx.chunk) if len(with_gradient) else ():
-            selected = inputs[rows].detach().requires_grad_(to_inputs)
-            with torch.enable_grad():
-                raw = evaluate_padded(ctx.fn, selected, ctx.chunk)
-            wanted = [*parameters, selected] if to_inputs else parameters
+        for rows, leaf, raw in SparseBackward.evaluations(ctx, inputs, grad_raw):
+            wanted = [*parameters, leaf] if to_inputs else parameters
             grads = torch.autograd.grad(raw, wanted, grad_raw[rows], allow_unused=True)
             if to_inputs:
                 grads, grad_inputs[rows] = grads[:-1], grads[-1]
             sums = add_gradients(sums, grads)
         sums = [torch.zeros_like(p) if total is None else total for p, total in zip(parameters, sums)]
-        return None, None, grad_inputs, *sums
+        return None, None, None, grad_inputs, *sums
+
+    @staticmethod
+    def evaluations(ctx, inputs, grad_raw):
+        """Yield rows of `inputs`, a leaf with their values, and `fn` of it as a function of the leaf and the
+        parameters: together all rows that have a gradient."""
+        with_gradient = (grad_raw != 0).any(-1).nonzero().squeeze(-1)  # NaN is not 0: it is kept and noticed
+        kept, ctx.kept = ctx.kept, None
+        if kept and len(with_gradient) >= RECOMPUTE_BELOW * len(inputs):
+            raw, leaf = kept
+            yield slice(None), leaf, raw
+            return
+        del kept  # the activations are in the way
+        for rows in with_gradient.split(ctx.chunk) if len(with_gradient) else ():
+            leaf = inputs[rows].detach().requires_grad_(ctx.needs_input_grad[3])
+            with torch.enable_grad():
+                raw = evaluate_padded(ctx.fn, leaf, ctx.chunk)
+            yield rows, leaf, raw
 
 
 def add_gradients(sums, grads):
@@ -65,6 +90,11 @@ def evaluate_in_chunks(fn, inputs, chunk):
     for start in range(chunk, len(inputs), chunk):
         out[start:start + chunk] = evaluate_padded(fn, inputs[start:start + chunk], chunk)
     return out
+
+
+def evaluate_with_activations(fn, inputs, chunk):
+    """`fn` on `chunk` rows of `inputs` at a time, for ordinary backpropagation."""
+    return torch.cat([evaluate_padded(fn, part, chunk) for part in inputs.split(chunk)])
 
 
 def evaluate_padded(fn, part, chunk):

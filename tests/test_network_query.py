@@ -85,8 +85,8 @@ def test_density_is_that_of_raw_without_gradient(make, precision):
 
 @pytest.mark.parametrize('make, backward, expected', [
     (encoded_nerf, 'auto', 'sparse'), (encoded_nerf, 'sparse', 'sparse'), (encoded_nerf, 'plain', 'plain'),
-    (hash_nerf, 'auto', 'plain'), (hash_nerf, 'sparse', 'sparse'), (hash_nerf, 'plain', 'plain')])
-def test_backward_is_sparse_where_a_relu_makes_space_transparent(make, backward, expected):
+    (hash_nerf, 'auto', 'sparse'), (hash_nerf, 'sparse', 'sparse'), (hash_nerf, 'plain', 'plain')])
+def test_backward_is_sparse_unless_it_is_plain(make, backward, expected):
     raw = NetworkQuery(50, backward=backward).at_points(*points_and_directions(100), make())
     assert raw.grad_fn.name().startswith('SparseBackward') == (expected == 'sparse')
 
