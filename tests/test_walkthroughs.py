@@ -57,14 +57,21 @@ def test_blurred_weights_replace_one_call():
     assert not torch.equal(blurred['z_std'], original['z_std'])
 
 
-def test_a_proposal_network_is_trained():
+def test_a_proposal_network_is_trained_and_saved(tmp_path, monkeypatch):
     names = defined_by(block('class ProposalRenderer'), Renderer=Renderer, render_rays=run_nerf.render_rays)
-    renderer = names['ProposalRenderer'](encoded_nerf(D=2))
-    kwargs = kwargs_of(N_importance=0, network_fine=None, renderer=renderer)
-    measures = run_nerf.loss_and_gradient([8, 8, 8.0], None, 100, batch_of(20), kwargs)
-    assert measures.errors.keys() == {'coarse', 'fine'}
-    for network in (renderer.proposal, kwargs['network_fn']):
-        assert network.alpha_linear.weight.grad.any()
+    source = inspect.getsource(run_nerf.create_nerf)
+    (line,) = [line for line in source.splitlines(keepends=True) if 'GridRenderer(' in line]
+    source = source.replace(line, block('proposal = create_network'))
+    names = defined_by(source, **{**vars(run_nerf), **names})
+    monkeypatch.setattr(run_nerf, 'create_nerf', names['create_nerf'])
+    options = [*TINY, *NO_OUTPUTS, '--N_importance', 0, '--lrate', 1e-3, '--basedir', tmp_path]
+    states = []
+    for steps in (1, 3):  # the second run resumes
+        assert run(*options, '--N_iters', steps) == 0
+        states.append(read_state(tmp_path / f'demo/{steps:06d}.tar'))
+    for part, layer in (('renderer', 'proposal.alpha_linear.weight'), ('network_fn', 'alpha_linear.weight')):
+        first, last = (state[f'{part}_state_dict'][layer] for state in states)
+        assert not torch.equal(first, last) and torch.allclose(first, last, atol=0.01)
 
 
 def test_a_learned_encoding_is_trained_and_saved(tmp_path, monkeypatch):
@@ -87,8 +94,8 @@ def test_a_data_layout_is_registered_in_one_place(tmp_path, monkeypatch):
     poses[:, 2, 3] = np.linspace(3.8, 4.2, 5)
     np.savez(tmp_path / 'tiny_nerf_data.npz', images=rng.rand(5, 12, 10, 3), poses=poses, focal=12.0)
     names = defined_by(block('def load_npz_scene'))
-    monkeypatch.setitem(run_nerf.SCENE_LOADERS, 'npz', names['load_npz_scene'])
-    assert "'npz': load_npz_scene" in block('SCENE_LOADERS =')
+    names = defined_by(block('SCENE_LOADERS ='), **{**vars(run_nerf), **names})
+    monkeypatch.setattr(run_nerf, 'SCENE_LOADERS', names['SCENE_LOADERS'])
     options = [*TINY, '--dataset_type', 'npz', '--datadir', tmp_path, '--basedir', tmp_path, '--llffhold', 2]
     assert run(*options, '--N_iters', 2, '--i_testset', 2, '--i_video', 2) == 0
     assert run('--render_only', '--ft_path', tmp_path / 'demo/000002.tar', '--basedir', tmp_path) == 0
