@@ -276,21 +276,21 @@ def render_path(render_poses, hwf, K, chunk, render_kwargs, gt_imgs=None, savedi
 # --- set-up -------------------------------------------------------------------------------------------------
 
 def create_network(args, depth, width):
-    """Build a network with its encodings, a `RadianceField`, as the options say: the place to add another.
+    """Build the `RadianceField` that the options select, with its encodings. Add new networks here.
     Raises UserError for an unknown encoding."""
+    def embedder(option, multires, i):
+        try:
+            return get_embedder(multires, i)
+        except ValueError as error:
+            raise UserError(f'--{option}: {error}') from None
     i_views = args.i_embed_views
     if i_views is None:
         i_views = 2 if args.i_embed == 1 else args.i_embed
-    try:
-        views = get_embedder(args.multires_views, i_views) if args.use_viewdirs else (None, 0)
-        if args.i_embed == 1:
-            grid = HashGrid(args.n_levels, args.finest_res, args.log2_hashmap_size, args.n_features)
-            return HashNeRF(grid, *views)
-        if args.i_embed == 2:
-            raise ValueError('found encoding 2 of positions, expected 0 (positional), 1 (hash) or -1 (none)')
-        encoding, input_ch = get_embedder(args.multires, args.i_embed)
-    except ValueError as error:
-        raise UserError(f'--i_embed, --i_embed_views: {error}; 1 is the hash grid of positions') from None
+    views = embedder('i_embed_views', args.multires_views, i_views) if args.use_viewdirs else (None, 0)
+    if args.i_embed == 1:
+        grid = HashGrid(args.n_levels, args.finest_res, args.log2_hashmap_size, args.n_features)
+        return HashNeRF(grid, *views)
+    encoding, input_ch = embedder('i_embed', args.multires, args.i_embed)
     return EncodedNeRF(encoding, views[0], D=depth, W=width, input_ch=input_ch, input_ch_views=views[1],
                        skips=[4], output_ch=5 if args.N_importance > 0 else 4, use_viewdirs=args.use_viewdirs)
 
@@ -486,7 +486,7 @@ def train(args, console):
 
 
 def main(argv=None):
-    """Run the program; returns its exit code: 0, 1 for a failure, 2 for bad input, 128 + n for signal n."""
+    """Run the program; returns 0, 2 for errors that the user can fix, 1 for others, 128 + n for signal n."""
     with rank0_console() as console:
         args = config_parser().parse_args(argv)
         try:

@@ -143,8 +143,8 @@ def get_embedder(multires, i=0):
     elif i == 2:
         embedder = SphericalHarmonics()
     else:
-        raise ValueError(f'found encoding {i}, expected 0 (positional), -1 (none), or for directions '
-                         '2 (spherical harmonics)')
+        raise ValueError(f'found {i}, expected 0 (positional encoding), -1 (none), 1 (hash grid, positions '
+                         'only) or 2 (spherical harmonics, directions only)')
     return embedder, embedder.out_dim
 
 
@@ -245,7 +245,7 @@ class RadianceField(nn.Module):
     """
     W = 256  # Width of the hidden layers; narrow ones do not gain from bfloat16.
     adam_options = {'betas': (0.9, 0.999)}  # noqa: RUF012 - read only
-    keep_activations = False  # Whether the activations of all samples of a step fit in memory.
+    keep_activations = False  # Whether `--backward auto` stores activations: small networks only.
 
     def forward(self, points, viewdirs=None):
         """Points [N, 3] and unit directions [N, 3] or None to raw [N, 4 or more]: three colour logits and a
@@ -261,7 +261,10 @@ class RadianceField(nn.Module):
         return None
 
     def reset_parameters(self):
-        """Reinitialise all layers and encodings."""
+        """Reinitialise all layers and encodings. A network with parameters of its own overrides this."""
+        if any(True for _ in self.parameters(recurse=False)):
+            raise NotImplementedError(f'{type(self).__name__} has parameters of its own: override '
+                                      'reset_parameters')
         for module in self.modules():
             if module is not self and any(True for _ in module.parameters(recurse=False)):
                 module.reset_parameters()

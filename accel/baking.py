@@ -2,7 +2,7 @@
 
 Coarse cells that may hold something are divided into small ones, which are evaluated at their centres.
 Centres miss small blobs: where the density before its ReLU is just below 0, ripples of the encoding rise
-above it, and one sample there counts for its whole interval. Small cells just below 0 are therefore evaluated
+above it, and one sample there counts for its whole interval. So small cells slightly below 0 are evaluated
 at eight more points, and kept if one of these exceeds half the threshold.
 """
 import torch
@@ -34,8 +34,8 @@ def bake(raw_optical_depth, aabb, max_cells):
       raw_optical_depth: function of points [M, 3] that returns the density before its ReLU, multiplied by the
         length of a coarse interval [M].
       aabb: bounding box of the grid [2, 3].
-      max_cells: the lowest of THRESHOLDS is used that leaves at most this many small cells for each coarse
-        cell.
+      max_cells: the grid has at most this many small cells per coarse cell, on average: the lowest of
+        THRESHOLDS that allows it is used.
     Returns:
       a `CellGrid` of BAKING_RESOLUTION times up to MAX_DIVISIONS cells along each side.
     """
@@ -50,14 +50,14 @@ def bake(raw_optical_depth, aabb, max_cells):
     steps = cell_indices([divisions] * 3, aabb.device)
     cells = (divided.nonzero()[:, None] * divisions + steps).reshape(-1, 3)
     cells = (cells[:, 0] * grid.resolution + cells[:, 1]) * grid.resolution + cells[:, 2]             # [M]
-    in_centers = raw_optical_depth(grid.cell_points(cells, 0.5))
+    at_centers = raw_optical_depth(grid.cell_points(cells, 0.5))
     occupied = torch.zeros_like(grid.occupied)
-    occupied.view(-1)[cells] = exceeds(in_centers, MIN_OPTICAL_DEPTH)
+    occupied.view(-1)[cells] = exceeds(at_centers, MIN_OPTICAL_DEPTH)
     occupied = with_neighbours(occupied)
 
     # evaluate the other cells above the threshold at more points, those closest to 0 first
-    suspects = (exceeds(in_centers, threshold) & ~occupied.view(-1)[cells]).nonzero()[:, 0]
-    largest, order = in_centers[suspects].topk(min(len(suspects), MAX_SUSPECTS * coarse.numel()))
+    suspects = (exceeds(at_centers, threshold) & ~occupied.view(-1)[cells]).nonzero()[:, 0]
+    largest, order = at_centers[suspects].topk(min(len(suspects), MAX_SUSPECTS * coarse.numel()))
     cells = cells[suspects[order]]
     for position in cell_indices([2] * 3, aabb.device) / 2 + 0.25:
         largest = torch.maximum(largest, raw_optical_depth(grid.cell_points(cells, position)))

@@ -47,7 +47,7 @@ class Level(NamedTuple):
     query: NetworkQuery   # to evaluate networks with
     merge_length: float   # samples are merged in intervals of this length, a share of a cell's side
     max_cells: int        # for `bake`
-    otherwise: str        # how frames that fail the check at this level are rendered
+    fallback: str         # how frames that fail the check at this level are rendered
 
 
 class FastRenderer(Renderer):
@@ -98,7 +98,7 @@ class FastRenderer(Renderer):
             if level not in self.said:
                 self.said.add(level)
                 self.say(f'fast rendering: pixels would differ by up to {largest:.3f}, RMS {rms:.4f}, more '
-                         f'than {TOLERANCE} or {RMS_TOLERANCE}; such frames are rendered {level.otherwise}')
+                         f'than {TOLERANCE} or {RMS_TOLERANCE}; such frames are rendered {level.fallback}')
         return self.exact
 
     def grid(self, network, level, rays, N_samples, **kwargs):

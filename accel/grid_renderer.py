@@ -10,8 +10,8 @@ from run_nerf_helpers import disparity, split_rays
 
 # The grid is updated once in this many training steps.
 UPDATE_EVERY_N_STEPS = 16
-# Before this step, an update evaluates every cell.
-WARMUP_STEPS = 256
+# The first updates of a new grid, this many, evaluate every cell.
+WARMUP_UPDATES = 15
 # Without gradients, rays advance until they have about this many new samples altogether.
 SAMPLES_PER_ADVANCE = {'cpu': 2 ** 16, 'cuda': 2 ** 21}
 # Each advance takes at least this many samples of a ray, if it has them.
@@ -29,6 +29,7 @@ class GridRenderer(Renderer):
     def __init__(self, grid=None, seed=0):
         super().__init__()
         self.grid, self.seed = OccupancyGrid() if grid is None else grid, seed
+        self.register_buffer('num_updates', torch.tensor(0))  # since the grid was new
 
     def render_rays(self, ray_batch, network_fn, network_query_fn, N_samples, retraw=False, lindisp=False,
                     perturb=0., N_importance=0, network_fine=None, white_bkgd=False, raw_noise_std=0.,
@@ -44,7 +45,7 @@ class GridRenderer(Renderer):
           ValueError: retraw, lindisp, pytest or N_importance, which are not available.
         """
         if retraw or lindisp or pytest or N_importance:
-            raise ValueError('an occupancy grid has no retraw, lindisp, pytest or N_importance')
+            raise ValueError('GridRenderer does not support retraw, lindisp, pytest and N_importance')
         rays_o, rays_d, near, far, viewdirs = split_rays(ray_batch)
         near, far = near[:, 0], far[:, 0]
         step_size = self.grid.step_size(N_samples)
@@ -102,10 +103,13 @@ class GridRenderer(Renderer):
         def density(points):
             return torch.relu(network_query_fn.density(points, network_fn))
         generator = torch.Generator().manual_seed(self.seed + step)
-        self.grid.update(density, self.grid.step_size(N_samples), generator, all_cells=step < WARMUP_STEPS)
+        all_cells = bool(self.num_updates < WARMUP_UPDATES)
+        self.grid.update(density, self.grid.step_size(N_samples), generator, all_cells)
+        self.num_updates += 1
 
     def reset(self):
         self.grid.reset()
+        self.num_updates.zero_()
 
     def max_rays(self, device, N_samples, N_importance=0, **kwargs):
         """Any number: a training batch limits its samples itself, and SAMPLES_PER_ADVANCE those of frames."""

@@ -42,8 +42,8 @@ class HashNeRF(RadianceField):
       input_ch_views: size of the encoded direction.
     """
 
-    # Most table entries get a gradient in few steps only: a small eps lets each of them count. `fused` passes
-    # over the table once.
+    # Table entries get rare and tiny gradients; a small eps keeps Adam from damping them. `fused` updates the
+    # table in one pass.
     adam_options = {'betas': (0.9, 0.99), 'eps': 1e-15, 'fused': True}  # noqa: RUF012 - read only
     keep_activations = True
     W = HIDDEN_WIDTH

@@ -12,8 +12,8 @@ class NetworkQuery:
       precision: 'bf16' for bfloat16 products in the hidden layers. 'fp32' and 'tf32' are the same here: TF32
         is a global setting of torch (`pick_precision`).
       backward: 'sparse' keeps no activations and backpropagates only through samples that have a gradient,
-        see `accel/sparse_backward.py`; 'plain' is ordinary backpropagation; 'auto' is sparse, but keeps the
-        activations of small networks and uses them where most samples have a gradient.
+        see `accel/sparse_backward.py`; 'plain' is ordinary backpropagation; 'auto' is sparse, and networks
+        with `keep_activations` store activations, for steps in which most samples have a gradient.
     """
 
     def __init__(self, netchunk=1024 * 64, precision='fp32', backward='auto'):
@@ -52,7 +52,8 @@ class NetworkQuery:
                 return evaluate_with_activations(evaluate, inputs, chunk)
             keep_activations = self.backward == 'auto' and network.keep_activations
             return SparseBackward.apply(evaluate, chunk, keep_activations, inputs, *parameters)
-        # the outermost autocast keeps the weights that it has cast: one around all chunks casts them once
+        # Autocast forgets the weights that it has cast when its outermost context ends. This one, which does
+        # nothing else, makes them last for all chunks.
         with torch.autocast(inputs.device.type, enabled=False):
             return evaluate_in_chunks(evaluate, inputs, chunk)
 

@@ -56,16 +56,16 @@ def composite(raw, t, ray_indices, step_sizes, offsets):
 
 
 def composite_reference(raw, t, ray_indices, step_sizes, offsets, optical_depth=None):
-    """The reference implementation. `optical_depth` [N_rays] is that in front of the samples, 0 if not
-    given."""
-    optical_depths = torch.relu(raw[:, 3]) * step_sizes[ray_indices]                   # of each sample [M]
+    """The reference implementation. `optical_depth` [N_rays] has been accumulated in front of these samples;
+    0 if not given."""
+    sample_depths = torch.relu(raw[:, 3]) * step_sizes[ray_indices]                   # of each sample [M]
     # sums over the samples in front, by differences of a sum over all rays, which needs float64
-    total = torch.cat([optical_depths.new_zeros(1, dtype=torch.float64), optical_depths.double().cumsum(0)])
+    total = torch.cat([sample_depths.new_zeros(1, dtype=torch.float64), sample_depths.double().cumsum(0)])
     in_front = (total[:-1] - total[offsets[:-1]][ray_indices]).to(raw.dtype)
     if optical_depth is not None:
         in_front = in_front + optical_depth[ray_indices]
     visible = ~(in_front.detach() > MAX_OPTICAL_DEPTH)  # NaN counts as visible
-    weights = torch.exp(-in_front) * (1 - torch.exp(-optical_depths))
+    weights = torch.exp(-in_front) * (1 - torch.exp(-sample_depths))
     weights = torch.where(visible, weights, torch.zeros_like(weights))
     values = torch.cat([torch.sigmoid(raw[:, :3]), torch.ones_like(t)[:, None], t[:, None]], -1)  # [M, 5]
     out = raw.new_zeros(len(step_sizes), OUT_CHANNELS).index_add(0, ray_indices, weights[:, None] * values)
@@ -87,8 +87,8 @@ def composite_onto(raw, t, ray_indices, step_sizes, offsets, optical_depth, out)
                     MAX_OPTICAL_DEPTH, optical_depth, out, None)
         return out, optical_depth
     added, _ = composite_reference(raw, t, ray_indices, step_sizes, offsets, optical_depth)
-    optical_depths = torch.relu(raw[:, 3]) * step_sizes[ray_indices]
-    return out + added, optical_depth.index_add(0, ray_indices, optical_depths)
+    sample_depths = torch.relu(raw[:, 3]) * step_sizes[ray_indices]
+    return out + added, optical_depth.index_add(0, ray_indices, sample_depths)
 
 
 class CompiledComposite(torch.autograd.Function):

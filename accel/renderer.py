@@ -6,7 +6,7 @@ and submodules are trained, saved and moved like those of any other module.
 """
 from torch import nn
 
-# Rays are rendered in parts of at most this many samples, those of the last network, on each type of device.
+# At most this many samples of the last network are rendered at once, by type of device.
 MAX_SAMPLES = {'cpu': 2 ** 18, 'cuda': 2 ** 22}
 
 

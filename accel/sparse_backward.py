@@ -1,14 +1,13 @@
 """Backpropagation through the samples that have a gradient, and no others.
 
-Where the density before its ReLU is not positive, a sample is transparent, and the gradients of its colour
-and density are exactly zero. In training that soon holds for most samples. So the forward pass keeps
-nothing but its inputs; the backward pass selects the points where the gradient of `raw` is not zero,
-evaluates the network there once more, and differentiates that. The gradient is the same. With F the cost of
-a forward pass and p the share of such points, a step costs F(1 + 3p) instead of 3F, and its memory depends
-on the size of a chunk only.
+The gradient of `raw` is exactly zero at samples whose density before its ReLU is not positive, and at samples
+hidden behind a surface: in training soon at most of them. So the forward pass stores only its inputs. The
+backward pass selects the points where the gradient is not zero, evaluates the network there again, and
+differentiates that. The gradient is the same. With F the cost of a forward pass and p the fraction of these
+points, a step costs F(1 + 3p) instead of 3F, and activations take the memory of one chunk.
 
-The activations of small networks fit in memory. The forward pass keeps them, and where many points have a
-gradient, the backward pass uses them: that costs 3F whatever p is.
+With `keep_activations` the forward pass stores the activations too, and each backward pass takes the cheaper
+way: it evaluates the network again if p < 2/3, and otherwise uses them.
 """
 import math
 
@@ -17,8 +16,8 @@ import torch
 # On a CPU, chunks are padded to one of this many lengths: oneDNN compiles a kernel for each new number of
 # rows and keeps hundreds of them, which costs more time and memory than a few superfluous rows.
 CHUNK_LENGTHS = 32
-# To evaluate the network again is cheaper than to use the activations if fewer points than this fraction have
-# a gradient: F(1 + 3p) < 3F.
+# Evaluating the network again is cheaper than using stored activations if fewer points than this fraction
+# have a gradient: F(1 + 3p) < 3F.
 RECOMPUTE_BELOW = 2 / 3
 
 
@@ -45,7 +44,7 @@ class SparseBackward(torch.autograd.Function):
         to_inputs = ctx.needs_input_grad[3]
         grad_inputs = torch.zeros_like(inputs) if to_inputs else None
         sums = [None] * len(parameters)
-        for rows, leaf, raw in SparseBackward.evaluations(ctx, inputs, grad_raw):
+        for rows, leaf, raw in SparseBackward.differentiable_parts(ctx, inputs, grad_raw):
             wanted = [*parameters, leaf] if to_inputs else parameters
             grads = torch.autograd.grad(raw, wanted, grad_raw[rows], allow_unused=True)
             if to_inputs:
@@ -55,16 +54,16 @@ class SparseBackward(torch.autograd.Function):
         return None, None, None, grad_inputs, *sums
 
     @staticmethod
-    def evaluations(ctx, inputs, grad_raw):
-        """Yield rows of `inputs`, a leaf with their values, and `fn` of it as a function of the leaf and the
-        parameters: together all rows that have a gradient."""
-        with_gradient = (grad_raw != 0).any(-1).nonzero().squeeze(-1)  # NaN is not 0: it is kept and noticed
+    def differentiable_parts(ctx, inputs, grad_raw):
+        """Yield (rows, leaf, raw): an index of rows, a leaf tensor with these rows of `inputs`, and
+        `fn(leaf)` with its graph. Together they cover all rows that have a gradient."""
+        with_gradient = (grad_raw != 0).any(-1).nonzero().squeeze(-1)  # NaN != 0, so NaN is passed on
         kept, ctx.kept = ctx.kept, None
         if kept and len(with_gradient) >= RECOMPUTE_BELOW * len(inputs):
             raw, leaf = kept
             yield slice(None), leaf, raw
             return
-        del kept  # the activations are in the way
+        del kept  # frees the stored activations
         for rows in with_gradient.split(ctx.chunk) if len(with_gradient) else ():
             leaf = inputs[rows].detach().requires_grad_(ctx.needs_input_grad[3])
             with torch.enable_grad():

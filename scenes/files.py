@@ -1,6 +1,7 @@
 """Reading and writing files: clear errors when reading, atomic replacement when writing."""
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,8 +44,8 @@ def read_array(path):
 
 
 def partial_path(path):
-    """The temporary path beside `path` for content that is not complete yet."""
-    return path.with_name(f'.{path.stem}{PARTIAL}{path.suffix}')
+    """The temporary path beside `path` for content that this process has not completed yet."""
+    return path.with_name(f'.{path.stem}{PARTIAL}{os.getpid()}{path.suffix}')
 
 
 @contextmanager
@@ -86,12 +87,27 @@ def atomic_folder(path):
 
 
 def remove_partial_files(folder):
-    """Remove the temporary files and folders that killed processes left in `folder` and its subfolders."""
+    """Remove the temporary files and folders that this process, and others that have ended, left in `folder`
+    and its subfolders."""
     for path in list(Path(folder).rglob(f'.*{PARTIAL}*')):
+        pid = re.search(rf'{re.escape(PARTIAL)}(\d+)', path.name)
+        if pid and int(pid[1]) != os.getpid() and is_running(int(pid[1])):
+            continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def is_running(pid):
+    """Whether the process `pid` of this machine is running."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def write_text(path, text):

@@ -215,7 +215,7 @@ def test_near_not_below_far(capsys, options, bounds):
 
 @pytest.mark.parametrize('option, value', [
     ('--N_samples', 0), ('--N_rand', -1), ('--N_iters', 'many'), ('--lrate', 'nan'), ('--precrop_frac', 1.5),
-    ('--near', -1), ('--chunk', 0), ('--i_embed', 7)])
+    ('--near', -1), ('--chunk', 0), ('--i_embed', 7), ('--i_embed', 2)])
 def test_values_out_of_range(capsys, options, option, value):
     assert_refused(capsys, [*options('blender'), option, value], option, value)
 

@@ -1,5 +1,8 @@
 """Checkpoints: damaged files, exact round trips, older files, and when one is due."""
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,8 +10,11 @@ import pytest
 import torch
 from conftest import GOLDEN, needs_golden
 
+from accel.grid_renderer import GridRenderer
+from accel.occupancy import OccupancyGrid
 from run_nerf_helpers import NeRF
 from scenes.errors import UserError
+from scenes.files import remove_partial_files
 from training import checkpoints
 from training.checkpoints import (
     Checkpoints,
@@ -41,15 +47,8 @@ class Counter:
         self.count = state['count']
 
 
-class Grid(torch.nn.Module):
-    """The state of a renderer with an occupancy grid."""
-
-    def __init__(self):
-        super().__init__()
-        self.grid = torch.nn.Module()
-        self.grid.register_buffer('aabb', torch.zeros(2, 3))
-        self.grid.register_buffer('occs', torch.zeros(4, 4, 4))
-        self.grid.register_buffer('occupied', torch.ones(4, 4, 4, dtype=torch.bool))
+def small_renderer():
+    return GridRenderer(OccupancyGrid(4))
 
 
 def options(*args):
@@ -178,7 +177,7 @@ def test_which_checkpoint_is_loaded(saved, tmp_path):
 # --- round trips --------------------------------------------------------------------------------------------
 
 def test_everything_is_restored(tmp_path):
-    parts = make_parts(renderer=Grid(), ray_sampler=Counter(3), safeguards=None)
+    parts = make_parts(renderer=small_renderer(), ray_sampler=Counter(3), safeguards=None)
     parts['renderer'].grid.occs.fill_(0.25)
     keeper(tmp_path, parts=parts).save(7)
     expected = torch.rand(3)
@@ -186,7 +185,7 @@ def test_everything_is_restored(tmp_path):
     assert path.name == '000007.tar' and state['steps_done'] == state['global_step'] == 7
     assert 'safeguards_state_dict' not in state and equal(state['camera'], CAMERA)
 
-    restored = make_parts(seed=1, renderer=Grid(), ray_sampler=Counter(), safeguards=Counter(5))
+    restored = make_parts(seed=1, renderer=small_renderer(), ray_sampler=Counter(), safeguards=Counter(5))
     restore(path, state, restored)
     restore_random_state(state, seed=0)
     for name in ('network_fn', 'network_fine', 'optimizer', 'renderer', 'ray_sampler'):
@@ -199,7 +198,7 @@ def test_everything_is_restored(tmp_path):
 
 @pytest.mark.parametrize('change, match', [
     ({'network_fine': None}, None), ({'optimizer': None}, None),
-    ({'renderer': Grid()}, 'renderer_state_dict'),
+    ({'renderer': small_renderer()}, 'renderer_state_dict'),
     ({'network_fn': torch.nn.Linear(3, 4)}, 'network_fn_state_dict does not fit')])
 def test_parts_that_do_not_fit_are_named(saved, change, match):
     path, state = load_newest(saved)
@@ -274,33 +273,36 @@ def test_nerf_pytorch():
 @pytest.mark.parametrize('with_grid', [False, True])
 def test_format_1(tmp_path, with_grid):
     """The occupancy grid was part of the network, and the safeguards were called health."""
-    parts, grid = make_parts(), Grid()
-    grid.grid.occs.fill_(0.5)
+    parts, renderer = make_parts(), small_renderer()
+    renderer.grid.occs.fill_(0.5)
+    renderer.num_updates.fill_(2)
     network = parts['network_fn'].state_dict()
     if with_grid:
         old_names = {'grid.aabb': 'aabb', 'grid.occs': 'opacity', 'grid.occupied': 'occupied'}
-        network.update({f'occupancy.{old_names[key]}': value for key, value in grid.state_dict().items()})
+        network.update({f'occupancy.{old_names[key]}': value for key, value in renderer.state_dict().items()
+                        if key in old_names})
         network['occupancy.samples_of_a_ray'] = torch.tensor(19.25)
-    torch.save({'global_step': 5, 'network_fn_state_dict': network,
+    torch.save({'global_step': 37, 'network_fn_state_dict': network,
                 'network_fine_state_dict': parts['network_fine'].state_dict(),
                 'optimizer_state_dict': parts['optimizer'].state_dict(), 'with_gradient': {'coarse': 0.5},
                 'random_state': {'cpu': torch.get_rng_state(), 'cuda': []}, 'args': {'seed': 0},
                 'camera': CAMERA, 'health': {'count': 2} if with_grid else {}, 'format': 1},
                tmp_path / 'old.tar')
     state = read_checkpoint(tmp_path / 'old.tar')
-    assert state['steps_done'] == 5 and not {'health', 'with_gradient'} & state.keys()
+    assert state['steps_done'] == 37 and not {'health', 'with_gradient'} & state.keys()
     assert ('safeguards_state_dict' in state) == with_grid
-    restored = make_parts(seed=1, renderer=Grid() if with_grid else torch.nn.Module(), safeguards=Counter())
+    restored = make_parts(seed=1, renderer=small_renderer() if with_grid else torch.nn.Module(),
+                          safeguards=Counter())
     restore(tmp_path / 'old.tar', state, restored)
     for name in ('network_fn', 'network_fine', 'optimizer'):
         assert equal(restored[name].state_dict(), parts[name].state_dict())
     if with_grid:
-        assert equal(restored['renderer'].state_dict(), grid.state_dict())
+        assert equal(restored['renderer'].state_dict(), renderer.state_dict())
         assert restored['safeguards'].count == 2
         assert state['ray_sampler_state_dict'] == {'mean_samples': 19.25}
     else:
         with pytest.raises(UserError, match='renderer_state_dict'):
-            restore(tmp_path / 'old.tar', state, {'renderer': Grid()})
+            restore(tmp_path / 'old.tar', state, {'renderer': small_renderer()})
 
 
 # --- when one is due ----------------------------------------------------------------------------------------
@@ -367,6 +369,31 @@ def test_a_failed_save_is_reported_and_retried(tmp_path, clock, monkeypatch):
     kept.save_if_due(7)
     kept.save_if_due(8)
     assert steps_in(tmp_path) == [7]
+
+
+def test_a_checkpoint_of_i_weights_that_is_saved_late_is_kept(tmp_path, clock, monkeypatch):
+    def fail(*_):
+        raise OSError(28, 'No space left on device')
+    kept = keeper(tmp_path, '--i_weights', 5, '--N_iters', 99, '--save_minutes', 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, 'write', fail)
+        kept.save_if_due(5)
+    for step in (6, 7, 8, 9, 11):
+        clock.seconds += 61
+        kept.save_if_due(step)
+    assert steps_in(tmp_path) == [6, 9, 11]
+
+
+def test_partial_files_of_running_processes_are_kept(tmp_path):
+    with subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE) as process:
+        names = [f'.frame.part{pid}.png' for pid in ('', os.getpid(), process.pid)]
+        for name in names:
+            (tmp_path / name).write_text('half')
+        remove_partial_files(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == names[2:]
+        process.communicate()
+    remove_partial_files(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_last_step_is_saved_once(tmp_path):

@@ -100,7 +100,7 @@ def test_opaque_rays_end_early(monkeypatch):
 @pytest.mark.parametrize('options', [{'retraw': True}, {'lindisp': True}, {'pytest': True},
                                      {'N_importance': 4}])
 def test_options_that_are_not_available(options):
-    with pytest.raises(ValueError, match='an occupancy grid has no'):
+    with pytest.raises(ValueError, match='GridRenderer does not support'):
         GridRenderer(occupied_grid(0.3)).render_rays(ray_batch(3), Fog(2.0), QUERY, N_SAMPLES, **options)
 
 
@@ -196,7 +196,7 @@ def test_only_update_changes_the_grid():
     torch.manual_seed(0)
     network, renderer = encoded_nerf(), GridRenderer(occupied_grid(0.3))
     kwargs, state = training_kwargs(network, renderer), state_of(renderer)
-    assert state.keys() == {'grid.aabb', 'grid.occs', 'grid.occupied'}
+    assert state.keys() == {'grid.aabb', 'grid.occs', 'grid.occupied', 'num_updates'}
     with torch.no_grad():
         renderer.render_rays(ray_batch(100), network, QUERY, N_SAMPLES)
     loss_and_gradient([8, 10], None, 1000, batch_of(100), kwargs)
@@ -206,7 +206,7 @@ def test_only_update_changes_the_grid():
         renderer.update(step, **kwargs)
     assert is_state_of(renderer, state)
     renderer.update(UPDATE_EVERY_N_STEPS, **kwargs)
-    assert not is_state_of(renderer, state)
+    assert not renderer.grid.occs.equal(state['grid.occs'])
 
 
 def test_the_grid_follows_the_network():
@@ -239,6 +239,18 @@ def test_reset_occupies_all_possible_cells():
     assert not is_state_of(renderer, state)
     renderer.reset()
     assert is_state_of(renderer, state) and renderer.grid.occupied.equal(possible)
+
+
+def test_after_a_reset_every_cell_is_evaluated_again(monkeypatch):
+    """Cells that have not been evaluated since are not taken for empty, however late the reset is."""
+    monkeypatch.setattr('accel.occupancy.MAX_UPDATED_CELLS', 512)
+    renderer, network = GridRenderer(OccupancyGrid(16)), Fog(2.0)
+    for step in range(0, 1600, UPDATE_EVERY_N_STEPS):
+        renderer.update(step, network, QUERY, N_SAMPLES)
+    assert renderer.grid.occupied.all()
+    renderer.reset()
+    renderer.update(1600, network, QUERY, N_SAMPLES)
+    assert renderer.grid.occupied.all()
 
 
 def test_a_renderer_is_a_module():

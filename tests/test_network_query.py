@@ -12,7 +12,7 @@ from tiny_networks import (
 )
 
 from accel.network_query import NetworkQuery
-from run_nerf_helpers import NeRF, run_network
+from run_nerf_helpers import NeRF, RadianceField, run_network
 
 CPU = torch.device('cpu')
 
@@ -105,6 +105,13 @@ def test_a_learned_encoding_is_trained(backward):
     NetworkQuery(50, backward=backward).at_points(*points_and_directions(100), network).sum().backward()
     optimizer.step()
     assert (network.encoding.linear.weight != before).all()
+
+
+def test_a_network_with_parameters_of_its_own_must_say_how_to_reset_them():
+    network = RadianceField()
+    network.scale = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(NotImplementedError, match='RadianceField has parameters of its own'):
+        network.reset_parameters()
 
 
 # --- precision ----------------------------------------------------------------------------------------------

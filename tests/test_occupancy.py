@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_grids import each_implementation, march, needs_compiler, occupied_grid, rays_around  # noqa: F401
 
 from accel import occupancy
-from accel.grid_renderer import UPDATE_EVERY_N_STEPS, WARMUP_STEPS
+from accel.grid_renderer import WARMUP_UPDATES
 from accel.occupancy import IMPOSSIBLE, MAX_CANDIDATES, OCC_THRE, OccupancyGrid
 
 both_implementations = pytest.mark.usefixtures('each_implementation')
@@ -161,10 +161,10 @@ def blob(points):
     return 40 * torch.exp(-(points ** 2).sum(-1) / 0.08)
 
 
-def update(grid, density, steps=WARMUP_STEPS, step_size=0.02):
-    """Update the grid as training does in its first `steps`."""
-    for step in range(0, steps, UPDATE_EVERY_N_STEPS):
-        grid.update(density, step_size, torch.Generator().manual_seed(step), all_cells=step < WARMUP_STEPS)
+def update(grid, density, num_updates=WARMUP_UPDATES, step_size=0.02):
+    """Update the grid as training does at first."""
+    for number in range(num_updates):
+        grid.update(density, step_size, torch.Generator().manual_seed(number), all_cells=True)
     return grid
 
 
@@ -195,7 +195,7 @@ def test_an_empty_scene_leaves_the_grid_full():
 def test_a_density_that_is_not_finite_does_not_stay(bad):
     """Once the network has recovered, the grid is that of its density."""
     grid = OccupancyGrid(16)
-    update(grid, lambda points: torch.full([len(points)], bad), steps=1)
+    update(grid, lambda points: torch.full([len(points)], bad), num_updates=1)
     assert torch.isfinite(grid.occs).all()
     grid.reset()
     assert update(grid, blob).occupied.equal(update(OccupancyGrid(16), blob).occupied)
@@ -233,7 +233,7 @@ def test_later_updates_evaluate_a_bounded_number_of_cells(monkeypatch):
         evaluated.append(len(points))
         return blob(points)
     grid = update(OccupancyGrid(16), density)
-    assert sum(evaluated) == 16 ** 3 * (WARMUP_STEPS // UPDATE_EVERY_N_STEPS)
+    assert sum(evaluated) == 16 ** 3 * WARMUP_UPDATES
     evaluated.clear()
     grid.update(density, 0.02, torch.Generator(), all_cells=False)
     assert sum(evaluated) == 512

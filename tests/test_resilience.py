@@ -167,7 +167,7 @@ def test_a_signal_ends_rendering_without_a_traceback(two_steps, tmp_path, number
 def test_a_signal_abandons_a_video(tmp_path):
     process = start(*TINY, *NO_OUTPUTS, '--basedir', tmp_path, '--N_iters', 100, '--i_weights', 100,
                     '--i_video', 2, '--render_poses', endless_path(tmp_path))
-    wait_for(tmp_path / 'demo/.demo_spiral_000002_rgb.part.mp4', process)
+    wait_for(tmp_path / f'demo/.demo_spiral_000002_rgb.part{process.pid}.mp4', process)
     process.send_signal(signal.SIGINT)
     exit_code, output = finish(process)
     assert exit_code == 130 and (tmp_path / 'demo/000002.tar').is_file(), output

@@ -29,7 +29,7 @@ REQUIRED_PARTS = ('network_fn', 'network_fine', 'optimizer')
 PLAIN_TYPES = (str, int, float, list, type(None))
 # A failed save is retried after this many seconds.
 SAVE_RETRY_SECONDS = 30.0
-# Of the checkpoints that are due to --save_minutes alone, this many of the newest are kept.
+# Of the checkpoints saved only because of --save_minutes, this many of the newest are kept.
 TIMED_CHECKPOINTS_KEPT = 2
 
 
@@ -95,6 +95,8 @@ def convert_older(state):
         grid['occs'] = grid.pop('opacity')
         state['network_fn_state_dict'] = network
         state['renderer_state_dict'] = {f'grid.{key}': value for key, value in grid.items()}
+        num_updates = state['steps_done'] // 16  # the grid was updated every 16 steps
+        state['renderer_state_dict']['num_updates'] = torch.tensor(num_updates)
         state['ray_sampler_state_dict'] = {'mean_samples': mean_samples}
     return state
 
@@ -285,7 +287,8 @@ class Checkpoints:
         self.folder, self.parts, self.args, self.camera = Path(folder), parts, args, camera
         self.newest, self.saved_step, self.say, self.is_main = start_path, start, say, is_main
         self.saved_at, self.retry_at = time.monotonic(), None
-        self.timed = []  # paths of checkpoints that were due to --save_minutes alone
+        self.timed = []  # paths of checkpoints that were saved only because of --save_minutes
+        self.missed = False  # whether a checkpoint of --i_weights has failed and is still to be saved
 
     def path_of(self, step):
         """Where the checkpoint of a step is."""
@@ -313,13 +316,15 @@ class Checkpoints:
         except OSError as error:
             self.saved_at = time.monotonic()
             self.retry_at = self.saved_at + SAVE_RETRY_SECONDS
+            self.missed = self.missed or step % self.args.i_weights == 0
             retry = '' if is_last else '; training continues and will retry'
             self.say(f'{path}: not written ({error.strerror}){retry}')
             remove_partial_files(self.folder)
             return None
         self.newest, self.saved_step = path, step
         self.saved_at, self.retry_at = time.monotonic(), None
-        if step % self.args.i_weights and not is_last:
+        was_missed, self.missed = self.missed, False
+        if step % self.args.i_weights and not is_last and not was_missed:
             self.timed.append(path)
             for old in self.timed[:-TIMED_CHECKPOINTS_KEPT]:
                 with contextlib.suppress(OSError):

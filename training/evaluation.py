@@ -24,7 +24,8 @@ from training.outputs import (
 )
 from training.signals import Stopped
 
-# Rendering the held-out view takes at most about this fraction of the training time of --N_rand rays a step.
+# Rendering the held-out view takes at most about this fraction of the training time, if steps have --N_rand
+# rays.
 VIEW_FRACTION = 0.02
 # Rendering a ray costs at most this fraction of training on it: training adds a backward pass, cheap if
 # sparse.

@@ -21,7 +21,7 @@ class FrameRenderer:
       render_kwargs: arguments of `render`.
       render_factor: divides image size and intrinsics (0 as 1).
       view_kwargs: arguments of `render` for `render_view`; those of `render_kwargs` if not given.
-      processes: the `Processes` that render, each another frame.
+      processes: the `Processes` that render, each a different frame.
       stop: a `StopRequest`; its signal interrupts rendering with `Stopped`. None if there is none.
       settings: plain values that affect frames, for their fingerprint.
     """

@@ -105,8 +105,11 @@ class OptionParser(configargparse.ArgumentParser):
         if args.occupancy_grid and args.lindisp:
             self.error('argument --lindisp: not available with --occupancy_grid, whose steps are equal')
         if args.random_bkgd and args.i_embed == 1 and not args.occupancy_grid:
-            self.error('argument --random_bkgd: needs --occupancy_grid with --i_embed 1, whose density is '
-                       'never 0, so that the interval behind the last sample is opaque')
+            self.error('argument --random_bkgd: needs --occupancy_grid if --i_embed is 1: the density of '
+                       'hash networks is never 0, so the unbounded last interval would always be opaque')
+        if args.i_embed == 2:
+            self.error('argument --i_embed: found 2, expected 0, 1 or -1; spherical harmonics encode '
+                       'directions, see --i_embed_views')
         if args.aabb is not None and not all(low < high for low, high in zip(args.aabb[:3], args.aabb[3:])):
             found = ' '.join(f'{x:g}' for x in args.aabb)
             self.error(f'argument --aabb: found {found}, expected X0 < X1, Y0 < Y1, Z0 < Z1')
@@ -270,8 +273,8 @@ def _training_options(parser):
              'the device, fp32 in exact rendering')
     add('--backward', affects='nothing', choices=['auto', 'sparse', 'plain'], default='auto',
         help='sparse: store no activations and backpropagate only through samples that have a gradient; '
-             'plain: ordinary backpropagation; auto: sparse, but hash networks store activations'
-             ' and use them where most samples have a gradient')
+             'plain: ordinary backpropagation; auto: sparse, and hash networks store activations '
+             'for steps in which most samples have a gradient')
     add('--no_reload', affects='nothing', action=BooleanSwitch, default=False,
         help='start from scratch even if there are checkpoints')
     add('--no_restart', affects='training', action=BooleanSwitch, default=False,

@@ -65,8 +65,8 @@ class Processes:
         # a group that is still referenced keeps threads, which may crash the exit of Python
         self.control = None
         # NCCL waits for all ranks here, so a rank that leaves on its own skips it
-        leaves_alone = self.lost or exception_type is not None
-        if self.size > 1 and not (leaves_alone and torch.cuda.is_available()):
+        leaves_early = self.lost or exception_type is not None
+        if self.size > 1 and not (leaves_early and torch.cuda.is_available()):
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
 
@@ -173,7 +173,7 @@ class Processes:
     # --- rendering: rank 0 hands out frames, the others serve ---
 
     def render_all(self, render, poses):
-        """Called by rank 0 while the others `serve`: `render(pose)` for up to `size` poses, each in another
+        """Called by rank 0 while the others `serve`: `render(pose)` for up to `size` poses, each in its own
         process. Returns the results in order. Errors and `Stopped` of any process are raised here."""
         if self.size == 1:
             return [render(pose) for pose in poses]
