@@ -199,7 +199,8 @@ def in_format_1(state):
     state.update(health=safeguards, with_gradient={'coarse': 0.25})
     mean_samples = state.pop('ray_sampler_state_dict')['mean_samples']
     old_names = {'grid.aabb': 'aabb', 'grid.occs': 'opacity', 'grid.occupied': 'occupied'}
-    grid = {f'occupancy.{old_names[key]}': value for key, value in state.pop('renderer_state_dict').items()}
+    renderer = state.pop('renderer_state_dict')
+    grid = {f'occupancy.{old}': renderer[new] for new, old in old_names.items() if new in renderer}
     if grid:
         grid['occupancy.samples_of_a_ray'] = torch.tensor(mean_samples)
     state['network_fn_state_dict'].update(grid)
