@@ -282,7 +282,7 @@ def create_network(args, depth, width):
         try:
             return get_embedder(multires, i)
         except ValueError as error:
-            raise UserError(f'--{option}: {error}') from None
+            raise UserError(f'--{option}: {error}; --i_embed 1 is the hash grid') from None
     i_views = args.i_embed_views
     if i_views is None:
         i_views = 2 if args.i_embed == 1 else args.i_embed

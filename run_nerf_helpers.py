@@ -143,8 +143,8 @@ def get_embedder(multires, i=0):
     elif i == 2:
         embedder = SphericalHarmonics()
     else:
-        raise ValueError(f'found {i}, expected 0 (positional encoding), -1 (none), 1 (hash grid, positions '
-                         'only) or 2 (spherical harmonics, directions only)')
+        raise ValueError(f'found encoding {i}, expected 0 (positional), -1 (none) or, for directions only, '
+                         '2 (spherical harmonics)')
     return embedder, embedder.out_dim
 
 
