@@ -276,21 +276,21 @@ def render_path(render_poses, hwf, K, chunk, render_kwargs, gt_imgs=None, savedi
 # --- set-up -------------------------------------------------------------------------------------------------
 
 def create_network(args, depth, width):
-    """Build the `RadianceField` that the options select, with its encodings. Add new networks here.
-    Raises UserError for an unknown encoding."""
+    """Build the `RadianceField` that the options select. Raises UserError for an unknown encoding."""
     def embedder(option, multires, i):
         try:
             return get_embedder(multires, i)
         except ValueError as error:
             raise UserError(f'--{option}: {error}; --i_embed 1 is the hash grid') from None
-    i_views = args.i_embed_views
-    if i_views is None:
-        i_views = 2 if args.i_embed == 1 else args.i_embed
+    if args.i_embed == 1:
+        encoding = HashGrid(args.n_levels, args.finest_res, args.log2_hashmap_size, args.n_features)
+    else:
+        encoding, input_ch = embedder('i_embed', args.multires, args.i_embed)
+    default = 2 if args.i_embed == 1 else args.i_embed
+    i_views = default if args.i_embed_views is None else args.i_embed_views
     views = embedder('i_embed_views', args.multires_views, i_views) if args.use_viewdirs else (None, 0)
     if args.i_embed == 1:
-        grid = HashGrid(args.n_levels, args.finest_res, args.log2_hashmap_size, args.n_features)
-        return HashNeRF(grid, *views)
-    encoding, input_ch = embedder('i_embed', args.multires, args.i_embed)
+        return HashNeRF(encoding, *views)
     return EncodedNeRF(encoding, views[0], D=depth, W=width, input_ch=input_ch, input_ch_views=views[1],
                        skips=[4], output_ch=5 if args.N_importance > 0 else 4, use_viewdirs=args.use_viewdirs)
 
