@@ -187,12 +187,12 @@ def test_everything_is_restored(tmp_path):
 
     restored = make_parts(seed=1, renderer=small_renderer(), ray_sampler=Counter(), safeguards=Counter(5))
     restore(path, state, restored)
-    restore_random_state(state, seed=0)
+    restore_random_state(state, 0, torch.device('cpu'))
     for name in ('network_fn', 'network_fine', 'optimizer', 'renderer', 'ray_sampler'):
         assert equal(restored[name].state_dict(), parts[name].state_dict()), name
     assert restored['safeguards'].count == 5
     assert torch.equal(torch.rand(3), expected)
-    restore_random_state(state, seed=1)
+    restore_random_state(state, 1, torch.device('cpu'))
     assert not torch.equal(torch.rand(3), expected)
 
 

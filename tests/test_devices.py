@@ -29,12 +29,22 @@ def test_each_process_takes_the_gpu_of_its_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    monkeypatch.setattr('training.devices.problem_of', lambda device: None)
     assert pick_device('auto') == torch.device('cuda')
     monkeypatch.setenv('LOCAL_RANK', '1')
     assert pick_device('auto') == pick_device('cuda') == torch.device('cuda', 1) and chosen == [1, 1]
     monkeypatch.setenv('LOCAL_RANK', '2')
     with pytest.raises(UserError, match='found 2 GPUs, expected one for each process'):
         pick_device('auto')
+
+
+def test_a_gpu_that_does_not_work_is_not_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr('training.devices.problem_of', lambda device: 'no kernel image is available')
+    with pytest.warns(UserWarning, match=r'cannot use the GPU \(no kernel image is available\); the CPU is'):
+        assert pick_device('auto') == CPU
+    with pytest.raises(UserError, match=r'--device cuda: not available \(no kernel image is available\)'):
+        pick_device('cuda')
 
 
 # --- precision ----------------------------------------------------------------------------------------------

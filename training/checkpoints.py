@@ -228,13 +228,14 @@ def restore(path, state, parts, changed=()):
             raise UserError(f'{path}: its {key} does not fit these options ({reason})') from None
 
 
-def restore_random_state(state, seed):
-    """Restore torch's random state, so that a resumed run draws what an uninterrupted one would have drawn;
-    unless the checkpoint's run had another seed."""
+def restore_random_state(state, seed, device):
+    """Restore torch's random state, so that a resumed run on `device` draws what an uninterrupted one would
+    have drawn; unless the checkpoint's run had a different seed."""
     if state['args'].get('seed') == seed and 'random_state' in state:
         torch.set_rng_state(state['random_state']['cpu'])
-        for index, cuda_state in enumerate(state['random_state']['cuda'][:torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(cuda_state, index)
+        if device.type == 'cuda':  # a GPU that is not used is left alone: its driver may be too old for torch
+            for index, cuda_state in enumerate(state['random_state']['cuda'][:torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(cuda_state, index)
 
 
 def networks_of(render_kwargs):
@@ -259,7 +260,7 @@ def load_into(args, path, state, render_kwargs, optimizer):
     """
     parts = checkpoint_parts(render_kwargs, None if args.render_only else optimizer)
     restore(path, state, parts, changed_options(args, state))
-    restore_random_state(state, args.seed)
+    restore_random_state(state, args.seed, next(render_kwargs['network_fn'].parameters()).device)
     render_kwargs['pixel_centers'] = trained_pixel_centers(args, path, state)
     return state['steps_done']
 

@@ -1,5 +1,6 @@
 """Which device computes, and with which precision."""
 import os
+import warnings
 
 import torch
 
@@ -10,23 +11,40 @@ MIN_BF16_WIDTH = 64
 
 
 def pick_device(name):
-    """The torch device for `--device`.
+    """The torch device for `--device`; for 'auto' a GPU if there is one that works, otherwise the CPU.
 
     Raises:
       UserError: the device is not available.
     """
     if str(name) == 'auto':
-        return own_gpu() if torch.cuda.is_available() else torch.device('cpu')
+        device = own_gpu() if torch.cuda.is_available() else torch.device('cpu')
+        problem = problem_of(device)
+        if problem:
+            warnings.warn(f'this build of torch cannot use the GPU ({problem}); the CPU is used. See '
+                          'https://pytorch.org/get-started for builds that support it', stacklevel=2)
+            return torch.device('cpu')
+        return device
     try:
         device = torch.device(name)
+        problem = 'a device without memory' if device.type == 'meta' else None
         if device.type == 'cuda' and 'LOCAL_RANK' in os.environ:
-            return own_gpu()
-        if device.type == 'meta':
-            raise RuntimeError('a device without memory')
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device {name}: not available ({first_line(error)})') from None
+            device = own_gpu()
+    except RuntimeError as error:
+        problem = first_line(error)
+    problem = problem or problem_of(device)
+    if problem:
+        raise UserError(f'--device {name}: not available ({problem})')
     return device
+
+
+def problem_of(device):
+    """Why `device` cannot compute, one line; None if it can. A GPU may be present, but too old for this build
+    of torch."""
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except (RuntimeError, AssertionError) as error:
+        return first_line(error)
+    return None
 
 
 def own_gpu():
