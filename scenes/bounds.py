@@ -3,8 +3,8 @@
 A box is a tensor [2, 3]: lowest and highest corner. Cells divide each side of a box into `resolution`
 intervals.
 """
-import numpy as np
 import torch
+import torch.nn.functional as F
 
 from run_nerf_helpers import BoundedModule, ndc_rays, pixel_rays
 
@@ -21,6 +21,8 @@ MIN_VIEW_FRACTION = 0.25
 # A sphere reaches at most this much farther from its centre's pixel than focal length * radius / depth, up to
 # about 48 degrees off the optical axis.
 PERSPECTIVE_STRETCH = 1.5
+# This number of cells is projected into a view at once, so that intermediate results stay small.
+CELLS_AT_ONCE = 1 << 16
 
 
 def fit_bounds(modules, scene, ndc, resolution, aabb=None):
@@ -28,12 +30,12 @@ def fit_bounds(modules, scene, ndc, resolution, aabb=None):
     The other arguments are those of `find_bounds`."""
     bounded = [part for module in modules for part in module.modules() if isinstance(part, BoundedModule)]
     if bounded:
-        aabb, possible = find_bounds(scene, ndc, resolution, aabb)
+        aabb, possible = find_bounds(scene, ndc, resolution, aabb, bounded[0].aabb.device)
     for module in bounded:
         module.set_aabb(aabb, possible)
 
 
-def find_bounds(scene, ndc, resolution, aabb=None):
+def find_bounds(scene, ndc, resolution, aabb=None, device='cpu'):
     """The bounding box of a scene, and which of its cells may contain something.
 
     Images with alpha bound the scene by their visual hull (Laurentini 1994). Without alpha, and in NDC, the
@@ -45,6 +47,7 @@ def find_bounds(scene, ndc, resolution, aabb=None):
       resolution: number G of cells along a side.
       aabb: the box as six numbers, lowest corner first, if it is known. Cells of it that few views see are
         kept.
+      device: where the bounds are computed, and returned.
     Returns:
       aabb: [2, 3].
       possible: cells that may contain something, bool [G, G, G]; None for all.
@@ -53,6 +56,7 @@ def find_bounds(scene, ndc, resolution, aabb=None):
         box = box_of_rays(scene, ndc, scene.poses[scene.i_train])
     else:
         box = torch.tensor(aabb, dtype=torch.float32).view(2, 3)
+    box = box.to(device)
     if scene.alphas is None or ndc:
         return box, None
     if aabb is None:
@@ -64,7 +68,7 @@ def find_bounds(scene, ndc, resolution, aabb=None):
     centers, half = visual_hull(scene, box, resolution, keep_rarely_seen=aabb is not None)
     if len(centers) == 0:
         return box, None
-    possible = torch.zeros([resolution] * 3, dtype=torch.bool)
+    possible = torch.zeros([resolution] * 3, dtype=torch.bool, device=device)
     possible[((centers - box[0]) / (2 * half)).long().unbind(-1)] = True
     return box, possible
 
@@ -101,7 +105,7 @@ def visual_hull(scene, aabb, resolution, keep_rarely_seen=False):
         resolution, halvings = resolution // 2, halvings + 1
     centers, half = divide_box(aabb, resolution)
     centers = centers[in_visual_hull(scene, centers, half, keep_rarely_seen)]
-    octants = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)                   # [8, 3]
+    octants = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], device=aabb.device)] * 3)  # [8, 3]
     for _ in range(halvings):
         half = half / 2
         centers = (centers[:, None] + octants * half).reshape(-1, 3)
@@ -112,7 +116,7 @@ def visual_hull(scene, aabb, resolution, keep_rarely_seen=False):
 def divide_box(aabb, resolution):
     """Centres [resolution³, 3] of a box's cells, and half the extent [3] of a cell."""
     half = (aabb[1] - aabb[0]) / resolution / 2
-    index = torch.stack(torch.meshgrid(*[torch.arange(resolution)] * 3, indexing='ij'), -1).reshape(-1, 3)
+    index = torch.cartesian_prod(*[torch.arange(resolution, device=aabb.device)] * 3)
     return aabb[0] + (2 * index + 1) * half, half
 
 
@@ -131,43 +135,60 @@ def in_visual_hull(scene, centers, half, keep_rarely_seen=False):
     Returns:
       bool [N].
     """
-    radius = torch.linalg.vector_norm(half).item()
-    remaining = torch.arange(len(centers))
-    num_views, num_opaque = torch.zeros(len(centers)), torch.zeros(len(centers))
-    K = torch.as_tensor(scene.K, dtype=torch.float32)
-    size = torch.tensor([scene.W, scene.H])
+    device, radius = centers.device, torch.linalg.vector_norm(half).item()
+    num_views, num_opaque = torch.zeros(2, len(centers), dtype=torch.int32, device=device)
+    remaining = torch.ones(len(centers), dtype=torch.bool, device=device)
+    # operations on whole rows of coordinates, [3, N], are several times faster than on columns
+    parts = [part.split(CELLS_AT_ONCE, -1)
+             for part in (centers.T.contiguous(), num_views, num_opaque, remaining)]
+    frustum = [[0, 0, scene.near], [scene.W, scene.H, scene.far]]
+    first, last = torch.tensor(frustum, dtype=torch.float32, device=device)[..., None]  # [3, 1] each
+    K = torch.as_tensor(scene.K, dtype=torch.float32, device=device)
+    poses = (torch.from_numpy(scene.poses) * torch.tensor([1, -1, -1, 1])).to(device)  # y down, z forward
     for view in scene.i_train:
-        # the square of pixels that each cell's bounding sphere projects to, and the range of its depths
-        c2w = torch.from_numpy(scene.poses[view])
-        in_camera = (centers[remaining] - c2w[:, 3]) @ c2w[:, :3]                     # [N_remaining, 3]
-        depth = -in_camera[:, 2:]
-        nearest, farthest = depth - radius, depth + radius
-        focal = K.diagonal()[:2]
-        pixel = K[:2, 2] + in_camera[:, :2] * focal * torch.tensor([1.0, -1.0]) / depth.clamp(min=1e-6)
-        reach = PERSPECTIVE_STRETCH * focal.max() * radius / nearest.clamp(min=1e-6) + 1
-        low, high = pixel - reach, pixel + reach                                      # [N_remaining, 2]
-
-        in_range = (farthest > scene.near) & (nearest < scene.far)                    # [N_remaining, 1]
-        seen = (in_range & (high > 0) & (low < size)).all(-1).nonzero()[:, 0]
-        x0, y0 = torch.minimum(low[seen].clamp(min=0), size).long().T
-        x1, y1 = torch.minimum(high[seen].ceil().clamp(min=0), size).long().T
-        sums = summed_area_table(scene.alphas[view] > 0)
-        opaque = seen[sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0] > 0]
-        num_views[remaining[seen]] += 1
-        num_opaque[remaining[opaque]] += 1
-
-        ruled_out = ((nearest > scene.near) & (farthest < scene.far) & (low > 0) & (high < size)).all(-1)
-        ruled_out[opaque] = False
-        remaining = remaining[~ruled_out]
-    hull = torch.zeros(len(centers), dtype=torch.bool)
+        sums = summed_area_table(torch.from_numpy(scene.alphas[view]).to(device) > 0)
+        for part, part_views, part_opaque, part_remaining in zip(*parts, strict=True):
+            low, high = project_spheres(K, poses[view], part, radius)
+            # one comparison of the smallest distance takes less time than six comparisons
+            seen = torch.minimum(high - first, last - low).amin(0) > 0
+            seen_whole = torch.minimum(low - first, last - high).amin(0) > 0
+            corners = [x[:2].clamp(min=0).minimum(last[:2]).int() for x in (low, high.ceil())]
+            opaque = num_true(sums, *corners) > 0
+            part_views += seen
+            part_opaque += seen & opaque
+            part_remaining &= opaque | ~seen_whole
     if keep_rarely_seen:
-        hull[remaining] = num_opaque[remaining] > 0
-        return hull
-    hull[remaining] = num_opaque[remaining] > MIN_OPAQUE_FRACTION * num_views[remaining]
+        return remaining & (num_opaque > 0)
+    hull = remaining & (num_opaque > MIN_OPAQUE_FRACTION * num_views)
     return hull & (num_views > MIN_VIEW_FRACTION * num_views[hull].amax()) if hull.any() else hull
+
+
+def project_spheres(K, c2w, centers, radius):
+    """The smallest and largest x, y (in pixels) and depth of spheres around `centers` [3, N], [3, N] each, or
+    somewhat smaller and larger. In `c2w` [3, 4] y points down and z forward."""
+    # not a matrix product, which a GPU may compute with TF32
+    in_camera = (c2w[:, :3, None] * (centers - c2w[:, 3:])[:, None]).sum(0)            # [3, N]
+    depth, focal = in_camera[2:], K.diagonal()[:2, None]
+    nearest, farthest = depth - radius, depth + radius
+    pixel = K[:2, 2:] + in_camera[:2] * focal / depth.clamp(min=1e-6)                  # [2, N]
+    reach = PERSPECTIVE_STRETCH * focal.max() * radius / nearest.clamp(min=1e-6) + 1
+    return torch.cat([pixel - reach, nearest]), torch.cat([pixel + reach, farthest])
 
 
 def summed_area_table(mask):
     """Number of true values of `mask` [H, W] above and to the left of each pixel corner, [H + 1, W + 1]."""
-    sums = mask.cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
-    return torch.from_numpy(np.pad(sums, ((1, 0), (1, 0))))
+    return F.pad(mask.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32), (1, 0, 1, 0))
+
+
+def num_true(sums, first, last):
+    """Number of true values of a mask in rectangles, [N].
+
+    Args:
+      sums: the `summed_area_table` of the mask.
+      first, last: x and y of the rectangles' first and last pixel corners, int [2, N].
+    """
+    (x0, y0), (x1, y1), width, sums = first, last, sums.shape[1], sums.flatten()
+
+    def above_left(x, y):
+        return sums.index_select(0, y * width + x)  # faster than sums[y, x]
+    return above_left(x1, y1) - above_left(x1, y0) - above_left(x0, y1) + above_left(x0, y0)

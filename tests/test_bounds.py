@@ -2,10 +2,11 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from run_nerf_helpers import pixel_rays
-from scenes.bounds import box_of_rays, find_bounds
+from scenes.bounds import box_of_rays, find_bounds, num_true, summed_area_table
 
 # Centre of the ball in the test scene.
 BALL = torch.tensor([0.2, 0, 0])
@@ -49,6 +50,30 @@ def test_silhouettes_bound_the_scene():
     points = aabb[0] + centers / 32 * (aabb[1] - aabb[0])
     in_ball = torch.linalg.vector_norm(points - BALL, dim=-1) < 0.5
     assert possible.flatten()[in_ball].all() and possible.float().mean() < 0.7
+
+
+def test_rectangles_are_counted():
+    mask = torch.rand(7, 9, generator=torch.Generator().manual_seed(0)) > 0.5
+    rectangles = [(0, 0, 9, 7), (2, 3, 5, 4), (8, 6, 9, 7), (4, 4, 4, 4), (9, 7, 9, 7)]
+    first, last = torch.tensor(rectangles, dtype=torch.int32).T.view(2, 2, -1)
+    expected = [mask[y0:y1, x0:x1].sum().item() for x0, y0, x1, y1 in rectangles]
+    assert num_true(summed_area_table(mask), first, last).tolist() == expected
+
+
+def test_cells_in_parts_are_cells_at_once(monkeypatch):
+    aabb, possible = find_bounds(ball_scene(), False, 16)
+    monkeypatch.setattr('scenes.bounds.CELLS_AT_ONCE', 1000)
+    aabb_in_parts, possible_in_parts = find_bounds(ball_scene(), False, 16)
+    assert aabb.equal(aabb_in_parts) and possible.equal(possible_in_parts)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_gpu_finds_the_same_bounds():
+    aabb, possible = find_bounds(ball_scene(), False, 32)
+    found_aabb, found = find_bounds(ball_scene(), False, 32, device='cuda')
+    assert found_aabb.is_cuda and found.is_cuda
+    torch.testing.assert_close(found_aabb.cpu(), aabb)
+    assert (found.cpu() != possible).float().mean() < 0.001  # a GPU rounds differently
 
 
 def test_without_alpha_the_box_holds_everything_in_view():
