@@ -9,6 +9,8 @@ from scenes.files import atomic_write
 
 # Images of scenes have one of these extensions, in lower or upper case.
 IMAGE_EXTENSIONS = ('.png', '.jpg', '.jpeg')
+# The lowest level of zlib that compresses: twice as fast as the default level, for files an eighth larger.
+PNG_COMPRESSION = 1
 
 
 def read_image(path):
@@ -42,7 +44,8 @@ def read_image(path):
 def write_image(path, image):
     """Write an image atomically: uint8 [H, W] or [H, W, 3 or 4], or uint16 [H, W]."""
     with atomic_write(path) as partial:
-        partial.write_bytes(iio.imwrite('<bytes>', image, extension=Path(path).suffix))
+        content = iio.imwrite('<bytes>', image, extension=Path(path).suffix, compress_level=PNG_COMPRESSION)
+        partial.write_bytes(content)
 
 
 def composite_on_bkgd(image, white_bkgd):

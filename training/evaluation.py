@@ -150,11 +150,12 @@ class Evaluator:
         """Write all test views to `folder` as PNGs, with `metrics.json` and `metrics.csv`; returns the
         means."""
         args, scene, rows, lpips = self.args, self.scene, [], self.lpips
+        device = self.frames.device if self.frames.device.type == 'cuda' else 'cpu'  # others may lack float64
         frames = self.write_frames(scene.poses[scene.i_test], folder, video)
         for frame, view in zip(frames, scene.i_test, strict=True):
             image, target = to8b(frame.rgb), scene.images[view]
             rows.append({'view': int(view), 'image': scene.names[view] if scene.names else None,
-                         'psnr': psnr(image, target), 'ssim': ssim(image, target),
+                         'psnr': psnr(image, target), 'ssim': ssim(image, target, device),
                          'lpips': lpips(image, target) if lpips else None, 'seconds': frame.seconds})
         about = {'step': step, 'width': scene.W, 'height': scene.H, 'views': len(rows),
                  'background': 'white' if args.white_bkgd else 'black',

@@ -31,26 +31,34 @@ def psnr(image, target):
 
 
 def blur(x):
-    """Gaussian mean of each window inside the image: [..., H, W, C] to [..., H - 10, W - 10, C]."""
+    """Gaussian mean of each window inside the image: [..., H, W] to [..., H - 10, W - 10]."""
     taps = np.exp(-0.5 * (np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) ** 2 / SSIM_SIGMA ** 2)
     taps /= taps.sum()
-    for axis in (-3, -2):
-        length = x.shape[axis] - SSIM_WINDOW + 1
-        x = sum(tap * x.take(range(k, k + length), axis) for k, tap in enumerate(taps))
+    for axis in (-2, -1):
+        windows = x.unfold(axis, SSIM_WINDOW, 1).unbind(-1)
+        x = torch.zeros_like(windows[0])
+        for tap, shifted in zip(taps.tolist(), windows, strict=True):
+            x.add_(shifted, alpha=tap)
     return x
 
 
-def ssim(image, target):
-    """Mean structural similarity of two uint8 images [H, W, C]; None if they are smaller than the window."""
-    if min(image.shape[:2]) < SSIM_WINDOW:
-        return None
-    x, y = image / 255.0, target / 255.0
-    mean_x, mean_y, mean_xx, mean_yy, mean_xy = blur(np.stack([x, y, x * x, y * y, x * y]))
+def similarity(x, y):
+    """Mean structural similarity of two float images [H, W] in [0, 1]."""
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = blur(torch.stack([x, y, x * x, y * y, x * y]))
     var_x, var_y, covariance = mean_xx - mean_x ** 2, mean_yy - mean_y ** 2, mean_xy - mean_x * mean_y
     c1, c2 = SSIM_K1 ** 2, SSIM_K2 ** 2
-    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-                  / ((mean_x ** 2 + mean_y ** 2 + c1) * (var_x + var_y + c2)))
-    return float(similarity.mean())
+    return ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+            / ((mean_x ** 2 + mean_y ** 2 + c1) * (var_x + var_y + c2))).mean()
+
+
+def ssim(image, target, device='cpu'):
+    """Mean structural similarity of two uint8 images [H, W, C], computed on `device`, which needs float64;
+    None if they are smaller than the window."""
+    if min(image.shape[:2]) < SSIM_WINDOW:
+        return None
+    channels = torch.from_numpy(np.stack([image, target])).to(device).unbind(-1)       # [2, H, W] each
+    # one after another: a processor's caches hold the intermediate results of one channel
+    return torch.stack([similarity(*pair.double() / 255) for pair in channels]).mean().item()
 
 
 def load_lpips(device):
