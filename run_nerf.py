@@ -25,8 +25,8 @@ from accel.hash_grid import HashGrid
 from accel.hash_nerf import HashNeRF
 from accel.network_query import NetworkQuery
 from accel.occupancy import RESOLUTION
-from accel.packed import PackedSamples
-from accel.renderer import Renderer
+from accel.packed import can_composite_dense, composite_dense
+from accel.renderer import Renderer, join
 from load_blender import load_blender_scene
 from load_llff import load_llff_scene
 from run_nerf_helpers import (  # noqa: F401 - batchify and run_network are names of nerf-pytorch's run_nerf.py
@@ -57,9 +57,10 @@ from training.checkpoints import (
     warn_of_changes,
 )
 from training.console import rank0_console
-from training.devices import pick_device, pick_precision, rendering_precision
+from training.devices import MemoryLimit, pick_device, pick_precision, rendering_precision
 from training.evaluation import Evaluator
 from training.frames import FrameRenderer
+from training.optimizer import adam, set_learning_rate
 from training.options import config_parser, values_of
 from training.outputs import Frame, FrameFolder
 from training.processes import Processes, ProcessLost
@@ -90,25 +91,28 @@ def raw2outputs(raw, z_vals, rays_d, raw_noise_std=0, white_bkgd=False, pytest=F
       rgb_map [N_rays, 3]; disp_map [N_rays], the inverse of the mean depth, 0 for an empty ray; acc_map
       [N_rays], opacity; weights [N_rays, N_samples]; depth_map [N_rays], the sum of weights times z_vals.
     """
-    dists = z_vals[..., 1:] - z_vals[..., :-1]
-    dists = torch.cat([dists, torch.full_like(z_vals[..., :1], LAST_INTERVAL)], -1)    # [N_rays, N_samples]
-    dists = dists * torch.norm(rays_d[..., None, :], dim=-1)
-
-    rgb = torch.sigmoid(raw[..., :3])
-    sigma = raw[..., 3]
     if raw_noise_std > 0:
+        sigma = raw[..., 3:4]
         noise = fixed_uniform(sigma.shape, sigma) if pytest else torch.randn_like(sigma)
-        sigma = sigma + noise * raw_noise_std
+        raw = torch.cat([raw[..., :3], sigma + noise * raw_noise_std], -1)
 
-    # T_i = exp(-sum_{j<i} sigma_j delta_j): a product of (1 - alpha) would lose gradients
-    optical_depth = F.relu(sigma) * dists
-    alpha = 1.0 - torch.exp(-optical_depth)
-    in_front = F.pad(torch.cumsum(optical_depth[..., :-1], -1), (1, 0))
-    weights = alpha * torch.exp(-in_front)                                             # [N_rays, N_samples]
+    if can_composite_dense(raw, z_vals, rays_d):  # the same in two kernels, with the gradient
+        rgb_map, acc_map, depth_map, weights = composite_dense(raw, z_vals, rays_d, LAST_INTERVAL)
+    else:
+        dists = z_vals[..., 1:] - z_vals[..., :-1]
+        dists = torch.cat([dists, torch.full_like(z_vals[..., :1], LAST_INTERVAL)], -1)
+        dists = dists * torch.norm(rays_d[..., None, :], dim=-1)                       # [N_rays, N_samples]
+        rgb, sigma = torch.sigmoid(raw[..., :3]), raw[..., 3]
 
-    rgb_map = torch.sum(weights[..., None] * rgb, -2)
-    depth_map = torch.sum(weights * z_vals, -1)
-    acc_map = torch.sum(weights, -1)
+        # T_i = exp(-sum_{j<i} sigma_j delta_j): a product of (1 - alpha) would lose gradients
+        optical_depth = F.relu(sigma) * dists
+        alpha = 1.0 - torch.exp(-optical_depth)
+        in_front = F.pad(torch.cumsum(optical_depth[..., :-1], -1), (1, 0))
+        weights = alpha * torch.exp(-in_front)                                         # [N_rays, N_samples]
+
+        rgb_map = torch.sum(weights[..., None] * rgb, -2)
+        depth_map = torch.sum(weights * z_vals, -1)
+        acc_map = torch.sum(weights, -1)
     disp_map = disparity(depth_map, acc_map)
     if white_bkgd:
         rgb_map = rgb_map + (1.0 - acc_map[..., None])
@@ -180,10 +184,7 @@ EXACT = ExactRenderer()
 def batchify_rays(rays_flat, chunk=1024 * 32, renderer=EXACT, **kwargs):
     """`render_rays` of `renderer` on `chunk` rays [., 8 or 11] at a time; the results are concatenated."""
     renderer = renderer.for_rays(rays_flat, chunk, **kwargs)
-    parts = [renderer.render_rays(rays, **kwargs) for rays in rays_flat.split(chunk)]
-    results = {key: [part[key] for part in parts] for key in parts[0]}
-    return {key: PackedSamples.cat(values) if isinstance(values[0], PackedSamples) else torch.cat(values)
-            for key, values in results.items()}
+    return join([renderer.render_rays(rays, **kwargs) for rays in rays_flat.split(chunk)])
 
 
 def render(H, W, K, chunk=1024 * 32, rays=None, c2w=None, ndc=True, near=0., far=1., use_viewdirs=False,
@@ -325,7 +326,7 @@ def create_nerf(args, checkpoint=None):
     }
     networks = networks_of(render_kwargs_train).values()
     grad_vars = [*nn.ModuleList([*networks, renderer]).parameters()]
-    optimizer = torch.optim.Adam(grad_vars, lr=args.lrate, **network_fn.adam_options)
+    optimizer = adam(grad_vars, args.lrate, network_fn.adam_options)
 
     path, state = load_checkpoint(args) if checkpoint is None else checkpoint
     start = 0 if state is None else load_into(args, path, state, render_kwargs_train, optimizer)
@@ -397,45 +398,41 @@ def color_errors(rgb, acc, extras, target, bkgd):
             'fine': color_error(rgb, acc, target, bkgd)}
 
 
-def nerf_losses(rgb, acc, extras, target, bkgd):
+def nerf_losses(errors, rgb, acc, extras, target, bkgd):
     """The terms of the loss by name; training minimises their sum (Eq. 6). A new term is a new entry: it is
     added to the total, and logged as `loss/<name>`.
 
     Args:
+      errors: `color_errors` of these rays, with gradient.
       rgb, acc: colours [N, 3] and opacities [N] of the fine network, or of the only one.
       extras: the other results of `render`: rgb0, acc0 of the coarse network; weights, z_vals [N, N_samples]
         and depth_map [N]; with an occupancy grid depth_map and `packed`, the `PackedSamples`.
       target: colours [N, 3], or colours on `bkgd` and alpha [N, 4].
       bkgd: grey value of the background, 0 or 1.
     """
-    losses = color_errors(rgb, acc, extras, target, bkgd)
+    losses = {**errors}
     return losses
 
 
 def loss_and_gradient(hwf, K, chunk, batch, render_kwargs):
     """Render a `Batch`, add the gradient of its loss to the parameters' gradients, and return the `Measures`.
-    A batch whose samples do not fit in memory is split. The other arguments are those of `render`."""
+    A batch of more than `chunk` rays, or whose samples do not fit in memory, is split. The other arguments
+    are those of `render`."""
     measures, bkgd = Measures(), float(render_kwargs['white_bkgd'])
     max_rays = render_kwargs.get('renderer', EXACT).max_rays(batch.target.device, **render_kwargs)
-    for part, share in batch.split(max_rays):
+    for part, share in batch.split(min(chunk, max_rays)):
         rgb, _, acc, extras = render(*hwf[:2], K, chunk, part.rays, retsamples=True, **render_kwargs)
-        losses = nerf_losses(rgb, acc, extras, part.target, bkgd)
-        (sum(losses.values()) * share).backward()
+        errors = color_errors(rgb, acc, extras, part.target, bkgd)
+        losses = nerf_losses(errors, rgb, acc, extras, part.target, bkgd)
+        render_kwargs['network_query_fn'].backward(losses.values(), share)
 
         with torch.no_grad():
             opacities = {'coarse': extras['acc0'], 'fine': acc} if 'acc0' in extras else {'coarse': acc}
             no_color, no_opacity = torch.full_like(rgb, bkgd), torch.zeros_like(acc)
-            measures.add(share, losses, color_errors(rgb, acc, extras, part.target, bkgd), opacities,
-                         color_error(no_color, no_opacity, part.target, bkgd), extras.get('num_samples'))
+            measures.add(share, losses, errors, {name: part.mean() for name, part in opacities.items()},
+                         color_error(no_color, no_opacity, part.target, bkgd),
+                         extras['packed'].mean_samples if 'packed' in extras else None)
     return measures
-
-
-def set_learning_rate(optimizer, lrate, lrate_decay, step):
-    """Set the rate of step `step` ≥ 1, which falls to a tenth in 1000 · lrate_decay steps; returns it."""
-    lrate = lrate * 0.1 ** ((step - 1) / (1000 * lrate_decay))
-    for group in optimizer.param_groups:
-        group['lr'] = lrate
-    return lrate
 
 
 def train(args, console):
@@ -454,16 +451,18 @@ def train(args, console):
         # log, rays, safeguards and checkpoints of the run
         logger, rays, safeguards, checkpoints = start_run(
             args, scene, checkpoint, kwargs_train, optimizer, start, console, processes)
+        memory = MemoryLimit(args.chunk, 'training', optimizer.zero_grad)
         rank_share = rays.N_rand / args.N_rand  # of the rays of a step
         with suppress(ProcessLost):
             evaluator.run_missing(start, logger)
             for step in logger.steps():
                 batch = rays.sample(step)
 
-                # render and backpropagate
+                # render and backpropagate, in parts that fit in memory
                 optimizer.zero_grad()
-                measures = loss_and_gradient(scene.hwf, scene.K, args.chunk, batch, kwargs_train)
-                processes.average(grad_vars, measures.tensors(), rank_share)
+                measures = memory.fit(partial(loss_and_gradient, scene.hwf, scene.K, batch=batch,
+                                              render_kwargs=kwargs_train), len(batch.target))
+                processes.average(grad_vars, measures.tensors, rank_share)
 
                 # update the networks, and what depends on them
                 lrate = args.lrate * safeguards.lrate_scale
@@ -476,7 +475,7 @@ def train(args, console):
 
                 # log, save, evaluate
                 logger.finish_step(step, len(batch.target) / rank_share, measures, lrate, safeguards)
-                checkpoints.save_if_due(step, safeguards.healthy)
+                checkpoints.save_if_due(step, safeguards.is_healthy)
                 evaluator.run_if_due(step, logger)
                 if processes.any(stop.requested):
                     break

@@ -28,14 +28,14 @@ MIN_DEPTH = 1e-10
 
 def img2mse(x, y):
     """Mean squared error over all elements, a scalar tensor (Sec. 5.3, Eq. 6, as a mean)."""
-    return torch.mean((x - y) ** 2)
+    return F.mse_loss(x, y)
 
 
 def img2mse_random_bkgd(rgb, acc, target, bkgd):
     """The expectation of `img2mse` over background colours b, uniform in [0, 1]^3, in closed form.
 
-    On background b the error e becomes e + (b - bkgd) a, where a is the target's alpha minus the rendered
-    opacity.
+    It is the error on the mean background, grey, plus the variance of the background, 1/12, times the squared
+    error of the opacity.
 
     Args:
       rgb: rendered colours on `bkgd` [N, 3].
@@ -43,8 +43,9 @@ def img2mse_random_bkgd(rgb, acc, target, bkgd):
       target: colours on `bkgd` and alpha [N, 4].
       bkgd: grey value of the background, 0 or 1.
     """
-    e, a = rgb - target[:, :3], target[:, 3:] - acc[:, None]
-    return torch.mean(e ** 2 + (1 - 2 * bkgd) * e * a + a ** 2 / 3)
+    opacity, alpha, to_grey = acc[:, None], target[:, 3:], bkgd - 0.5
+    on_grey = torch.add(rgb, opacity, alpha=to_grey), torch.add(target[:, :3], alpha, alpha=to_grey)
+    return torch.add(F.mse_loss(*on_grey), F.mse_loss(opacity, alpha), alpha=1 / 12)
 
 
 def mse2psnr(x):
@@ -79,13 +80,19 @@ class Embedder(nn.Module):
         self.include_input, self.periodic_fns = include_input, periodic_fns
         self.max_freq_log2, self.num_freqs, self.log_sampling = max_freq_log2, num_freqs, log_sampling
         self.out_dim = input_dims * (include_input + num_freqs * len(periodic_fns))
+        self.bands = {}  # the frequencies by device and dtype
 
     def frequencies(self, like):
         """The frequency bands [num_freqs] on the device and in the dtype of the tensor `like`."""
-        factory_kwargs = {'device': like.device, 'dtype': like.dtype}
-        if self.log_sampling:
-            return 2.0 ** torch.linspace(0.0, self.max_freq_log2, self.num_freqs, **factory_kwargs)
-        return torch.linspace(1.0, 2.0 ** self.max_freq_log2, self.num_freqs, **factory_kwargs)
+        key = like.device, like.dtype
+        if key not in self.bands:
+            factory_kwargs = {'device': like.device, 'dtype': like.dtype}
+            if self.log_sampling:
+                bands = 2.0 ** torch.linspace(0.0, self.max_freq_log2, self.num_freqs, **factory_kwargs)
+            else:
+                bands = torch.linspace(1.0, 2.0 ** self.max_freq_log2, self.num_freqs, **factory_kwargs)
+            self.bands[key] = bands
+        return self.bands[key]
 
     def embed(self, inputs):
         """`inputs` [..., C] to their encoding [..., C * (include_input + num_freqs * len(periodic_fns))]."""
@@ -102,7 +109,7 @@ class Embedder(nn.Module):
         encoded[..., :first] = inputs[..., :first]
         waves = encoded[..., first:].unflatten(-1, (L, P, C))
         for i, fn in enumerate(self.periodic_fns):
-            waves[..., i, :] = fn(scaled)
+            fn(scaled, out=waves[..., i, :])
         return encoded
 
     forward = embed
@@ -244,8 +251,19 @@ class RadianceField(nn.Module):
     that owns parameters has a method `reset_parameters`, as torch's layers do.
     """
     W = 256  # Width of the hidden layers; narrow ones do not gain from bfloat16.
+    # A chunk has at most this many activations in a layer, by type of device.
+    CHUNK_ACTIVATIONS = {'cpu': 2 ** 24, 'cuda': 2 ** 26}  # noqa: RUF012 - read only
+    # A GPU needs about this many bytes for each of them in training, and more than one chunk's.
+    BYTES_PER_ACTIVATION = 512
+    # A chunk of fewer points costs more in calls than it gains in caches.
+    MIN_CHUNK_POINTS = 1024
     adam_options = {'betas': (0.9, 0.999)}  # noqa: RUF012 - read only
     keep_activations = False  # Whether `--backward auto` stores activations: small networks only.
+
+    def half_layers(self):
+        """The layers that a bfloat16 evaluation computes in bfloat16; their weights are converted all at
+        once."""
+        return []
 
     def forward(self, points, viewdirs=None):
         """Points [N, 3] and unit directions [N, 3] or None to raw [N, 4 or more]: three colour logits and a
@@ -257,8 +275,12 @@ class RadianceField(nn.Module):
         raise NotImplementedError
 
     def preferred_chunk(self, device):
-        """How many points to compute at once for the best speed on `device`; None for as many as possible."""
-        return None
+        """How many points to compute at once on `device`, so that they fit its caches or its memory."""
+        activations = self.CHUNK_ACTIVATIONS.get(device.type, self.CHUNK_ACTIVATIONS['cuda'])
+        if device.type == 'cuda':
+            memory = torch.cuda.get_device_properties(device).total_memory
+            activations = min(activations, memory // self.BYTES_PER_ACTIVATION)
+        return max(self.MIN_CHUNK_POINTS, activations // self.W)
 
     def reset_parameters(self):
         """Reinitialise all layers and encodings. A network with parameters of its own overrides this."""
@@ -281,10 +303,8 @@ class EncodedNeRF(RadianceField, NeRF):
       kwargs: for `NeRF`.
     """
 
-    # A chunk has this many activations in a layer, which fit a CPU's caches or fill a GPU.
+    # On a CPU, the activations of several layers fit its caches.
     CHUNK_ACTIVATIONS = {'cpu': 2 ** 20, 'cuda': 2 ** 26}  # noqa: RUF012 - read only
-    # A chunk of fewer points costs more in calls than it gains in caches.
-    MIN_CHUNK_POINTS = 1024
 
     def __init__(self, encoding, encoding_views=None, **kwargs):
         NeRF.__init__(self, **kwargs)
@@ -294,17 +314,16 @@ class EncodedNeRF(RadianceField, NeRF):
         encoded = in_float32(self.encoding, points)
         if self.use_viewdirs:
             encoded = torch.cat([encoded, in_float32(self.encoding_views, viewdirs)], -1)
-        return NeRF.forward(self, encoded)
+        return NeRF.forward(self, encoded.to(self.pts_linears[0].weight.dtype))
+
+    def half_layers(self):
+        return [*self.pts_linears, *([self.feature_linear, *self.views_linears] if self.use_viewdirs else [])]
 
     def density(self, points):
-        h = self.features(in_float32(self.encoding, points))
+        h = self.features(in_float32(self.encoding, points).to(self.pts_linears[0].weight.dtype))
         if self.use_viewdirs:
             return in_float32(self.alpha_linear, h)[..., 0]
         return in_float32(self.output_linear, h)[..., 3]
-
-    def preferred_chunk(self, device):
-        activations = self.CHUNK_ACTIVATIONS.get(device.type, self.CHUNK_ACTIVATIONS['cuda'])
-        return max(self.MIN_CHUNK_POINTS, activations // self.W)
 
 
 class BoundedModule(nn.Module):
@@ -378,8 +397,8 @@ def pixel_rays(x, y, K, c2w):
     Returns:
       rays_o, rays_d: [..., 3] each, in world space.
     """
-    dirs = [(x - K[0][2]) / K[0][0], -(y - K[1][2]) / K[1][1], -torch.ones_like(x)]
-    dirs = torch.stack(dirs, -1)                                                       # [..., 3]
+    dirs = [(x - K[0][2]) / K[0][0], (K[1][2] - y) / K[1][1]]
+    dirs = torch.stack([*dirs, torch.full_like(dirs[0], -1.0)], -1)                    # [..., 3]
     rays_d = torch.sum(dirs[..., None, :] * c2w[..., :3, :3], -1)  # the camera's axes are the columns of c2w
     return c2w[..., :3, 3].expand(rays_d.shape), rays_d
 
@@ -440,9 +459,8 @@ def disparity(depth_map, acc_map):
     """The inverse of the mean depth of rays, and 0 for empty ones: depth_map, acc_map [N_rays] as
     `raw2outputs` returns them, to [N_rays]. Values and gradients are finite."""
     empty = acc_map < MIN_OPACITY
-    mean_depth = depth_map / torch.where(empty, torch.ones_like(acc_map), acc_map)
-    disp_map = 1.0 / torch.where(empty, torch.ones_like(mean_depth), mean_depth).clamp(min=MIN_DEPTH)
-    return torch.where(empty, torch.zeros_like(disp_map), disp_map)
+    mean_depth = depth_map / acc_map.masked_fill(empty, 1.0)
+    return mean_depth.clamp(min=MIN_DEPTH).reciprocal().masked_fill(empty, 0.0)
 
 
 # --- samples along rays (Sec. 4 and 5.2) --------------------------------------------------------------------

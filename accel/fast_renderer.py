@@ -85,6 +85,17 @@ class FastRenderer(Renderer):
         networks, N = evaluated_networks(**kwargs), len(rays_flat)
         if torch.is_grad_enabled() or not can_skip(**kwargs) or not baking_pays(N, len(networks), **kwargs):
             return self.exact
+        try:
+            return self.checked_renderer(networks, rays_flat, chunk, **kwargs)
+        except torch.OutOfMemoryError:
+            self.drop_cache()
+            self.say_once('memory', 'fast rendering: the baked grids do not fit in GPU memory; frames are '
+                          'rendered exactly')
+            return self.exact
+
+    def checked_renderer(self, networks, rays_flat, chunk, **kwargs):
+        """The first level whose pixels differ little enough from exact ones; otherwise the exact renderer."""
+        N = len(rays_flat)
         count = min(N, max(MIN_CHECKED_RAYS, N // CHECKED_EVERY))
         checked = rays_flat[stratified_indices(N, count)].split(chunk)
         expected = colors_and_opacities(self.exact, checked, **kwargs)
@@ -92,14 +103,18 @@ class FastRenderer(Renderer):
             grids = {network: self.grid(network, level, rays_flat, **kwargs) for network in networks}
             renderer = BakedRenderer(self.exact, level.query, grids, level.merge_length)
             differences = colors_and_opacities(renderer, checked, **kwargs) - expected
-            largest, rms = differences.abs().max().item(), differences.square().mean().sqrt().item()
+            largest, rms = torch.stack([differences.abs().max(), differences.square().mean().sqrt()]).tolist()
             if largest <= TOLERANCE and rms <= RMS_TOLERANCE:
                 return renderer
-            if level not in self.said:
-                self.said.add(level)
-                self.say(f'fast rendering: pixels would differ by up to {largest:.3f}, RMS {rms:.4f}, more '
-                         f'than {TOLERANCE} or {RMS_TOLERANCE}; such frames are rendered {level.fallback}')
+            self.say_once(level, f'fast rendering: pixels would differ by up to {largest:.3f}, '
+                          f'RMS {rms:.4f}, more than {TOLERANCE} or {RMS_TOLERANCE}; '
+                          f'such frames are rendered {level.fallback}')
         return self.exact
+
+    def say_once(self, about, text):
+        if about not in self.said:
+            self.said.add(about)
+            self.say(text)
 
     def grid(self, network, level, rays, N_samples, **kwargs):
         """The baked grid of a network, which is kept. Near and far of the first ray count for all of

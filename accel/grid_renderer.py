@@ -6,7 +6,7 @@ import torch
 from accel.occupancy import OccupancyGrid
 from accel.packed import MAX_OPTICAL_DEPTH, OUT_CHANNELS, PackedSamples, composite, composite_onto
 from accel.renderer import Renderer
-from run_nerf_helpers import disparity, split_rays
+from run_nerf_helpers import disparity
 
 # The grid is updated once in this many training steps.
 UPDATE_EVERY_N_STEPS = 16
@@ -14,6 +14,8 @@ UPDATE_EVERY_N_STEPS = 16
 WARMUP_UPDATES = 15
 # Without gradients, rays advance until they have about this many new samples altogether.
 SAMPLES_PER_ADVANCE = {'cpu': 2 ** 16, 'cuda': 2 ** 21}
+# At most this many rays advance together, by type of device.
+MAX_RAYS = {'cpu': 2 ** 15, 'cuda': 2 ** 20}
 # Each advance takes at least this many samples of a ray, if it has them.
 MIN_SAMPLES_PER_ADVANCE = 4
 
@@ -39,61 +41,53 @@ class GridRenderer(Renderer):
 
         Args: as those of `render_rays` in run_nerf.py.
         Returns:
-          dict: rgb_map, disp_map, acc_map, depth_map; num_samples [N_rays], the samples of each ray; with
-            retsamples and gradients `packed`, the `PackedSamples`.
+          dict: rgb_map, disp_map, acc_map, depth_map; with retsamples and gradients `packed`, the
+            `PackedSamples`.
         Raises:
           ValueError: retraw, lindisp, pytest or N_importance, which are not available.
         """
         if retraw or lindisp or pytest or N_importance:
             raise ValueError('GridRenderer does not support retraw, lindisp, pytest and N_importance')
-        rays_o, rays_d, near, far, viewdirs = split_rays(ray_batch)
-        near, far = near[:, 0], far[:, 0]
+        near, uses_viewdirs = ray_batch[:, 6], ray_batch.shape[-1] > 8
         step_size = self.grid.step_size(N_samples)
         jitter = torch.rand_like(near) if perturb > 0 else torch.full_like(near, 0.5)
-        spacing, num_candidates = self.grid.candidates(rays_o, rays_d, near, far, step_size, jitter)
+        spacing, num_candidates = self.grid.candidates(ray_batch, step_size, jitter)
         step_sizes = torch.full_like(near, step_size)
 
         def query(t, ray_indices):
-            pts = rays_o[ray_indices] + rays_d[ray_indices] * t[:, None]               # [M, 3]
-            dirs = None if viewdirs is None else viewdirs[ray_indices]
-            raw = network_query_fn.at_points(pts, dirs, network_fn)[:, :4]
+            rays = ray_batch.index_select(0, ray_indices)                              # [M, 8 or 11]
+            pts = torch.addcmul(rays[:, :3], rays[:, 3:6], t[:, None])                 # [M, 3]
+            raw = network_query_fn.at_points(pts, rays[:, 8:11] if uses_viewdirs else None, network_fn)
+            raw = raw.split([4, raw.shape[-1] - 4], -1)[0] if raw.shape[-1] > 4 else raw
             if raw_noise_std > 0:
                 raw = torch.cat([raw[:, :3], raw[:, 3:] + raw_noise_std * torch.randn_like(raw[:, 3:])], -1)
             return raw
 
         if not torch.is_grad_enabled():
-            out, num_samples = self.render_until_opaque(query, rays_o, rays_d, spacing, num_candidates,
-                                                        step_sizes)
-            return {**split_maps(out, white_bkgd), 'num_samples': num_samples}
-        t, ray_indices, offsets, _ = self.grid.march(rays_o, rays_d, spacing, num_candidates)
+            out = self.render_until_opaque(query, ray_batch, spacing, num_candidates, step_sizes)
+            return split_maps(out, white_bkgd)
+        t, ray_indices, offsets = self.grid.march(ray_batch, spacing, num_candidates)
         out, weights = composite(query(t, ray_indices), t, ray_indices, step_sizes, offsets)
-        ret = {**split_maps(out, white_bkgd), 'num_samples': offsets.diff()}
+        ret = split_maps(out, white_bkgd)
         if retsamples:
-            half = 0.5 * spacing[:, 1][ray_indices]  # half a step, in units of rays_d
-            ret['packed'] = PackedSamples(weights, t - half, t + half, ray_indices, len(ray_batch))
+            ret['packed'] = PackedSamples(weights, t, spacing[:, 1], ray_indices)
         return ret
 
-    def render_until_opaque(self, query, rays_o, rays_d, spacing, num_candidates, step_sizes):
-        """`composite` a few samples of each ray at a time, leaving out rays that have become opaque.
-
-        Returns [N_rays, 5] and the number of samples of each ray.
-        """
+    def render_until_opaque(self, query, ray_batch, spacing, num_candidates, step_sizes):
+        """`composite` a few samples of each ray at a time, leaving out rays that have become opaque; returns
+        [N_rays, 5]."""
         out, optical_depth = step_sizes.new_zeros(len(step_sizes), OUT_CHANNELS), torch.zeros_like(step_sizes)
-        num_samples = torch.zeros_like(num_candidates)
-        alive = (num_candidates > 0).nonzero()[:, 0]
-        begin = torch.zeros_like(alive)
-        samples_per_advance = SAMPLES_PER_ADVANCE.get(rays_o.device.type, SAMPLES_PER_ADVANCE['cuda'])
+        begin = torch.zeros_like(num_candidates)
+        alive = torch.arange(len(begin), device=begin.device)
+        samples_per_advance = SAMPLES_PER_ADVANCE.get(ray_batch.device.type, SAMPLES_PER_ADVANCE['cuda'])
         while len(alive):
             max_samples = max(MIN_SAMPLES_PER_ADVANCE, samples_per_advance // len(alive))
-            t, ray_indices, offsets, begin = self.grid.march(
-                rays_o[alive], rays_d[alive], spacing[alive], num_candidates[alive], begin, max_samples)
-            num_samples[alive] += offsets.diff()
-            raw = query(t, alive[ray_indices])
-            out[alive], optical_depth[alive] = composite_onto(raw, t, ray_indices, step_sizes[alive], offsets,
-                                                              optical_depth[alive], out[alive])
-            unfinished = (begin < num_candidates[alive]) & (optical_depth[alive] <= MAX_OPTICAL_DEPTH)
-            alive, begin = alive[unfinished], begin[unfinished]
-        return out, num_samples
+            t, ray_indices, offsets = self.grid.march(ray_batch, spacing, num_candidates, begin, alive,
+                                                      max_samples)
+            composite_onto(query(t, ray_indices), t, step_sizes, offsets, optical_depth, out, alive)
+            unfinished = (begin < num_candidates) & (optical_depth <= MAX_OPTICAL_DEPTH)
+            alive = alive[unfinished[alive]]
+        return out
 
     def update(self, step, network_fn, network_query_fn, N_samples, **kwargs):
         """Update the grid from the network's density, every UPDATE_EVERY_N_STEPS steps."""
@@ -102,9 +96,11 @@ class GridRenderer(Renderer):
 
         def density(points):
             return torch.relu(network_query_fn.density(points, network_fn))
-        generator = torch.Generator().manual_seed(self.seed + step)
-        all_cells = bool(self.num_updates < WARMUP_UPDATES)
-        self.grid.update(density, self.grid.step_size(N_samples), generator, all_cells)
+        all_cells, device = bool(self.num_updates < WARMUP_UPDATES), self.num_updates.device
+        # the same random points in all processes of a run, which have different random states
+        with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+            torch.manual_seed(self.seed + step)
+            self.grid.update(density, self.grid.step_size(N_samples), all_cells)
         self.num_updates += 1
 
     def reset(self):
@@ -112,13 +108,14 @@ class GridRenderer(Renderer):
         self.num_updates.zero_()
 
     def max_rays(self, device, N_samples, N_importance=0, **kwargs):
-        """Any number: a training batch limits its samples itself, and SAMPLES_PER_ADVANCE those of frames."""
-        return sys.maxsize
+        """In training any number, because a batch limits its samples itself."""
+        return sys.maxsize if torch.is_grad_enabled() else MAX_RAYS.get(device.type, MAX_RAYS['cuda'])
 
 
 def split_maps(out, white_bkgd):
     """What `composite` returns for rays, [N_rays, 5], as a dict of the maps that `render_rays` returns."""
-    rgb_map, acc_map, depth_map = out[:, :3], out[:, 3], out[:, 4]
+    rgb_map, acc_map, depth_map = out.split([3, 1, 1], -1)
+    acc_map, depth_map = acc_map.squeeze(-1), depth_map.squeeze(-1)
     disp_map = disparity(depth_map, acc_map)
     if white_bkgd:
         rgb_map = rgb_map + (1.0 - acc_map[:, None])

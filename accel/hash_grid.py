@@ -9,8 +9,8 @@ import math
 import torch
 from torch import nn
 
-from accel.kernels.compiled import call_kernel, load_kernels
-from run_nerf_helpers import BoundedModule
+from accel.kernels.compiled import CpuLibrary, Kernels
+from run_nerf_helpers import BoundedModule, SphericalHarmonics, in_float32
 
 # The coarsest grid has this many cells along each side.
 BASE_RESOLUTION = 16
@@ -46,27 +46,28 @@ class HashGrid(BoundedModule):
         nn.init.uniform_(self.table, -1e-4, 1e-4)
 
     def forward(self, points):
-        unit = (points - self.aabb[0]) / (self.aabb[1] - self.aabb[0])
-        flat = unit.reshape(-1, 3)
-        arguments = self.table, self.resolutions, self.level_offsets
-        if flat.device.type == 'cpu' and not flat.requires_grad and load_kernels('hash_grid') is not None:
-            encoded = CompiledEncoding.apply(flat.contiguous(), *arguments)
+        flat = points.reshape(-1, 3)
+        arguments = self.aabb, self.table, self.resolutions, self.level_offsets
+        if KERNELS.usable(flat.device) and not (flat.requires_grad and torch.is_grad_enabled()):
+            encoded = CompiledEncoding.apply(flat, *arguments)
         else:
             encoded = encode(flat, *arguments)
         return encoded.reshape(*points.shape[:-1], self.out_dim)
 
 
-def encode(unit, table, resolutions, level_offsets):
+def encode(points, aabb, table, resolutions, level_offsets):
     """The reference implementation, all levels at once.
 
     Args:
-      unit: points [N, 3]; values outside [0, 1] are clamped, NaN counts as 0.
+      points: [N, 3]; those outside the box are clamped to it, NaN counts as its lowest corner.
+      aabb: bounding box [2, 3].
       table: entries of all levels [E, F].
       resolutions: cells along a side of each level [L].
       level_offsets: first entry of each level, and the end of the last [L + 1].
     Returns:
       [N, L * F].
     """
+    unit = (points - aabb[0]) / (aabb[1] - aabb[0])
     N, L = len(unit), len(resolutions)
     side = resolutions[:, None]                                                        # [L, 1]
     scaled = unit.nan_to_num(0).clamp(0, 1)[:, None] * side                            # [N, L, 3]
@@ -82,28 +83,70 @@ def encode(unit, table, resolutions, level_offsets):
     # the lower bits, which are those of 32-bit arithmetic
     hashed = (x * PRIMES[0] ^ y * PRIMES[1] ^ z * PRIMES[2]) & (size - 1)
     entry = torch.where((side + 1) ** 3 <= size, dense, hashed) + level_offsets[:-1, None]
-    return (weight[..., None] * table[entry]).sum(2).reshape(N, L * table.shape[1])
+    # the gradient of index_select adds atomically on a GPU, that of table[entry] sorts the entries
+    features = table.index_select(0, entry.flatten()).view(N, L, 8, table.shape[1])           # [N, L, 8, F]
+    return (weight[..., None] * features).sum(2).reshape(N, L * table.shape[1])
 
 
 class CompiledEncoding(torch.autograd.Function):
-    """`encode` by `hash_grid.c`, without a gradient of the points."""
+    """`encode` by `encodings.c`, without a gradient of the points; their rows may be apart."""
 
     @staticmethod
-    def forward(ctx, unit, table, resolutions, level_offsets):
+    def forward(ctx, points, aabb, table, resolutions, level_offsets):
         assert table.shape[1] in SUPPORTED_N_FEATURES
-        ctx.save_for_backward(unit, resolutions, level_offsets)
+        points = points if points.stride(1) == 1 else points.contiguous()
+        ctx.save_for_backward(points, aabb, resolutions, level_offsets)
         ctx.table_shape = table.shape
-        N, L, F = len(unit), len(resolutions), table.shape[1]
-        encoded = unit.new_empty(N, L * F)
-        call_kernel('hash_grid', 'encode', unit, table, encoded, N, L, F, resolutions, level_offsets)
+        N, L, F = len(points), len(resolutions), table.shape[1]
+        encoded = points.new_empty(N, L * F)
+        KERNELS.call('encode', points.device, N * L, points, points.stride(0), aabb, table, encoded, N, L, F,
+                     resolutions, level_offsets)
         return encoded
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_encoded):
-        unit, resolutions, level_offsets = ctx.saved_tensors
-        grad, F = grad_encoded.new_empty(ctx.table_shape), ctx.table_shape[1]
-        N, L = len(unit), len(resolutions)
-        call_kernel('hash_grid', 'gradient', unit, grad_encoded.contiguous(), grad, N, L, F, resolutions,
-                    level_offsets)
-        return None, grad, None, None
+        points, aabb, resolutions, level_offsets = ctx.saved_tensors
+        N, L, F = len(points), len(resolutions), ctx.table_shape[1]
+        overwrites = isinstance(KERNELS.libraries[points.device], CpuLibrary)
+        grad = (torch.empty if overwrites else torch.zeros)(ctx.table_shape, device=points.device)
+        KERNELS.call('encode_gradient', points.device, N * L, points, points.stride(0), aabb,
+                     grad_encoded.contiguous(), grad, N, L, F, resolutions, level_offsets)
+        return None, None, grad, None, None
+
+
+def encode_directions(encoding, directions):
+    """Directions [N, 3] to `encoding(directions)` [N, C] in float32, by `encodings.c` for spherical
+    harmonics."""
+    differentiable = directions.requires_grad and torch.is_grad_enabled()
+    has_kernel = isinstance(encoding, SphericalHarmonics) and KERNELS.usable(directions.device)
+    if differentiable or not has_kernel:
+        return in_float32(encoding, directions)
+    directions = directions if directions.stride(1) == 1 else directions.contiguous()
+    encoded = directions.new_empty(len(directions), encoding.out_dim)
+    KERNELS.call('spherical_harmonics', directions.device, len(directions), directions, directions.stride(0),
+                 encoded, len(directions))
+    return encoded
+
+
+def check_kernels(device):
+    """Raise AssertionError if the kernels differ from their references on `device`."""
+    generator = torch.Generator().manual_seed(0)
+    for n_features in SUPPORTED_N_FEATURES:
+        grid = HashGrid(4, 100, 12, n_features)
+        table, points, weights = (torch.rand(*shape, generator=generator) for shape in
+                                  (grid.table.shape, (257, 3), (257, grid.out_dim)))
+        table, weights = table.to(device).requires_grad_(), weights.to(device)
+        points = (3 * points - 1.5).to(device)  # some outside
+        arguments = [part.to(device) for part in (grid.aabb, table, grid.resolutions, grid.level_offsets)]
+        results = []
+        for function in (CompiledEncoding.apply, encode):
+            encoded = function(points, *arguments)
+            results.append((encoded, *torch.autograd.grad((encoded * weights).sum(), table)))
+        for found, expected in zip(*results):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    harmonics = SphericalHarmonics()
+    torch.testing.assert_close(encode_directions(harmonics, points), harmonics(points), rtol=1e-4, atol=1e-4)
+
+
+KERNELS = Kernels('encodings', check_kernels)

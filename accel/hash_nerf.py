@@ -1,8 +1,11 @@
 """The network behind a hash encoding (Müller et al., SIGGRAPH 2022): two short MLPs instead of a deep one."""
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from accel.hash_grid import encode_directions
 from run_nerf_helpers import RadianceField, in_float32
 
 # The hidden layers have this many channels.
@@ -23,13 +26,14 @@ class TruncatedExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return torch.exp(x.clamp(max=MAX_LOG_DENSITY))
+        density = torch.exp(x.clamp(max=MAX_LOG_DENSITY))
+        ctx.save_for_backward(density)
+        return density
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return grad * torch.exp(ctx.saved_tensors[0].clamp(-MAX_LOG_DENSITY, MAX_LOG_DENSITY))
+        return grad * ctx.saved_tensors[0].clamp(min=math.exp(-MAX_LOG_DENSITY))
 
 
 class HashNeRF(RadianceField):
@@ -67,7 +71,7 @@ class HashNeRF(RadianceField):
         h = self.features(points)
         density = TruncatedExp.apply(h[:, :1] + INITIAL_LOG_DENSITY)
         if self.encoding_views is not None:
-            h = torch.cat([h, in_float32(self.encoding_views, viewdirs)], -1)
+            h = torch.cat([h, encode_directions(self.encoding_views, viewdirs)], -1)
         for layer in self.rgb_linears[:-1]:
             h = F.relu(layer(h), inplace=True)
         return torch.cat([in_float32(self.rgb_linears[-1], h), density], -1)

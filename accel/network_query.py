@@ -1,23 +1,33 @@
 """Evaluates networks at many points: in chunks, in the chosen precision, with a choice of backward passes."""
 import torch
 
-from accel.sparse_backward import SparseBackward, evaluate_in_chunks, evaluate_with_activations
+from accel.half_precision import HalfPrecision
+from accel.sparse_backward import (
+    SparseBackward,
+    backpropagate,
+    evaluate_in_chunks,
+    evaluate_with_activations,
+)
 
 
 class NetworkQuery:
     """What `render_rays` calls to evaluate a network: `network_query_fn(pts, viewdirs, network) -> raw`.
 
     Args:
-      netchunk: the most points to compute at once.
+      netchunk: the most points to compute at once; None for as many as a network prefers.
       precision: 'bf16' for bfloat16 products in the hidden layers. 'fp32' and 'tf32' are the same here: TF32
         is a global setting of torch (`pick_precision`).
       backward: 'sparse' keeps no activations and backpropagates only through samples that have a gradient,
         see `accel/sparse_backward.py`; 'plain' is ordinary backpropagation; 'auto' is sparse, and networks
-        with `keep_activations` store activations, for steps in which most samples have a gradient.
+        with `keep_activations` store activations: for steps in which most samples have a gradient, and on a
+          GPU,
+        where waiting for the number of samples costs more than it saves.
     """
 
-    def __init__(self, netchunk=1024 * 64, precision='fp32', backward='auto'):
-        self.netchunk, self.precision, self.backward = netchunk, precision, backward
+    def __init__(self, netchunk=None, precision='fp32', backward='auto'):
+        self.netchunk, self.precision, self.backward_pass = netchunk, precision, backward
+        self.half = {}        # the `HalfPrecision` of each network
+        self.deferred = None  # the evaluations of a backward pass in `backward`
 
     def __repr__(self):
         return f'NetworkQuery({self.precision})'  # what its outputs depend on
@@ -32,44 +42,57 @@ class NetworkQuery:
         Returns:
           raw [N_rays, N_samples, 4 or more].
         """
-        if viewdirs is not None:
-            viewdirs = viewdirs[:, None].expand(pts.shape).reshape(-1, 3)
-        raw = self.at_points(pts.reshape(-1, 3), viewdirs, network)
+        inputs = pts if viewdirs is None else torch.cat([pts, viewdirs[:, None].expand(pts.shape)], -1)
+        raw = self.evaluate(inputs.flatten(0, 1), network)
         return raw.reshape(*pts.shape[:-1], raw.shape[-1])
 
     def at_points(self, points, viewdirs, network):
         """Raw outputs [M, 4 or more] at `points` [M, 3] with unit directions `viewdirs` [M, 3] or None."""
-        inputs = points if viewdirs is None else torch.cat([points, viewdirs], -1)      # [M, 3 or 6]
+        return self.evaluate(points if viewdirs is None else torch.cat([points, viewdirs], -1), network)
+
+    def evaluate(self, inputs, network):
+        """`at_points` of points and directions in one tensor [M, 3 or 6]."""
+        function = self.function(type(network).__call__, network)
 
         def evaluate(inputs):
-            with self.autocast(inputs.device):
-                return network(inputs[:, :3], inputs[:, 3:] if inputs.shape[-1] > 3 else None).float()
+            return function(*inputs.split(3, -1))
 
         chunk = self.chunk(network, inputs.device)
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         if torch.is_grad_enabled() and (parameters or inputs.requires_grad):
-            if self.backward == 'plain':
+            keep_activations = self.backward_pass == 'auto' and network.keep_activations
+            if self.backward_pass == 'plain' or (keep_activations and inputs.device.type == 'cuda'):
                 return evaluate_with_activations(evaluate, inputs, chunk)
-            keep_activations = self.backward == 'auto' and network.keep_activations
-            return SparseBackward.apply(evaluate, chunk, keep_activations, inputs, *parameters)
-        # Autocast forgets the weights that it has cast when its outermost context ends. This one, which does
-        # nothing else, makes them last for all chunks.
-        with torch.autocast(inputs.device.type, enabled=False):
-            return evaluate_in_chunks(evaluate, inputs, chunk)
+            return SparseBackward.apply(evaluate, chunk, keep_activations, self, inputs, *parameters)
+        return evaluate_in_chunks(evaluate, inputs, chunk)
+
+    def backward(self, losses, share=1.0):
+        """`(share * sum(losses)).backward()` for losses of outputs of this query. The host waits for a GPU
+        once, instead of once for each evaluation of a network."""
+        self.deferred = []
+        try:
+            losses = [loss for loss in losses if torch.is_tensor(loss) and loss.requires_grad]
+            torch.autograd.backward([loss if share == 1 else share * loss for loss in losses])
+            backpropagate(self.deferred)
+        finally:
+            self.deferred = None
 
     @torch.no_grad()
     def density(self, points, network):
         """The density before its ReLU [M] at `points` [M, 3], without gradients."""
-        def evaluate(points):
-            with self.autocast(points.device):
-                return network.density(points).float()
-        with torch.autocast(points.device.type, enabled=False):
-            return evaluate_in_chunks(evaluate, points, self.chunk(network, points.device))
+        density = self.function(type(network).density, network)
+        return evaluate_in_chunks(density, points, self.chunk(network, points.device))
 
     def chunk(self, network, device):
         """How many points to compute at once."""
-        return min(self.netchunk, network.preferred_chunk(device) or self.netchunk)
+        preferred = network.preferred_chunk(device)
+        return min(self.netchunk or preferred, preferred)
 
-    def autocast(self, device):
-        """A context in which products of the hidden layers are bfloat16, with --precision bf16."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == 'bf16')
+    def function(self, method, network):
+        """`method` of the network as a function of its inputs, for one evaluation of many points. Its result
+        is float32; with --precision bf16, products of the hidden layers are bfloat16."""
+        if self.precision != 'bf16':
+            return lambda *inputs: method(network, *inputs).float()
+        if network not in self.half:
+            self.half[network] = HalfPrecision(network)
+        return self.half[network].evaluation(method)

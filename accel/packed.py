@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from accel.kernels.compiled import call_kernel, load_kernels
+from accel.kernels.compiled import Kernels
 
 # Rays end where their transmittance falls below this.
 MIN_TRANSMITTANCE = 1e-4
@@ -23,20 +23,38 @@ OUT_CHANNELS = 5
 
 
 class PackedSamples(NamedTuple):
-    """The samples of a batch of rays, for losses on their distribution."""
+    """The samples of a batch of rays, for losses on their distribution. Positions and lengths are in units of
+    rays_d."""
     weights: torch.Tensor      # [M], with gradient
-    t_starts: torch.Tensor     # [M], in units of rays_d
-    t_ends: torch.Tensor       # [M]
+    t: torch.Tensor            # positions of the samples [M]
+    dt: torch.Tensor           # length of the samples' intervals of each ray [N_rays]
     ray_indices: torch.Tensor  # [M]
-    num_rays: int
+
+    @property
+    def num_rays(self):
+        return len(self.dt)
+
+    @property
+    def mean_samples(self):
+        """Mean number of samples of a ray."""
+        return len(self.t) / self.num_rays
+
+    @property
+    def t_starts(self):
+        """Where the interval of each sample begins [M]."""
+        return self.t - 0.5 * self.dt[self.ray_indices]
+
+    @property
+    def t_ends(self):
+        """Where it ends [M]."""
+        return self.t + 0.5 * self.dt[self.ray_indices]
 
     @classmethod
     def cat(cls, parts):
         """The samples of several batches as one; their rays are numbered consecutively."""
         first_rays = [sum(part.num_rays for part in parts[:i]) for i in range(len(parts))]
         ray_indices = torch.cat([part.ray_indices + first for part, first in zip(parts, first_rays)])
-        joined = (torch.cat([part[i] for part in parts]) for i in range(3))
-        return cls(*joined, ray_indices, sum(part.num_rays for part in parts))
+        return cls(*(torch.cat([part[i] for part in parts]) for i in range(3)), ray_indices)
 
 
 def composite(raw, t, ray_indices, step_sizes, offsets):
@@ -50,8 +68,8 @@ def composite(raw, t, ray_indices, step_sizes, offsets):
     Returns:
       [N_rays, 5]: red, green, blue, opacity, and depth, the sum of weights times t; weights [M].
     """
-    if raw.device.type == 'cpu' and load_kernels('occupancy') is not None:
-        return CompiledComposite.apply(raw.contiguous(), t, step_sizes, offsets)
+    if KERNELS.usable(raw.device):
+        return CompiledComposite.apply(raw.contiguous(), t, step_sizes, 0.0, offsets, MAX_OPTICAL_DEPTH)
     return composite_reference(raw, t, ray_indices, step_sizes, offsets)
 
 
@@ -72,45 +90,103 @@ def composite_reference(raw, t, ray_indices, step_sizes, offsets, optical_depth=
     return out, weights
 
 
-def composite_onto(raw, t, ray_indices, step_sizes, offsets, optical_depth, out):
+def composite_onto(raw, t, step_sizes, offsets, optical_depth, out, alive=None):
     """Composite more samples of rays behind those that are done; without gradients.
 
     Args:
-      optical_depth: so far [N_rays]; may be overwritten.
-      out: result of `composite` so far [N_rays, 5]; may be overwritten.
+      step_sizes: of all rays [N_rays].
+      offsets: of the rays in `alive` [A + 1].
+      optical_depth: so far [N_rays]; overwritten.
+      out: result of `composite` so far [N_rays, 5]; overwritten.
+      alive: the rays that these samples belong to [A]; all if not given.
       others: as in `composite`.
-    Returns:
-      out, optical_depth: with these samples.
     """
-    if raw.device.type == 'cpu' and load_kernels('occupancy') is not None:
-        call_kernel('occupancy', 'composite', raw.contiguous(), t, step_sizes, offsets, len(step_sizes),
-                    MAX_OPTICAL_DEPTH, optical_depth, out, None)
-        return out, optical_depth
-    added, _ = composite_reference(raw, t, ray_indices, step_sizes, offsets, optical_depth)
-    sample_depths = torch.relu(raw[:, 3]) * step_sizes[ray_indices]
-    return out + added, optical_depth.index_add(0, ray_indices, sample_depths)
+    if KERNELS.usable(raw.device):
+        A = len(offsets) - 1
+        KERNELS.call('composite', raw.device, A, raw.contiguous(), t, step_sizes, 0.0, offsets, alive, A,
+                     MAX_OPTICAL_DEPTH, optical_depth, out, None)
+        return
+    alive = torch.arange(len(out), device=out.device) if alive is None else alive
+    number = torch.repeat_interleave(offsets.diff(), output_size=len(t))  # of each sample's ray, in `alive`
+    added, _ = composite_reference(raw, t, number, step_sizes[alive], offsets, optical_depth[alive])
+    out.index_add_(0, alive, added)
+    optical_depth.index_add_(0, alive[number], torch.relu(raw[:, 3]) * step_sizes[alive[number]])
+
+
+def can_composite_dense(raw, z_vals, rays_d):
+    """Whether `composite_dense` can do what `raw2outputs` of run_nerf.py does: on a GPU, without gradients of
+    the samples' positions."""
+    positions_fixed = not (torch.is_grad_enabled() and (z_vals.requires_grad or rays_d.requires_grad))
+    is_float32 = raw.dtype == z_vals.dtype == torch.float32
+    return raw.is_cuda and positions_fixed and is_float32 and KERNELS.usable(raw.device)
+
+
+def composite_dense(raw, z_vals, rays_d, last_interval):
+    """`composite` for the same number of samples along each ray, however opaque it is.
+
+    Args:
+      raw: [N_rays, N_samples, 4 or more]; z_vals: positions [N_rays, N_samples]; rays_d: directions [N_rays,
+        3].
+      last_interval: length of the interval behind the last sample, in units of rays_d.
+    Returns:
+      rgb_map [N_rays, 3]; acc_map, depth_map [N_rays]; weights [N_rays, N_samples].
+    """
+    N, S = z_vals.shape
+    offsets = torch.arange(0, N * S + 1, S, device=raw.device)
+    raw = raw[..., :4] if raw.shape[-1] > 4 else raw
+    lengths = torch.linalg.vector_norm(rays_d, dim=-1)
+    out, weights = CompiledComposite.apply(raw.reshape(-1, 4), z_vals.reshape(-1), lengths, last_interval,
+                                           offsets, math.inf)
+    rgb_map, acc_map, depth_map = out.split([3, 1, 1], -1)
+    return rgb_map, acc_map.squeeze(-1), depth_map.squeeze(-1), weights.view(N, S)
 
 
 class CompiledComposite(torch.autograd.Function):
-    """`composite` by `occupancy.c`."""
+    """`composite` by `composite.c`, whose `length_of` explains `lengths` [N_rays] and `last_interval`."""
 
     @staticmethod
-    def forward(ctx, raw, t, step_sizes, offsets):
+    def forward(ctx, raw, t, lengths, last_interval, offsets, max_optical_depth):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(raw, t, step_sizes, offsets)
-        N = len(step_sizes)
-        out, weights, optical_depth = raw.new_zeros(N, OUT_CHANNELS), torch.zeros_like(t), raw.new_zeros(N)
-        call_kernel('occupancy', 'composite', raw, t, step_sizes, offsets, N, MAX_OPTICAL_DEPTH,
-                    optical_depth, out, weights)
+        ctx.save_for_backward(raw, t, lengths, offsets)
+        ctx.options = last_interval, max_optical_depth
+        N = len(lengths)
+        out, weights = raw.new_empty(N, OUT_CHANNELS), torch.empty_like(t)
+        KERNELS.call('composite', raw.device, N, raw, t, lengths, last_interval, offsets, None, N,
+                     max_optical_depth, None, out, weights)
         return out, weights
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_weights):
-        raw, t, step_sizes, offsets = ctx.saved_tensors
-        grad_raw, N = torch.zeros_like(raw), len(step_sizes)
+        raw, t, lengths, offsets = ctx.saved_tensors
+        last_interval, max_optical_depth = ctx.options
+        grad_raw, N = torch.empty_like(raw), len(lengths)
         grad_out = raw.new_zeros(N, OUT_CHANNELS) if grad_out is None else grad_out.contiguous()
         grad_weights = None if grad_weights is None else grad_weights.contiguous()
-        call_kernel('occupancy', 'composite_gradient', raw, t, step_sizes, offsets, N, MAX_OPTICAL_DEPTH,
-                    grad_out, grad_weights, grad_raw)
-        return grad_raw, None, None, None
+        KERNELS.call('composite_gradient', raw.device, N, raw, t, lengths, last_interval, offsets, N,
+                     max_optical_depth, grad_out, grad_weights, grad_raw)
+        return grad_raw, *[None] * 5
+
+
+def check_kernels(device):
+    """Raise AssertionError if the kernels differ from their references on `device`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.rand(*shape, generator=generator).to(device)
+
+    offsets = torch.tensor([0, 3, 3, 40, 100], device=device)
+    N, M = len(offsets) - 1, 100
+    ray_indices = torch.repeat_interleave(offsets.diff(), output_size=M)
+    raw, t, step_sizes = (10 * random(M, 4) - 3).requires_grad_(), random(M), 0.2 * random(N)
+    for_out, for_weights, results = random(N, OUT_CHANNELS), random(M), []
+    for function in (lambda: CompiledComposite.apply(raw, t, step_sizes, 0.0, offsets, MAX_OPTICAL_DEPTH),
+                     lambda: composite_reference(raw, t, ray_indices, step_sizes, offsets)):
+        out, weights = function()
+        loss = (out * for_out).sum() + (weights * for_weights).sum()
+        results.append((out, weights, *torch.autograd.grad(loss, raw)))
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+KERNELS = Kernels('composite', check_kernels)

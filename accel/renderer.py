@@ -4,7 +4,10 @@
 of a grid; `FastRenderer` skips samples that cannot be seen. A renderer is a module: its parameters, buffers
 and submodules are trained, saved and moved like those of any other module.
 """
+import torch
 from torch import nn
+
+from accel.packed import PackedSamples
 
 # At most this many samples of the last network are rendered at once, by type of device.
 MAX_SAMPLES = {'cpu': 2 ** 18, 'cuda': 2 ** 22}
@@ -42,3 +45,12 @@ class Renderer(nn.Module):
         """How many rays to render at once at most, so that their samples fit in memory; the other arguments
         are those of `render_rays`."""
         return max(1, MAX_SAMPLES.get(device.type, MAX_SAMPLES['cuda']) // (N_samples + N_importance))
+
+
+def join(parts):
+    """The results of `render_rays` for several batches of rays as one dict."""
+    if len(parts) == 1:
+        return parts[0]
+    results = {key: [part[key] for part in parts] for key in parts[0]}
+    return {key: PackedSamples.cat(values) if isinstance(values[0], PackedSamples) else torch.cat(values)
+            for key, values in results.items()}

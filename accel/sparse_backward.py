@@ -10,6 +10,8 @@ With `keep_activations` the forward pass stores the activations too, and each ba
 way: it evaluates the network again if p < 2/3, and otherwise uses them.
 """
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -21,17 +23,50 @@ CHUNK_LENGTHS = 32
 RECOMPUTE_BELOW = 2 / 3
 
 
+class Evaluation(NamedTuple):
+    """An evaluation of a network that is to be differentiated."""
+    fn: Callable              # of inputs [M, C]
+    chunk: int                # rows to compute at once
+    inputs: torch.Tensor      # [M, C]
+    parameters: list          # of `fn`
+    grad_raw: torch.Tensor    # gradient of the loss by its outputs
+    kept: tuple | None        # outputs and inputs with their graph, if activations are kept
+
+    def differentiable_parts(self, mask, count, to_inputs=False):
+        """Yield (rows, leaf, raw): an index of rows, a leaf tensor with these rows of `inputs`, and
+        `fn(leaf)` with its graph. Together they cover the rows in `mask` [M], `count` of them."""
+        if self.kept and count >= RECOMPUTE_BELOW * len(self.inputs):
+            raw, leaf = self.kept
+            yield slice(None), leaf, raw
+            return
+        rows = indices_of(mask, count)
+        for part in rows.split(self.chunk) if count else ():
+            leaf = self.inputs.index_select(0, part).detach().requires_grad_(to_inputs)
+            with torch.enable_grad():
+                raw = evaluate_padded(self.fn, leaf, self.chunk)
+            yield part, leaf, raw
+
+    def backward(self, mask, count):
+        """Add the gradient to that of the parameters; `mask` and `count` as in `differentiable_parts`."""
+        for rows, _, raw in self.differentiable_parts(mask, count):
+            torch.autograd.backward(raw, self.grad_raw[rows], inputs=self.parameters)
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+
 class SparseBackward(torch.autograd.Function):
     """`fn(inputs)` of `inputs` [M, C], points and directions, computed `chunk` rows at a time. The parameters
-    of `fn` are arguments too, so that autograd requests their gradients."""
+    of `fn` are arguments too, so that autograd requests their gradients. If `query.deferred` is a list, the
+    backward pass only adds an `Evaluation` to it, for `backpropagate`."""
 
     @staticmethod
-    def forward(ctx, fn, chunk, keep_activations, inputs, *parameters):
-        ctx.fn, ctx.chunk, ctx.kept = fn, chunk, None
+    def forward(ctx, fn, chunk, keep_activations, query, inputs, *parameters):
+        ctx.fn, ctx.chunk, ctx.query, ctx.kept = fn, chunk, query, None
         ctx.save_for_backward(inputs, *parameters)
         if not keep_activations:
             return evaluate_in_chunks(fn, inputs, chunk)
-        leaf = inputs.detach().requires_grad_(ctx.needs_input_grad[3])
+        leaf = inputs.detach().requires_grad_(ctx.needs_input_grad[4])
         with torch.enable_grad():
             raw = evaluate_with_activations(fn, leaf, chunk)
         ctx.kept = raw, leaf
@@ -41,34 +76,44 @@ class SparseBackward(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_raw):
         inputs, *parameters = ctx.saved_tensors
-        to_inputs = ctx.needs_input_grad[3]
+        evaluation = Evaluation(ctx.fn, ctx.chunk, inputs, parameters, grad_raw, ctx.kept)
+        to_inputs, ctx.kept = ctx.needs_input_grad[4], None
+        if ctx.query.deferred is not None and not to_inputs:
+            ctx.query.deferred.append(evaluation)
+            return (None,) * (5 + len(parameters))
+        (mask, count), = rows_with_gradient([grad_raw])
         grad_inputs = torch.zeros_like(inputs) if to_inputs else None
         sums = [None] * len(parameters)
-        for rows, leaf, raw in SparseBackward.differentiable_parts(ctx, inputs, grad_raw):
+        for rows, leaf, raw in evaluation.differentiable_parts(mask, count, to_inputs):
             wanted = [*parameters, leaf] if to_inputs else parameters
             grads = torch.autograd.grad(raw, wanted, grad_raw[rows], allow_unused=True)
             if to_inputs:
                 grads, grad_inputs[rows] = grads[:-1], grads[-1]
             sums = add_gradients(sums, grads)
         sums = [torch.zeros_like(p) if total is None else total for p, total in zip(parameters, sums)]
-        return None, None, None, grad_inputs, *sums
+        return None, None, None, None, grad_inputs, *sums
 
-    @staticmethod
-    def differentiable_parts(ctx, inputs, grad_raw):
-        """Yield (rows, leaf, raw): an index of rows, a leaf tensor with these rows of `inputs`, and
-        `fn(leaf)` with its graph. Together they cover all rows that have a gradient."""
-        with_gradient = (grad_raw != 0).any(-1).nonzero().squeeze(-1)  # NaN != 0, so NaN is passed on
-        kept, ctx.kept = ctx.kept, None
-        if kept and len(with_gradient) >= RECOMPUTE_BELOW * len(inputs):
-            raw, leaf = kept
-            yield slice(None), leaf, raw
-            return
-        del kept  # frees the stored activations
-        for rows in with_gradient.split(ctx.chunk) if len(with_gradient) else ():
-            leaf = inputs[rows].detach().requires_grad_(ctx.needs_input_grad[3])
-            with torch.enable_grad():
-                raw = evaluate_padded(ctx.fn, leaf, ctx.chunk)
-            yield rows, leaf, raw
+
+def backpropagate(evaluations):
+    """Add the gradients of `Evaluation`s to those of their parameters. The host waits for a GPU once for all
+    of them, to know in how many rows they have a gradient."""
+    if evaluations:
+        found = rows_with_gradient([evaluation.grad_raw for evaluation in evaluations])
+        while evaluations:  # stored activations are freed one by one
+            evaluations.pop(0).backward(*found.pop(0))
+
+
+def rows_with_gradient(grads):
+    """For each of `grads` [M, C], which rows are not zero, [M], and how many."""
+    masks = [(grad != 0).any(-1) for grad in grads]  # NaN != 0, so NaN is passed on
+    return list(zip(masks, torch.stack([mask.sum() for mask in masks]).tolist()))
+
+
+def indices_of(mask, count):
+    """Where `mask` [M] is true, `count` times."""
+    if mask.device.type == 'cpu':
+        return mask.nonzero()[:, 0]
+    return mask.sort(descending=True, stable=True).indices[:count]  # `nonzero` would wait for the count
 
 
 def add_gradients(sums, grads):
@@ -93,7 +138,8 @@ def evaluate_in_chunks(fn, inputs, chunk):
 
 def evaluate_with_activations(fn, inputs, chunk):
     """`fn` on `chunk` rows of `inputs` at a time, for ordinary backpropagation."""
-    return torch.cat([evaluate_padded(fn, part, chunk) for part in inputs.split(chunk)])
+    parts = [evaluate_padded(fn, part, chunk) for part in inputs.split(chunk)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def evaluate_padded(fn, part, chunk):

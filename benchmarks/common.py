@@ -74,7 +74,7 @@ class Run(NamedTuple):
         batch = self.rays.sample(step)
         self.optimizer.zero_grad()
         hwf, K = self.scene.hwf, self.scene.K
-        return batch, loss_and_gradient(hwf, K, self.args.chunk, batch, self.kwargs_train)
+        return batch, loss_and_gradient(hwf, K, self.args.chunk or sys.maxsize, batch, self.kwargs_train)
 
     def update(self, step, measures, finite=True):
         """Update the networks, unless the gradient is not `finite`, and what depends on them."""
@@ -111,10 +111,10 @@ class NerfPytorchQuery(NetworkQuery):
     """Evaluates networks as nerf-pytorch does: all points are encoded at once, then go through the network
     65,536 at a time; all activations are kept."""
 
-    def at_points(self, points, viewdirs, network):
-        encoded = network.encoding(points)
-        if viewdirs is not None:
-            encoded = torch.cat([encoded, network.encoding_views(viewdirs)], -1)
+    def evaluate(self, inputs, network):
+        encoded = network.encoding(inputs[:, :3])
+        if inputs.shape[-1] > 3:
+            encoded = torch.cat([encoded, network.encoding_views(inputs[:, 3:])], -1)
         return batchify(partial(NeRF.forward, network), self.netchunk)(encoded)
 
 
@@ -127,7 +127,7 @@ class UnlimitedRenderer(ExactRenderer):
 
 def as_nerf_pytorch(render_kwargs):
     """`render_kwargs` for the method as nerf-pytorch computes it."""
-    return {**render_kwargs, 'network_query_fn': NerfPytorchQuery(), 'renderer': UnlimitedRenderer()}
+    return {**render_kwargs, 'network_query_fn': NerfPytorchQuery(1024 * 64), 'renderer': UnlimitedRenderer()}
 
 
 def fast_precisions(device):

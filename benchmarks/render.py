@@ -52,7 +52,7 @@ def main():
     kwargs = {variant: kwargs_of(variant, run) for variant in variants}
 
     def frame(view, variant):
-        return render_pixels(scene, view, pixels, args.chunk, kwargs[variant])
+        return render_pixels(scene, view, pixels, args.chunk or sys.maxsize, kwargs[variant])
     if bench.memory_of:
         frame(bench.views[0], bench.memory_of)
         print(memory_gib(device))

@@ -115,8 +115,8 @@ class GradientCounter(NetworkQuery):
         super().__init__(netchunk)
         self.counts = {}
 
-    def at_points(self, points, viewdirs, network):
-        raw = super().at_points(points, viewdirs, network)
+    def evaluate(self, inputs, network):
+        raw = super().evaluate(inputs, network)
         if raw.requires_grad:
             raw.register_hook(partial(self.count, network))
         return raw

@@ -44,14 +44,14 @@ class RaySampler:
         first, last = min(scene.i_train), max(scene.i_train)  # a slice shares memory on a CPU
         self.images = torch.from_numpy(scene.images[first:last + 1]).to(device)        # [., H, W, 3] uint8
         self.poses = torch.from_numpy(scene.poses[first:last + 1]).to(device)          # [., 3, 4]
-        self.alphas = None                                                             # [., H, W] uint8
         if with_alpha and scene.alphas is not None:
-            self.alphas = torch.from_numpy(scene.alphas[first:last + 1]).to(device)
+            alphas = torch.from_numpy(scene.alphas[first:last + 1]).to(device)
+            self.images = torch.cat([self.images, alphas[..., None]], -1)              # [., H, W, 4]
         self.views = torch.from_numpy(np.asarray(scene.i_train) - first).to(device)    # [N_views]
-        self.K, self.device = scene.K, device
+        self.K, self.device = scene.K.copy(), device
+        self.K[:2, 2] -= 0.5 if pixel_centers else 0.0  # of pixels (i, j) in place of their centres
         self.N_rand, self.no_batching = N_rand, no_batching
         self.precrop_iters, self.precrop_frac = precrop_iters, precrop_frac
-        self.pixel_offset = 0.5 if pixel_centers else 0.0
         self.N_rand_samples, self.expected_samples = N_rand_samples, expected_samples
         self.mean_samples = None  # samples per ray in the last step
 
@@ -65,13 +65,8 @@ class RaySampler:
         N_views, (H, W) = len(self.views), self.images.shape[1:3]
         view = self.views[random(0, N_views, 1).expand(N_rays) if self.no_batching else random(0, N_views)]
         y, x = random(*self.sampled_range(H, step)), random(*self.sampled_range(W, step))  # [N_rays]
-        dtype = self.poses.dtype
-        x_image, y_image = x.to(dtype) + self.pixel_offset, y.to(dtype) + self.pixel_offset
-        rays = pixel_rays(x_image, y_image, self.K, self.poses[view])
-        target = self.images[view, y, x]
-        if self.alphas is not None:
-            target = torch.cat([target, self.alphas[view, y, x][:, None]], -1)
-        return Batch(torch.stack(rays), target.to(dtype) / 255)
+        rays = pixel_rays(x, y, self.K, self.poses[view])
+        return Batch(torch.stack(rays), self.images[view, y, x] / 255)
 
     def sampled_range(self, side, step):
         """The range of pixels along an image side that is sampled at `step`."""
@@ -84,14 +79,14 @@ class RaySampler:
         """Number of rays in the next batch."""
         if self.N_rand_samples is None:
             return self.N_rand
-        mean_samples = float(self.mean_samples or self.expected_samples)  # 0 is no basis for a number of rays
+        mean_samples = float(self.mean_samples or 0) or self.expected_samples  # 0 is no basis for a number
         return max(1, min(self.N_rand, int(self.N_rand_samples / mean_samples)))
 
     def adapt_to(self, mean_samples):
-        """Adapt the number of rays to the mean number of samples per ray in the last step, a scalar
-        tensor; None if it is not known."""
+        """Adapt the number of rays to the mean number of samples per ray in the last step; None if it is not
+        known."""
         if mean_samples is not None:
-            self.mean_samples = mean_samples.detach()
+            self.mean_samples = mean_samples
 
     def reset(self):
         """Forget the number of samples per ray, because the renderer has been reset."""

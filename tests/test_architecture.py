@@ -14,9 +14,8 @@ FORBIDDEN = {
     'load_blender.py': {'run_nerf', 'accel', 'training', 'load_llff'},
     'load_llff.py': {'run_nerf', 'accel', 'training', 'load_blender'},
 }
-# These files look up attributes by name this many times: of torch, a C library, and options.
-LOOKUPS = {'training/devices.py': 1, 'accel/kernels/compiled.py': 1, 'training/checkpoints.py': 3,
-           'tools/make_demo_scene.py': 1}
+# These files look up attributes by name this many times: of torch, and options.
+LOOKUPS = {'training/devices.py': 1, 'training/checkpoints.py': 3, 'tools/make_demo_scene.py': 1}
 # The most lines of run_nerf.py.
 MAX_LINES = 500
 # The most lines of a function without its docstring.

@@ -248,7 +248,7 @@ def test_rendering_adopts_options_that_are_not_given(tmp_path):
     args = options('--render_only', '--N_samples', 64)
     adopt_options(args, state)
     assert (args.netwidth, args.N_samples, args.lrate) == (8, 64, 1)
-    assert (args.chunk, args.precision, args.render_only) == (32768, 'auto', True)
+    assert (args.chunk, args.precision, args.render_only) == (None, 'auto', True)
 
 
 def test_trained_pixel_centers_are_kept(saved):
@@ -339,7 +339,7 @@ def test_of_saves_by_time_the_newest_are_kept(tmp_path, clock):
 def test_an_unhealthy_run_is_saved_only_at_the_end(tmp_path, clock):
     kept = keeper(tmp_path, '--i_weights', 1, '--N_iters', 3)
     for step in range(1, 4):
-        kept.save_if_due(step, healthy=False)
+        kept.save_if_due(step, is_healthy=lambda: False)
     assert steps_in(tmp_path) == [3]
 
 

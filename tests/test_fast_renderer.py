@@ -36,9 +36,9 @@ class CountingQuery(NetworkQuery):
     """Counts the points that it evaluates."""
     points = 0
 
-    def at_points(self, points, viewdirs, network):
-        self.points += len(points)
-        return super().at_points(points, viewdirs, network)
+    def evaluate(self, inputs, network):
+        self.points += len(inputs)
+        return super().evaluate(inputs, network)
 
     def density(self, points, network):
         self.points += len(points)
@@ -55,8 +55,8 @@ class ScaledQuery(CountingQuery):
     def scale(self, network):
         return self.factor if self.of in (None, network) else 1.0
 
-    def at_points(self, points, viewdirs, network):
-        return super().at_points(points, viewdirs, network) * self.scale(network)
+    def evaluate(self, inputs, network):
+        return super().evaluate(inputs, network) * self.scale(network)
 
     def density(self, points, network):
         return super().density(points, network) * self.scale(network)

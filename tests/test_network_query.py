@@ -1,4 +1,6 @@
 """Networks on many points: against nerf-pytorch's `run_network`, in chunks of any size, in each precision."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,14 +60,24 @@ def test_chunks_and_padding_change_nothing(N, chunk, with_gradient, hashed, use_
     torch.testing.assert_close(raw.detach(), network(points, viewdirs).detach())
 
 
-@given(netchunk=st.integers(1, 10 ** 7), width=st.integers(1, 4096), kind=st.sampled_from(['cpu', 'cuda']))
-def test_chunks_fit_caches_and_netchunk(netchunk, width, kind):
+@given(netchunk=st.none() | st.integers(1, 10 ** 7), width=st.integers(1, 4096),
+       kind=st.sampled_from(['cpu', 'cuda']), gib=st.sampled_from([2, 8, 24, 141]))
+def test_chunks_fit_caches_memory_and_netchunk(netchunk, width, kind, gib):
     network, device = encoded_nerf(D=1, W=2), torch.device(kind)
     network.W = width
-    chunk = NetworkQuery(netchunk).chunk(network, device)
-    assert 1 <= chunk <= netchunk
-    assert chunk * width <= max(network.CHUNK_ACTIVATIONS[kind], network.MIN_CHUNK_POINTS * width)
-    assert NetworkQuery(netchunk).chunk(hash_nerf(), device) == netchunk
+    with pytest.MonkeyPatch.context() as patch:
+        memory = SimpleNamespace(total_memory=gib * 2 ** 30)
+        patch.setattr(torch.cuda, 'get_device_properties', lambda _: memory)
+        chunk, preferred = (NetworkQuery(most).chunk(network, device) for most in (netchunk, None))
+    assert chunk == min(netchunk or preferred, preferred)
+    assert 1 <= preferred * width <= max(network.CHUNK_ACTIVATIONS[kind], network.MIN_CHUNK_POINTS * width)
+    if kind == 'cuda' and width <= 256:  # ten layers' activations and gradients take a quarter of the memory
+        assert 10 * 2 * 4 * preferred * width < gib * 2 ** 30 / 4
+
+
+def test_chunks_of_a_hash_network_are_large():
+    assert NetworkQuery().chunk(hash_nerf(), CPU) == 2 ** 18
+    assert NetworkQuery(100).chunk(hash_nerf(), CPU) == 100
 
 
 # --- density ------------------------------------------------------------------------------------------------
@@ -121,7 +133,7 @@ def test_bf16_is_for_products_of_hidden_layers_only():
     torch.manual_seed(0)
     network, encodings = encoded_nerf(W=64), []
     points, viewdirs = samples(60, 20)
-    network.pts_linears[0].register_forward_pre_hook(lambda _, inputs: encodings.append(inputs[0].dtype))
+    network.encoding.register_forward_hook(lambda _, inputs, output: encodings.append(output.dtype))
     found = []
     for precision in ('fp32', 'bf16'):
         network.zero_grad()

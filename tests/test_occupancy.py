@@ -6,7 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_grids import each_implementation, march, needs_compiler, occupied_grid, rays_around  # noqa: F401
+from tiny_grids import (  # noqa: F401
+    bounded_rays,
+    each_implementation,
+    each_kernel,
+    implementation,
+    march,
+    occupied_grid,
+    rays_around,
+)
 
 from accel import occupancy
 from accel.grid_renderer import WARMUP_UPDATES
@@ -23,20 +31,29 @@ def distance_to_cell_border(grid, points):
     return (place - place.round()).abs().amin(-1)
 
 
-@needs_compiler
+@each_kernel
 @given(share=st.sampled_from([0.0, 0.02, 0.3, 1.0]), resolution=st.sampled_from([5, 16, 20]),
-       seed=st.integers(0, 99), max_samples=st.sampled_from([3, MAX_CANDIDATES]))
+       seed=st.integers(0, 99), max_samples=st.sampled_from([3, MAX_CANDIDATES]), some=st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_march_equals_the_reference_implementation(share, resolution, seed, max_samples):
+def test_march_equals_the_reference_implementation(kernels, share, resolution, seed, max_samples, some):
+    """Of all rays, and of a part of them from where an earlier march has ended."""
     grid = occupied_grid(share, resolution, seed)
     rays_o, rays_d = rays_around(200, seed)
-    spacing, num_candidates, marched = march(grid, rays_o, rays_d, max_samples=max_samples)
-    t, ray_indices, offsets, resume = marched
-    begin = torch.zeros_like(num_candidates)
-    other_t, _, other_offsets, other_resume = grid.march_reference(rays_o, rays_d, spacing,
-                                                                   num_candidates, begin, max_samples)
-    for n in range(200):
-        ours, theirs = t[offsets[n]:offsets[n + 1]], other_t[other_offsets[n]:other_offsets[n + 1]]
+    rays, alive = bounded_rays(rays_o, rays_d), torch.arange(200)
+    resume, other_resume = (torch.zeros(200, dtype=torch.long) for _ in range(2))
+    with implementation(kernels):
+        spacing, num_candidates = grid.candidates(rays, 0.03, torch.full([200], 0.5))
+        if some:
+            alive = torch.arange(0, 200, 3)
+            grid.march(rays, spacing, num_candidates, resume, None, 5)
+            other_resume.copy_(resume)
+        t, ray_indices, offsets = grid.march(rays, spacing, num_candidates, resume, alive if some else None,
+                                             max_samples)
+    other_t, _, other_offsets = grid.march_reference(rays, spacing, num_candidates, other_resume, alive,
+                                                     max_samples)
+    assert ray_indices.equal(alive.repeat_interleave(offsets.diff()))
+    for a, n in enumerate(alive.tolist()):
+        ours, theirs = t[offsets[a]:offsets[a + 1]], other_t[other_offsets[a]:other_offsets[a + 1]]
         if len(ours) == len(theirs) and torch.allclose(ours, theirs, atol=1e-6):
             assert resume[n] == other_resume[n]
             continue
@@ -47,14 +64,25 @@ def test_march_equals_the_reference_implementation(share, resolution, seed, max_
         points = rays_o[n] + rays_d[n] * torch.stack(odd)[:, None]
         assert distance_to_cell_border(grid, points).min() < 1e-4
         assert max_samples < MAX_CANDIDATES or distance_to_cell_border(grid, points).max() < 1e-4
-    assert ray_indices.equal(torch.arange(200).repeat_interleave(offsets.diff()))
+
+
+@each_kernel
+def test_candidates_equal_the_reference_implementation(kernels):
+    grid, rays, jitter = occupied_grid(0.3), bounded_rays(*rays_around(2000)), torch.rand(2000)
+    with implementation(kernels):
+        spacing, num_candidates = grid.candidates(rays, 0.03, jitter)
+    expected, expected_number = grid.candidates_reference(rays, 0.03, jitter)
+    hit = expected_number > 0
+    torch.testing.assert_close(spacing[hit], expected[hit], rtol=1e-5, atol=1e-5)
+    assert (num_candidates - expected_number).abs().max() <= 1, 'but for rounding'
+    assert (num_candidates == expected_number).float().mean() > 0.99 and 0.2 < hit.float().mean() < 0.9
 
 
 @both_implementations
 def test_march_equals_a_loop():
     grid = occupied_grid(0.2, 10)
     rays_o, rays_d = rays_around(60)
-    spacing, num_candidates, (t, _, offsets, _) = march(grid, rays_o, rays_d)
+    spacing, num_candidates, (t, _, offsets) = march(grid, rays_o, rays_d)
     low, high, G = *grid.aabb.numpy().astype(np.float64), grid.resolution
     for n in range(60):
         found, o, d = [], rays_o[n].numpy().astype(np.float64), rays_d[n].numpy().astype(np.float64)
@@ -81,10 +109,11 @@ def test_march_equals_a_loop():
 def test_marching_in_parts_finds_the_same_samples():
     grid = occupied_grid(0.3)
     rays_o, rays_d = rays_around(100)
-    spacing, num_candidates, (t, _, offsets, _) = march(grid, rays_o, rays_d)
+    spacing, num_candidates, (t, _, offsets) = march(grid, rays_o, rays_d)
     parts, begin = [[] for _ in range(100)], torch.zeros_like(num_candidates)
     while (begin < num_candidates).any():
-        some, _, ends, begin = grid.march(rays_o, rays_d, spacing, num_candidates, begin, 7)
+        some, _, ends = grid.march(bounded_rays(rays_o, rays_d), spacing, num_candidates, begin,
+                                   max_samples=7)
         assert ends.diff().max() <= 7
         for n in range(100):
             parts[n] += some[ends[n]:ends[n + 1]].tolist()
@@ -96,21 +125,21 @@ def test_degenerate_rays_have_no_samples():
     grid = occupied_grid(1.0)
     rays_o = torch.tensor([[9.0, 9, 9], [0, 0, 0.5], [math.nan, 0, 0], [9, 0, 0.5], [0, 0, 0.5]])
     rays_d = torch.tensor([[1.0, 1, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0], [math.inf, 0, 0]])
-    _, num_candidates, (t, ray_indices, offsets, _) = march(grid, rays_o, rays_d)
+    _, num_candidates, (t, ray_indices, offsets) = march(grid, rays_o, rays_d)
     assert not num_candidates.any() and not len(t) and not len(ray_indices) and offsets.tolist() == [0] * 6
 
 
 @both_implementations
 def test_no_rays_have_no_samples():
     rays_o, rays_d = rays_around(0)
-    *_, (t, ray_indices, offsets, next_begin) = march(occupied_grid(0.3), rays_o, rays_d)
-    assert not len(t) and not len(ray_indices) and offsets.tolist() == [0] and not len(next_begin)
+    *_, (t, ray_indices, offsets) = march(occupied_grid(0.3), rays_o, rays_d)
+    assert not len(t) and not len(ray_indices) and offsets.tolist() == [0]
 
 
 def test_the_reference_implementation_marches_in_parts(monkeypatch):
     grid, (rays_o, rays_d) = occupied_grid(0.3), rays_around(100)
     spacing, num_candidates, _ = march(grid, rays_o, rays_d)
-    arguments = rays_o, rays_d, spacing, num_candidates, torch.zeros_like(num_candidates), MAX_CANDIDATES
+    arguments = bounded_rays(rays_o, rays_d), spacing, num_candidates, None, None, MAX_CANDIDATES
     whole = grid.march_reference(*arguments)
     monkeypatch.setattr(occupancy, 'MAX_LOOKUPS', 1000)
     assert all(torch.equal(*pair) for pair in zip(whole, grid.march_reference(*arguments)))
@@ -164,7 +193,8 @@ def blob(points):
 def update(grid, density, num_updates=WARMUP_UPDATES, step_size=0.02):
     """Update the grid as training does at first."""
     for number in range(num_updates):
-        grid.update(density, step_size, torch.Generator().manual_seed(number), all_cells=True)
+        torch.manual_seed(number)
+        grid.update(density, step_size, all_cells=True)
     return grid
 
 
@@ -235,14 +265,8 @@ def test_later_updates_evaluate_a_bounded_number_of_cells(monkeypatch):
     grid = update(OccupancyGrid(16), density)
     assert sum(evaluated) == 16 ** 3 * WARMUP_UPDATES
     evaluated.clear()
-    grid.update(density, 0.02, torch.Generator(), all_cells=False)
+    grid.update(density, 0.02, all_cells=False)
     assert sum(evaluated) == 512
-
-
-def test_updates_depend_on_their_generator_alone():
-    state = torch.get_rng_state()
-    one, other = update(OccupancyGrid(16), blob), update(OccupancyGrid(16), blob)
-    assert one.occs.equal(other.occs) and torch.get_rng_state().equal(state)
 
 
 # --- state --------------------------------------------------------------------------------------------------
@@ -254,8 +278,7 @@ def test_a_loaded_grid_marches_like_the_saved_one(assign):
     assert saved.state_dict().keys() == {'aabb', 'occs', 'occupied'}
     march(loaded, *rays)
     loaded.load_state_dict(saved.state_dict(), assign=assign)
-    (t, ray_indices, _, _), (other_t, other_indices, _, _) = (march(grid, *rays)[2]
-                                                              for grid in (saved, loaded))
+    (t, ray_indices, _), (other_t, other_indices, _) = (march(grid, *rays)[2] for grid in (saved, loaded))
     assert t.equal(other_t) and ray_indices.equal(other_indices) and len(t)
 
 

@@ -11,7 +11,8 @@ from training.options import KINDS, config_parser, options_that_affect, plain_op
 NERF_PYTORCH = {
     'config': None, 'expname': 'run', 'basedir': './logs/', 'datadir': './data/llff/fern', 'netdepth': 8,
     'netwidth': 256, 'netdepth_fine': 8, 'netwidth_fine': 256, 'N_rand': 4096, 'lrate': 5e-4,
-    'lrate_decay': 250, 'chunk': 32768, 'netchunk': 65536, 'no_batching': False, 'no_reload': False,
+    'lrate_decay': 250, 'chunk': None, 'netchunk': None,  # as suits the device
+    'no_batching': False, 'no_reload': False,
     'ft_path': None, 'N_samples': 64, 'N_importance': 0, 'perturb': 1.0, 'use_viewdirs': False,
     'i_embed': 0, 'multires': 10, 'multires_views': 4, 'raw_noise_std': 0.0, 'render_only': False,
     'render_test': False, 'render_factor': 0, 'precrop_iters': 0, 'precrop_frac': 0.5,

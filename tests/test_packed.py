@@ -6,17 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_grids import each_implementation, needs_compiler  # noqa: F401
+from tiny_grids import each_implementation, each_kernel, implementation  # noqa: F401
 
 from accel.packed import (
     MAX_OPTICAL_DEPTH,
     MIN_TRANSMITTANCE,
     PackedSamples,
     composite,
+    composite_dense,
     composite_onto,
     composite_reference,
 )
-from run_nerf import raw2outputs
+from run_nerf import LAST_INTERVAL, raw2outputs
 
 both_implementations = pytest.mark.usefixtures('each_implementation')
 
@@ -60,15 +61,16 @@ def random_loss(kind, seed):
     return loss
 
 
-@needs_compiler
+@each_kernel
 @given(N=st.integers(0, 50), seed=st.integers(0, 999), density=st.sampled_from([1.0, 30.0, 1000.0]),
        kind=LOSSES)
 @settings(max_examples=60, deadline=None)
-def test_composite_equals_the_reference_implementation(N, seed, density, kind):
+def test_composite_equals_the_reference_implementation(kernels, N, seed, density, kind):
     """Outputs and gradients; at the highest density most samples are behind MAX_OPTICAL_DEPTH."""
     raw, *samples = random_samples(N, seed, density)
     loss = random_loss(kind, seed)
-    out, weights, grad = outputs_and_gradient(composite, raw, samples, loss)
+    with implementation(kernels):
+        out, weights, grad = outputs_and_gradient(composite, raw, samples, loss)
     expected_out, expected_weights, expected_grad = outputs_and_gradient(composite_reference, raw, samples,
                                                                          loss)
     torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-5)
@@ -88,10 +90,10 @@ def test_the_gradient_in_front_of_an_extremely_dense_sample():
     torch.testing.assert_close(grad[0, 3], expected, rtol=1e-4, atol=0)
 
 
-@needs_compiler
+@each_kernel
 @pytest.mark.parametrize('kind', ['maps', 'weights', 'both'])
 @pytest.mark.parametrize('channel', [0, 3])
-def test_nan_is_found_in_outputs_and_gradients(kind, channel):
+def test_nan_is_found_in_outputs_and_gradients(kernels, kind, channel):
     """In the last ray, because it spreads to the rays behind it in the reference implementation."""
     clean, *samples = random_samples(8, seed=1)
     offsets, loss = samples[-1], random_loss(kind, 1)
@@ -100,7 +102,9 @@ def test_nan_is_found_in_outputs_and_gradients(kind, channel):
     clean[first, 3] = 1.0
     raw = clean.clone()
     raw[first + 1, channel] = math.nan
-    out, weights, grad = outputs_and_gradient(composite, raw, samples, loss)
+    with implementation(kernels):
+        out, weights, grad = outputs_and_gradient(composite, raw, samples, loss)
+        *_, clean_grad = outputs_and_gradient(composite, clean, samples, loss)
     expected_out, expected_weights, expected_grad = outputs_and_gradient(composite_reference, raw, samples,
                                                                          loss)
     torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -108,7 +112,6 @@ def test_nan_is_found_in_outputs_and_gradients(kind, channel):
     assert out[last].isnan().any() and torch.isfinite(out[:last]).all()
     if channel == 3 or kind != 'weights':  # colours do not affect the weights
         assert grad[first:].isnan().any() and expected_grad.isnan().any()
-    *_, clean_grad = outputs_and_gradient(composite, clean, samples, loss)
     torch.testing.assert_close(grad[:first], clean_grad[:first])
 
 
@@ -183,25 +186,65 @@ def test_compositing_in_parts_equals_the_whole():
     out, optical_depth = torch.zeros(1, 5), torch.zeros(1)
     for part in (slice(0, 3), slice(3, 8)):
         ends = torch.tensor([0, part.stop - part.start])
-        samples = raw[part], t[part], ray_indices[part], step_sizes, ends
-        out, optical_depth = composite_onto(*samples, optical_depth, out)
+        composite_onto(raw[part], t[part], step_sizes, ends, optical_depth, out)
     torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(optical_depth, (raw[:, 3].relu() * 0.3).sum()[None])
 
 
 @both_implementations
 def test_further_samples_of_an_opaque_ray_change_nothing():
-    raw, *samples = one_ray(torch.full([4, 4], 3.0), 1.0)
-    before = torch.rand(1, 5)
-    out, _ = composite_onto(raw, *samples, torch.tensor([MAX_OPTICAL_DEPTH + 0.01]), before.clone())
+    raw, t, _, step_sizes, offsets = one_ray(torch.full([4, 4], 3.0), 1.0)
+    out = torch.rand(1, 5)
+    before = out.clone()
+    composite_onto(raw, t, step_sizes, offsets, torch.tensor([MAX_OPTICAL_DEPTH + 0.01]), out)
     assert torch.equal(out, before)
+
+
+@both_implementations
+def test_compositing_some_of_the_rays():
+    raw, t, _, step_sizes, offsets = random_samples(9, seed=3)
+    alive, out, optical_depth = torch.arange(0, 18, 2), torch.zeros(18, 5), torch.zeros(18)
+    expected_out, expected_depth = torch.zeros(9, 5), torch.zeros(9)
+    composite_onto(raw, t, step_sizes, offsets, expected_depth, expected_out)
+    composite_onto(raw, t, step_sizes.repeat_interleave(2), offsets, optical_depth, out, alive)
+    torch.testing.assert_close(out[::2], expected_out)
+    torch.testing.assert_close(optical_depth[::2], expected_depth)
+    assert expected_out.any() and not out[1::2].any() and not optical_depth[1::2].any()
+
+
+# --- the same number of samples along each ray --------------------------------------------------------------
+
+@each_kernel
+@given(N=st.integers(0, 20), S=st.integers(1, 30), seed=st.integers(0, 999),
+       density=st.sampled_from([1.0, 100.0, 1e6]), kind=LOSSES)
+@settings(max_examples=40, deadline=None)
+def test_composite_dense_equals_raw2outputs(kernels, N, S, seed, density, kind):
+    random = torch.Generator().manual_seed(seed)
+    raw = torch.randn(N, S, 4, generator=random) * torch.tensor([1, 1, 1, density])
+    z_vals = torch.rand(N, S, generator=random).sort(-1).values
+    rays_d, loss, results = torch.randn(N, 3, generator=random), random_loss(kind, seed), []
+
+    def dense(raw):
+        with implementation(kernels):
+            rgb_map, acc_map, depth_map, weights = composite_dense(raw, z_vals, rays_d, LAST_INTERVAL)
+        return torch.cat([rgb_map, acc_map[:, None], depth_map[:, None]], -1), weights
+
+    def reference(raw):
+        rgb_map, _, acc_map, weights, depth_map = raw2outputs(raw, z_vals, rays_d)
+        return torch.cat([rgb_map, acc_map[:, None], depth_map[:, None]], -1), weights
+    for function in (dense, reference):
+        with implementation(kernels):  # also of the backward pass
+            results.append(outputs_and_gradient(function, raw, (), loss))
+    for found, expected in zip(*results):
+        scale = expected.abs().amax().item() if expected.numel() else 1.0
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * max(scale, 1e-3))
 
 
 # --- packed samples -----------------------------------------------------------------------------------------
 
 def packed_samples(N, seed):
-    raw, t, ray_indices, *_ = random_samples(N, seed)
-    return PackedSamples(raw[:, 0].requires_grad_(), t, t + 1, ray_indices, N)
+    raw, t, ray_indices, dt, _ = random_samples(N, seed)
+    return PackedSamples(raw[:, 0].requires_grad_(), t, dt, ray_indices)
 
 
 def test_joined_samples_keep_their_rays():

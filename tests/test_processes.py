@@ -81,7 +81,7 @@ with Processes() as processes:
     rows = slice(0, 33) if processes.is_main else slice(33, 65)   # unequal shares
     for problem in (gradients_of, nerf_gradients_of):
         parameters, measures = problem(rows)
-        processes.average(parameters, measures.tensors(), (rows.stop - rows.start) / 65)
+        processes.average(parameters, measures.tensors, (rows.stop - rows.start) / 65)
         found[problem.__name__] = [p.grad for p in parameters], measures.tensors()
     found['share'] = processes.own_rays(129)
 
@@ -182,7 +182,7 @@ def test_a_single_process_needs_no_others():
         assert processes.is_main and processes.own_rays(7) == 7 and processes.from_rank0(lambda: 5) == 5
         before = torch.get_rng_state()
         processes.seed_per_rank(0, 0)
-        processes.average([], [], 1.0)
+        processes.average([], list, 1.0)
         processes.release()
         assert torch.equal(torch.get_rng_state(), before) and processes.any(True) and not processes.any(False)
         assert processes.render_all(lambda pose: pose * 2, [3]) == [6]

@@ -117,8 +117,8 @@ def test_a_new_term_of_the_loss_is_trained_and_logged(tmp_path, monkeypatch):
     """One more entry in the dict of losses is all that it takes."""
     original = run_nerf.nerf_losses
 
-    def with_opacity(rgb, acc, extras, target, bkgd):
-        return {**original(rgb, acc, extras, target, bkgd), 'opacity': 0.1 * acc.mean()}
+    def with_opacity(errors, rgb, acc, extras, target, bkgd):
+        return {**original(errors, rgb, acc, extras, target, bkgd), 'opacity': 0.1 * acc.mean()}
     assert run(*TINY, *NO_OUTPUTS, '--basedir', tmp_path / 'without', '--N_iters', 2, '--i_print', 1) == 0
     monkeypatch.setattr(run_nerf, 'nerf_losses', with_opacity)
     assert run(*TINY, *NO_OUTPUTS, '--basedir', tmp_path / 'with', '--N_iters', 2, '--i_print', 1) == 0

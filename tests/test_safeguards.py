@@ -217,10 +217,10 @@ def test_a_step_that_is_not_finite_is_skipped(bad):
     problem = Problem()
     before = problem.weights()
     problem.update(gradient=bad)
-    assert equal(problem.weights(), before) and not problem.safeguards.healthy
+    assert equal(problem.weights(), before) and not problem.safeguards.is_healthy()
     assert problem.safeguards.bad_steps == 1 and 'not finite' in problem.lines[0]
     problem.update()
-    assert problem.safeguards.healthy and problem.safeguards.bad_steps == 1
+    assert problem.safeguards.is_healthy() and problem.safeguards.bad_steps == 1
     assert not problem.safeguards.all_finite(measures_of(loss=bad))
 
 
@@ -242,7 +242,7 @@ def test_training_rolls_back_to_the_newest_checkpoint():
     assert problem.safeguards.rollbacks == 1
     assert equal(problem.weights(), saved) and '000001.tar' in problem.lines[-1]
     assert {entry['step'].item() for entry in problem.optimizer.state.values()} == {1}
-    assert problem.safeguards.healthy and problem.safeguards.lrate_scale == pytest.approx(0.1)
+    assert problem.safeguards.is_healthy() and problem.safeguards.lrate_scale == pytest.approx(0.1)
 
 
 def test_without_a_checkpoint_training_starts_with_new_networks():
@@ -273,4 +273,4 @@ def test_state_of_safeguards():
     collapse(problem)
     other.safeguards.load_state_dict(copy.deepcopy(problem.safeguards.state_dict()))
     assert vars(other.safeguards)['bad_steps'] == 3 and other.safeguards.restarts == 1
-    assert other.safeguards.watches['fine'].restarts == 1 and not other.safeguards.healthy
+    assert other.safeguards.watches['fine'].restarts == 1 and not other.safeguards.is_healthy()

@@ -78,7 +78,7 @@ def test_the_gradient_on_a_trained_network(noise, tmp_path):
         '--basedir', str(tmp_path), '--device', 'cpu', '--precision', 'fp32', '--backward', 'sparse'])
     kwargs, _, _, _, _ = create_nerf(args)
     networks, query = [kwargs['network_fn'], kwargs['network_fine']], kwargs['network_query_fn']
-    assert query.backward == 'sparse' and query.precision == 'fp32'
+    assert query.backward_pass == 'sparse' and query.precision == 'fp32'
     query.netchunk = 4096
     torch.manual_seed(0)
     batch, options = rays_to_origin(100), {'N_samples': 32, 'N_importance': 64, 'raw_noise_std': noise}

@@ -114,12 +114,15 @@ def test_the_distortion_loss(packed):
     torch.manual_seed(0)
     loss = defined_by(block('def distortion_loss'), torch=torch)['distortion_loss']
     z_vals, weights = torch.rand(6, 9).sort(-1).values, torch.rand(6, 9, requires_grad=True)
+    if packed:
+        z_vals = torch.rand(6, 1) * torch.arange(9.0)  # intervals of a ray have the same length
     inner, starts, ends = weights[:, :-1], z_vals[:, :-1], z_vals[:, 1:]
     expected = torch.stack([spread(*ray) for ray in zip(inner, starts, ends)]).mean()
     extras = {'z_vals': z_vals, 'weights': weights}
     if packed:
         ray_indices = torch.arange(6).repeat_interleave(8)
-        extras = {'packed': PackedSamples(*(x.flatten() for x in (inner, starts, ends)), ray_indices, 6)}
+        mids, dt = (starts + ends).flatten() / 2, z_vals[:, 1] - z_vals[:, 0]
+        extras = {'packed': PackedSamples(inner.flatten(), mids, dt, ray_indices)}
     torch.testing.assert_close(loss(extras), expected)
     gradients = [torch.autograd.grad(value, weights, retain_graph=True)[0]
                  for value in (loss(extras), expected)]

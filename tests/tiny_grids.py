@@ -1,19 +1,49 @@
-"""Small occupancy grids and rays through them, for tests with and without the compiled kernels."""
+"""Small occupancy grids and rays through them, for tests of each implementation of the kernels."""
+import contextlib
+import functools
+import shutil
+
 import pytest
 import torch
 
-from accel.kernels.compiled import load_kernels
+from accel import hash_grid, occupancy, packed
+from accel.kernels.compiled import read_source
+from accel.kernels.cuda import CudaLibrary
 from accel.occupancy import OccupancyGrid
+from benchmarks import cuda_on_cpu
 
-needs_compiler = pytest.mark.skipif(load_kernels('occupancy') is None, reason='no C compiler')
+CPU = torch.device('cpu')
+ALL_KERNELS = hash_grid.KERNELS, occupancy.KERNELS, packed.KERNELS
+# Implementations of the kernels: by the C compiler; the CUDA text, on a CPU.
+NO_C_COMPILER = pytest.mark.skipif(not occupancy.KERNELS.usable(CPU), reason='no C compiler')
+COMPILED = [pytest.param('c', marks=NO_C_COMPILER),
+            pytest.param('cuda', marks=pytest.mark.skipif(shutil.which('g++') is None, reason='no g++'))]
+each_kernel = pytest.mark.parametrize('kernels', COMPILED)
 
 
-@pytest.fixture(params=['compiled', 'reference'])
-def each_implementation(request, monkeypatch):
-    """Runs a test with the compiled kernels, and with the reference implementations."""
-    if request.param == 'reference':
-        monkeypatch.setattr('accel.occupancy.load_kernels', lambda name: None)
-        monkeypatch.setattr('accel.packed.load_kernels', lambda name: None)
+@functools.cache
+def cuda_library(name):
+    return CudaLibrary(read_source(name), CPU)
+
+
+@contextlib.contextmanager
+def implementation(kernels):
+    """Run the kernels of CPU tensors as 'c' or 'cuda', see above, or their 'reference' implementations."""
+    with pytest.MonkeyPatch.context() as patch:
+        if kernels == 'reference':
+            patch.setenv('NERF_PLAIN', '1')
+        if kernels == 'cuda':
+            cuda_on_cpu.install(patch.setattr)
+            for part in ALL_KERNELS:
+                patch.setattr(part, 'libraries', {CPU: cuda_library(part.name)})
+        yield
+
+
+@pytest.fixture(params=[*COMPILED, 'reference'])
+def each_implementation(request):
+    """Runs a test with each implementation."""
+    with implementation(request.param):
+        yield request.param
 
 
 def occupied_grid(share, resolution=20, seed=0):
@@ -40,7 +70,11 @@ def rays_around(N, seed=0):
 
 def march(grid, rays_o, rays_d, step=0.03, near=0.1, far=6.0, **options):
     """Spacing and number of candidates of each ray, and what `grid.march` returns for them."""
-    N = len(rays_o)
-    spacing, num_candidates = grid.candidates(rays_o, rays_d, torch.full([N], near),
-                                                 torch.full([N], far), step, torch.full([N], 0.5))
-    return spacing, num_candidates, grid.march(rays_o, rays_d, spacing, num_candidates, **options)
+    rays = bounded_rays(rays_o, rays_d, near, far)
+    spacing, num_candidates = grid.candidates(rays, step, torch.full([len(rays)], 0.5))
+    return spacing, num_candidates, grid.march(rays, spacing, num_candidates, **options)
+
+
+def bounded_rays(rays_o, rays_d, near=0.1, far=6.0):
+    """A ray batch [N, 8]."""
+    return torch.cat([rays_o, rays_d, torch.tensor([[near, far]]).expand(len(rays_o), 2)], -1)

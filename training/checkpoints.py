@@ -234,8 +234,8 @@ def restore_random_state(state, seed, device):
     if state['args'].get('seed') == seed and 'random_state' in state:
         torch.set_rng_state(state['random_state']['cpu'])
         if device.type == 'cuda':  # a GPU that is not used is left alone: its driver may be too old for torch
-            for index, cuda_state in enumerate(state['random_state']['cuda'][:torch.cuda.device_count()]):
-                torch.cuda.set_rng_state(cuda_state, index)
+            for cuda_state in state['random_state']['cuda'][:1]:
+                torch.cuda.set_rng_state(cuda_state, device)
 
 
 def networks_of(render_kwargs):
@@ -299,13 +299,13 @@ class Checkpoints:
         """Path and content of the newest checkpoint of this run, or (None, None)."""
         return self.newest, None if self.newest is None else read_checkpoint(self.newest)
 
-    def save_if_due(self, step, healthy=True):
-        """Save after `step` if --i_weights, --save_minutes or a retry is due and the run is healthy, and
+    def save_if_due(self, step, is_healthy=lambda: True):
+        """Save after `step` if --i_weights, --save_minutes or a retry is due and the run `is_healthy()`, and
         after the last step in any case."""
         now = time.monotonic()
         due = (step % self.args.i_weights == 0 or now - self.saved_at > 60 * self.args.save_minutes
                or (self.retry_at is not None and now > self.retry_at))
-        if self.is_main and (step == self.args.N_iters or (due and healthy)):
+        if self.is_main and (step == self.args.N_iters or (due and is_healthy())):
             self.save(step)
 
     def save(self, step):
@@ -355,8 +355,8 @@ class Checkpoints:
         Raises:
           OSError: it cannot be written.
         """
-        on_cuda = any(parameter.is_cuda for parameter in self.parts['network_fn'].parameters())
-        cuda_state = torch.cuda.get_rng_state_all() if on_cuda else []
+        device = next(self.parts['network_fn'].parameters()).device
+        cuda_state = [torch.cuda.get_rng_state(device)] if device.type == 'cuda' else []
         parts = {name: part for name, part in self.parts.items() if part is not None}
         options = {name: value for name, value in plain_options(self.args) if isinstance(value, PLAIN_TYPES)}
         state = {

@@ -1,13 +1,16 @@
 """Which device computes, and with which precision."""
 import os
+import sys
 import warnings
 
 import torch
 
 from scenes.errors import UserError, first_line
 
-# On a CPU, layers narrower than this lose more to conversions than they gain from bfloat16.
-MIN_BF16_WIDTH = 64
+# When memory runs out, the number of rays at once is not halved below this.
+MIN_RAYS = 256
+# Layers narrower than this lose more to conversions than they gain from bfloat16, by type of device.
+MIN_BF16_WIDTH = {'cpu': 64, 'cuda': 128}
 
 
 def pick_device(name):
@@ -86,10 +89,39 @@ def pick_precision(name, device, width):
     torch.set_float32_matmul_precision('high' if name == 'tf32' else 'highest')
     if name != 'auto':
         return name
-    wide = device.type != 'cpu' or width >= MIN_BF16_WIDTH
+    wide = width >= MIN_BF16_WIDTH.get(device.type, 0)
     return 'bf16' if wide and has_fast_bf16(device) else 'fp32'
 
 
 def rendering_precision(name):
     """The precision of frames for --precision: the one it names, and 'fp32' for 'auto'."""
     return 'fp32' if name == 'auto' else name
+
+
+class MemoryLimit:
+    """The most rays to process at once: halved when the memory of a GPU runs out.
+
+    Args:
+      max_rays: at first; None for any number.
+      purpose: what the rays are for, for the warning.
+      before_retry: called before work is repeated.
+    """
+
+    def __init__(self, max_rays, purpose, before_retry=lambda: None):
+        self.max_rays, self.purpose, self.before_retry = max_rays or sys.maxsize, purpose, before_retry
+
+    def fit(self, work, num_rays):
+        """`work(chunk)` with a chunk of at most `num_rays` rays that fits in memory. Raises
+        torch.OutOfMemoryError if MIN_RAYS do not fit."""
+        while True:
+            chunk = min(self.max_rays, num_rays)
+            try:
+                return work(chunk)
+            except torch.OutOfMemoryError:
+                if chunk <= MIN_RAYS:
+                    raise
+            self.max_rays = chunk // 2
+            warnings.warn(f'out of GPU memory in {self.purpose}: continuing with --chunk {self.max_rays}',
+                          stacklevel=2)
+            torch.cuda.empty_cache()
+            self.before_retry()

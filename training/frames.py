@@ -1,15 +1,11 @@
 """Renders the frames of a scene, one after another or by all processes of a run together."""
 import contextlib
-import warnings
 
-import torch
 from tqdm import tqdm
 
+from training.devices import MemoryLimit
 from training.outputs import code_version, frames_fingerprint
 from training.processes import Processes
-
-# When memory runs out, the chunk of rays is not halved below this.
-MIN_CHUNK_RAYS = 256
 
 
 class FrameRenderer:
@@ -17,7 +13,8 @@ class FrameRenderer:
 
     Args:
       hwf: [H, W, focal]; K: intrinsics [3, 3]; both in pixels.
-      chunk: rays to render at once. If a GPU runs out of memory, it is halved from there on.
+      chunk: most rays to render at once, None for as many as suit the device. If a GPU runs out of memory, it
+        is halved from there on.
       render_kwargs: arguments of `render`.
       render_factor: divides image size and intrinsics (0 as 1).
       view_kwargs: arguments of `render` for `render_view`; those of `render_kwargs` if not given.
@@ -28,7 +25,8 @@ class FrameRenderer:
 
     def __init__(self, hwf, K, chunk, render_kwargs, render_factor=0, view_kwargs=None, processes=None,
                  stop=None, settings=None):
-        self.hwf, self.K, self.chunk, self.render_factor = hwf, K, chunk, render_factor
+        self.hwf, self.K, self.render_factor = hwf, K, render_factor
+        self.memory = MemoryLimit(chunk, 'rendering')
         self.render_kwargs, self.view_kwargs = render_kwargs, view_kwargs or render_kwargs
         self.processes, self.stop, self.settings = processes or Processes(1), stop, settings or {}
         self.device = next(render_kwargs['network_fn'].parameters()).device
@@ -41,18 +39,16 @@ class FrameRenderer:
     def render(self, pose, stride=1, render_kwargs=None):
         """The `Frame` of one camera; every `stride`-th pixel of both axes."""
         render_kwargs = render_kwargs or self.render_kwargs
+
+        def render(chunk):
+            return self.render_frame(pose, self.hwf, self.K, chunk, render_kwargs, self.render_factor, stride)
         with self.stop.interruptible() if self.stop else contextlib.nullcontext():
-            while True:
-                try:
-                    return self.render_frame(pose, self.hwf, self.K, self.chunk, render_kwargs,
-                                             self.render_factor, stride)
-                except torch.OutOfMemoryError:
-                    if self.chunk <= MIN_CHUNK_RAYS:
-                        raise
-                    self.chunk //= 2
-                    warnings.warn(f'out of GPU memory in rendering: continuing with --chunk {self.chunk}',
-                                  stacklevel=2)
-                    torch.cuda.empty_cache()
+            return self.memory.fit(render, self.max_rays(render_kwargs))
+
+    def max_rays(self, render_kwargs):
+        """How many rays the renderer takes at once at most."""
+        renderer = render_kwargs.get('renderer')
+        return renderer.max_rays(self.device, **render_kwargs) if renderer else self.hwf[0] * self.hwf[1]
 
     def render_view(self, pose, stride=1):
         """The `Frame` of one camera with the arguments `view_kwargs`."""

@@ -294,10 +294,10 @@ def _rendering_options(parser):
         help='standard deviation of the noise added to the density in training')
     add('--exact_render', affects='rendering', action=BooleanSwitch, default=False,
         help='evaluate the networks at every sample, visible or not (no effect with --occupancy_grid)')
-    add('--chunk', affects='nothing', type=integer(1), default=1024 * 32,
-        help='rays rendered at once; lower it if memory runs out')
-    add('--netchunk', affects='nothing', type=integer(1), default=1024 * 64,
-        help='points evaluated at once; lower it if memory runs out')
+    add('--chunk', affects='nothing', type=integer(1),
+        help='most rays rendered at once (default: as many as suit the device and its memory)')
+    add('--netchunk', affects='nothing', type=integer(1),
+        help='most points evaluated at once (default: as many as suit the device and its memory)')
 
 
 def _render_only_options(parser):

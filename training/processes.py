@@ -103,7 +103,7 @@ class Processes:
 
         Args:
           parameters: their `grad` is averaged; a missing one counts as zero.
-          tensors: scalar tensors.
+          tensors: function that returns scalar tensors.
           rank_share: this process's fraction of the step's rays.
         Raises:
           ProcessLost: another process has ended; nothing has been averaged.
@@ -113,7 +113,7 @@ class Processes:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        parts = [*(parameter.grad for parameter in parameters), *tensors]
+        parts = [*(parameter.grad for parameter in parameters), *tensors()]
         flat = torch.cat([part.flatten() for part in parts]) * rank_share
         if flat.is_cuda:  # NCCL would wait for a lost process forever, the control group notices it
             torch.cuda.synchronize(flat.device)

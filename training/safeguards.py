@@ -32,6 +32,8 @@ MAX_RESTARTS = 3
 MIN_BACKGROUND_ERROR = 1e-4
 # After this many steps in a row that are not finite, training rolls back to its last checkpoint.
 MAX_BAD_STEPS = 10
+# On a GPU, whether steps were finite is read once in this many steps.
+FLAGS_READ_EVERY = 16
 
 
 class TrainingFailed(Exception):
@@ -39,7 +41,7 @@ class TrainingFailed(Exception):
 
 
 class Measures:
-    """Means over the rays of a training step, summed up part by part. All are scalar tensors without
+    """Means over the rays of a training step, summed up part by part. All but one are scalar tensors without
     gradient.
 
     Attributes:
@@ -48,30 +50,32 @@ class Measures:
         its expectation over backgrounds.
       opacities: dict 'coarse', 'fine' -> mean opacity of that network.
       background: mean squared error of an image that shows only the background.
-      mean_samples: samples per ray, None if the renderer does not count them.
+      mean_samples: samples per ray, a number; None if the renderer does not count them.
     """
 
     def __init__(self):
         self.losses, self.errors, self.opacities = {}, {}, {}
-        self.background, self.mean_samples = 0.0, None
+        self.background = self.mean_samples = None
 
     @torch.no_grad()
-    def add(self, share, losses, errors, opacities, background, num_samples=None):
+    def add(self, share, losses, errors, opacities, background, mean_samples=None):
         """Add a part of the step's rays.
 
         Args:
           share: fraction of the step's rays that are in this part.
-          losses, errors, background: means over its rays, as the attributes.
-          opacities, num_samples: opacities [N] by network, and samples [N] of its rays.
+          losses, errors, opacities, background, mean_samples: means over its rays, as the attributes.
         """
+        def added(before, value):
+            part = value if share == 1 else share * value
+            return part if before is None else before + part
+
         for sums, values in ((self.losses, losses), (self.errors, errors), (self.opacities, opacities)):
-            for name, value in values.items():
-                mean = torch.as_tensor(value, device=background.device).mean()
-                sums[name] = sums.get(name, 0.0) + share * mean
-        self.background = self.background + share * background
-        if num_samples is not None:
-            before = 0.0 if self.mean_samples is None else self.mean_samples
-            self.mean_samples = before + share * num_samples.float().mean()
+            for name, value in values.items():  # a term of the loss may be a plain number
+                value = torch.as_tensor(value, device=background.device).detach()
+                sums[name] = added(sums.get(name), value)
+        self.background = added(self.background, background)
+        if mean_samples is not None:
+            self.mean_samples = added(self.mean_samples, mean_samples)
 
     @property
     def total(self):
@@ -80,6 +84,8 @@ class Measures:
 
     def tensors(self):
         """All scalars, to be averaged over processes in place."""
+        if self.mean_samples is not None:
+            self.mean_samples = torch.as_tensor(self.mean_samples, device=self.background.device)
         counted = [] if self.mean_samples is None else [self.mean_samples]
         named = [tensor for part in (self.losses, self.errors, self.opacities) for tensor in part.values()]
         return [*named, self.background, *counted]
@@ -118,8 +124,7 @@ class CollapseWatch:
           opacity: mean opacity of its rays.
           background: mean squared error of an image that shows only the background.
         """
-        numbers = torch.stack([error, opacity, background])
-        numbers = torch.where(torch.isfinite(numbers).all(), numbers, torch.zeros_like(numbers))
+        numbers = torch.stack([error, opacity, background]).nan_to_num(0.0, 0.0, 0.0)
         self.sums = numbers if self.sums is None else self.sums.to(numbers.device) + numbers
         self.steps += 1
         if self.steps < WINDOW_STEPS:
@@ -161,12 +166,13 @@ class Safeguards:
         self.seed, self.restart, self.say = seed, restart, say
         self.watches = {name: CollapseWatch() for name in networks}
         self.restarts = self.bad_steps = self.bad_in_a_row = self.rollbacks = 0
+        self.flags, self.num_flags = None, 0  # on a GPU, of the latest steps: not 0 for a bad step
         if restart:
             for network in networks.values():  # a missing `reset_parameters` is an error now, not hours later
                 reinitialize(copy.deepcopy(network), seed)
 
     def state_dict(self):
-        return {**{key: vars(self)[key] for key in self.COUNTS},
+        return {**{key: vars(self)[key] for key in self.COUNTS}, **self.counts_so_far(),
                 'watches': {name: watch.state_dict() for name, watch in self.watches.items()}}
 
     def load_state_dict(self, state):
@@ -185,10 +191,9 @@ class Safeguards:
 
     # --- steps that are not finite ---
 
-    @property
-    def healthy(self):
+    def is_healthy(self):
         """Whether the latest step was finite, so that its state is worth saving."""
-        return self.bad_in_a_row == 0
+        return self.counts_so_far()['bad_in_a_row'] == 0
 
     @property
     def lrate_scale(self):
@@ -196,18 +201,49 @@ class Safeguards:
         return 0.1 ** self.rollbacks
 
     def all_finite(self, measures):
-        """Whether the loss and all gradients are finite, so that the optimizer may step. Counts the bad
+        """Whether the optimizer may step, because the loss and all gradients are finite. Counts the bad
         steps.
+
+        A GPU decides by itself: its fused Adam leaves out a step whose `found_inf` is not zero. The host
+          reads
+        these flags once in FLAGS_READ_EVERY steps, because it would have to wait for each of them.
 
         Raises:
           TrainingFailed: too many in a row, although training rolled back before.
         """
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group['params']]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([measures.total, *gradients])  # finite only if every number is
-        if math.isfinite(norm.item()):
+        numbers = [*measures.losses.values(), *gradients]
+        if not (numbers[0].is_cuda and self.optimizer.defaults.get('fused')):
+            norm = torch.nn.utils.get_total_norm(numbers)  # finite only if every number is
+            self.count(math.isfinite(norm.item()))
+            return self.bad_in_a_row == 0
+        if self.flags is None:
+            self.flags, self.one = numbers[0].new_zeros(FLAGS_READ_EVERY), torch.ones_like(numbers[0])
+        self.optimizer.found_inf = self.flags[self.num_flags]
+        # multiplies by one and sets the flag, in one pass over all gradients
+        torch._amp_foreach_non_finite_check_and_unscale_(numbers, self.optimizer.found_inf, self.one)
+        self.num_flags += 1
+        if self.num_flags == FLAGS_READ_EVERY:
+            flags = self.flags.tolist()
+            self.flags, self.num_flags = None, 0
+            for flag in flags:
+                self.count(flag == 0)
+        return True
+
+    def counts_so_far(self):
+        """`bad_steps` and `bad_in_a_row` with the flags that have not been read yet, which stay unread: all
+        processes read them after the same step."""
+        bad_steps, bad_in_a_row = self.bad_steps, self.bad_in_a_row
+        for flag in self.flags[:self.num_flags].tolist() if self.num_flags else ():
+            bad_steps, bad_in_a_row = bad_steps + (flag != 0), bad_in_a_row + 1 if flag else 0
+        return {'bad_steps': bad_steps, 'bad_in_a_row': bad_in_a_row}
+
+    def count(self, finite):
+        """Count a step that was finite or not."""
+        if finite:
             self.bad_in_a_row = 0
-            return True
+            return
         self.bad_steps += 1
         self.bad_in_a_row += 1
         self.say(f'a loss or gradient is not finite: this step is skipped ({self.bad_steps} so far)')
@@ -215,7 +251,6 @@ class Safeguards:
             raise TrainingFailed(
                 f'{MAX_BAD_STEPS} steps in a row are not finite, even at a tenth of the learning rate; '
                 'try a smaller --lrate, and check the images and poses of the scene')
-        return False
 
     def roll_back(self, checkpoints, processes):
         """Restore the networks and the optimizer from this run's newest checkpoint, or reinitialise

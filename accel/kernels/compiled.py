@@ -1,11 +1,12 @@
-"""C kernels, compiled for this machine on first use. Without a compiler, their reference implementations in
-PyTorch are used.
+"""Compiled kernels: each `.c` file beside this one becomes a library for the CPU, by the C compiler, or for
+an NVIDIA GPU, by NVRTC (`cuda.py`), when it is first used.
 
-The kernels run in torch's own pool of OpenMP threads if torch's OpenMP runtime is called
-`libgomp.so.1`, as theirs is.
-"""
+A library is used only if its results for a small input are those of the reference implementation in PyTorch.
+Otherwise, without a compiler, and with NERF_PLAIN=1 in the environment, the reference is used.
+
+On a CPU the kernels run in torch's own pool of OpenMP threads if torch's OpenMP runtime is called
+`libgomp.so.1`, as theirs is. """
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -16,54 +17,91 @@ from pathlib import Path
 
 import torch
 
+from accel.kernels.cuda import CudaLibrary
+
 # This is -ffast-math but for two parts: infinity and NaN keep their meaning, and the library does not switch
 # the whole process to flushing denormal numbers to zero.
 FAST_MATH = ['-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros', '-fassociative-math',
              '-freciprocal-math']
-FLAGS = ['-O3', '-march=native', *FAST_MATH, '-fopenmp', '-shared', '-fPIC', '-lm']
+FLAGS = ['-x', 'c', '-', '-O3', '-march=native', *FAST_MATH, '-fopenmp', '-shared', '-fPIC', '-lm']
+FOLDER = Path(__file__).parent
 
 
-@functools.cache
-def load_kernels(name):
-    """The functions of `<name>.c` beside this file as a ctypes library. None, with a warning, if they cannot
-    be compiled; also None if the environment has NERF_NO_KERNELS set."""
-    if os.environ.get('NERF_NO_KERNELS'):
-        return None
-    try:
-        return ctypes.CDLL(str(build_library(Path(__file__).with_name(f'{name}.c'))))
-    except (OSError, subprocess.SubprocessError) as error:
-        warnings.warn(f'{name}.c is not compiled ({error}); its slower reference implementation is used',
-                      stacklevel=2)
-        return None
+class Kernels:
+    """The functions of `<name>.c`.
+
+    Args:
+      name: of the file.
+      check: function of a device that compares the kernels with their references on a small input there; it
+        raises AssertionError if they differ.
+    """
+
+    def __init__(self, name, check):
+        self.name, self.check = name, check
+        self.libraries = {}  # by device; None where the kernels cannot be used
+
+    def usable(self, device):
+        """Whether there are kernels for `device`; compiles and checks them when first asked."""
+        if os.environ.get('NERF_PLAIN') or device.type not in ('cpu', 'cuda'):
+            return False
+        if device not in self.libraries:
+            try:
+                self.libraries[device] = self.build(device)
+                with (torch.autocast(device.type, enabled=False), torch.enable_grad(),
+                      torch.random.fork_rng(devices=[])):
+                    self.check(device)
+            except Exception as error:  # whatever goes wrong here, the reference will do
+                self.libraries[device] = None
+                reason = str(error).strip().partition('\n')[0] or type(error).__name__
+                warnings.warn(f'the compiled {self.name} cannot be used on {device} ({reason}); their slower '
+                              'reference implementation is', stacklevel=2)
+        return self.libraries[device] is not None
+
+    def build(self, device):
+        source = read_source(self.name)
+        return CudaLibrary(source, device) if device.type == 'cuda' else CpuLibrary(source, self.name)
+
+    def call(self, function, device, size, *arguments):
+        """Call a kernel on `device`, where it is `usable`: its loop has `size` iterations. Tensors and None
+        are passed as pointers, int as int64_t, float as float. Tensors must be contiguous unless the kernel
+        takes their stride, and float32, int64 or bool as it expects; the caller keeps them alive."""
+        self.libraries[device].call(function, size, [converted(argument) for argument in arguments])
 
 
-def call_kernel(name, function, *arguments):
-    """Call `function` of `<name>.c`: tensors and None are passed as pointers, int as int64_t, float as float.
-    Tensors must be contiguous, on the CPU, and float32, int64 or bool as the function expects; the caller
-    keeps them alive."""
-    types = {int: ctypes.c_int64, float: ctypes.c_float}
+def read_source(name):
+    """The text of `<name>.c` with its prelude."""
+    return ''.join((FOLDER / file).read_text() for file in ('kernel.h', f'{name}.c'))
 
-    def converted(argument):
-        if argument is None:
-            return ctypes.c_void_p()
-        if not torch.is_tensor(argument):
-            return types[type(argument)](argument)
-        assert argument.is_contiguous() and argument.device.type == 'cpu'
-        assert argument.dtype in (torch.float32, torch.int64, torch.bool)
+
+def converted(argument):
+    """An argument of `Kernels.call` as a ctypes object."""
+    if argument is None:
+        return ctypes.c_void_p()
+    if torch.is_tensor(argument):
         return ctypes.c_void_p(argument.data_ptr())
-    getattr(load_kernels(name), function)(*[converted(argument) for argument in arguments])
+    return {int: ctypes.c_int64, float: ctypes.c_float}[type(argument)](argument)
 
 
-def build_library(source):
-    """Path of the shared library of `source`, compiled unless a run before has done so. Its name is a hash of
-    source, flags and processor."""
-    fingerprint = hashlib.sha256('\n'.join([source.read_text(), *FLAGS, processor()]).encode()).hexdigest()
-    path = cache_folder() / f'{source.stem}-{fingerprint[:16]}.so'
+class CpuLibrary:
+    """Kernels compiled for this CPU, from the text `source`."""
+
+    def __init__(self, source, name):
+        self.library = ctypes.CDLL(str(build_library(source, name)))
+
+    def call(self, function, size, arguments):
+        self.library[function](*arguments)
+
+
+def build_library(source, name):
+    """Path of the shared library of the text `source`, compiled unless a run before has done so. Its file
+    name is `name` and a hash of source, flags and processor."""
+    fingerprint = hashlib.sha256('\n'.join([source, *FLAGS, processor()]).encode()).hexdigest()
+    path = cache_folder() / f'{name}-{fingerprint[:16]}.so'
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = Path(folder, 'part.so')
-            subprocess.run([os.environ.get('CC', 'cc'), str(source), *FLAGS, '-o', str(part)], check=True,
-                           capture_output=True, timeout=120)
+            subprocess.run([os.environ.get('CC', 'cc'), *FLAGS, '-o', str(part)], input=source.encode(),
+                           check=True, capture_output=True, timeout=120)
             os.replace(part, path)  # atomic: other processes may compile it too
     return path
 

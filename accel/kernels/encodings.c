@@ -1,0 +1,220 @@
+/* Multiresolution hash encoding of points, and spherical harmonics of directions. The reference implementations are in
+ * `accel/hash_grid.py` and `run_nerf_helpers.py`.
+ *
+ * Point n is at points + n * stride, in the box aabb[2][3]. Level l has cells of 1 / resolutions[l] of the box; its
+ * entries, F numbers each, begin at entry level_offsets[l] of the table. A level of (resolution + 1)^3 entries is
+ * dense, one with fewer is hashed.
+ */
+#define POINTS_PER_TASK 2048 /* few enough for a level's entries to stay in a CPU's cache */
+#define MAX_F 8
+
+/* A point in the units of the box, clamped to it; NaN becomes 0. */
+DEVICE void to_unit(const float *point, const float *aabb, float *x)
+{
+    for (int i = 0; i < 3; i++) {
+        float unit = (point[i] - aabb[i]) / (aabb[3 + i] - aabb[i]);
+        x[i] = unit > 0 ? (unit < 1 ? unit : 1) : 0;
+    }
+}
+
+/* The eight entries around a point x, counted from the level's first one, and their weights. */
+DEVICE void corner_entries(const float *x, int64_t resolution, int64_t size, int64_t *entry, float *weight)
+{
+    const int dense = (resolution + 1) * (resolution + 1) * (resolution + 1) <= size;
+    int64_t cell[3];
+    float fraction[3];
+    for (int i = 0; i < 3; i++) {
+        float scaled = x[i] * (float)resolution;
+        float base = floorf(scaled);
+        if (base > (float)(resolution - 1))
+            base = (float)(resolution - 1);
+        cell[i] = (int64_t)base;
+        fraction[i] = scaled - base;
+    }
+    for (int c = 0; c < 8; c++) {
+        int64_t p[3];
+        float w = 1;
+        for (int i = 0; i < 3; i++) {
+            int up = c >> i & 1;
+            p[i] = cell[i] + up;
+            w *= up ? fraction[i] : 1 - fraction[i];
+        }
+        weight[c] = w;
+        if (dense)
+            entry[c] = (p[2] * (resolution + 1) + p[1]) * (resolution + 1) + p[0];
+        else
+            entry[c] = (int64_t)(((uint32_t)p[0] ^ (uint32_t)p[1] * 2654435761u ^ (uint32_t)p[2] * 805459861u)
+                                 & (uint32_t)(size - 1));
+    }
+}
+
+DEVICE void encode_point(const float *x, const float *entries, float *out, const int F, int64_t resolution,
+                         int64_t size)
+{
+    int64_t entry[8];
+    float weight[8], sum[MAX_F] = {0};
+    corner_entries(x, resolution, size, entry, weight);
+    for (int c = 0; c < 8; c++)
+        for (int f = 0; f < F; f++)
+            sum[f] += weight[c] * entries[entry[c] * F + f];
+    for (int f = 0; f < F; f++)
+        out[f] = sum[f];
+}
+
+/* On a CPU, one thread adds to an entry. On a GPU several may, and most points have no gradient. */
+DEVICE void add_gradient(const float *x, const float *grad_out, float *grad, const int F, int64_t resolution,
+                         int64_t size)
+{
+    int64_t entry[8];
+    float weight[8];
+    corner_entries(x, resolution, size, entry, weight);
+    for (int c = 0; c < 8; c++) {
+        float *to = grad + entry[c] * F, w = weight[c];
+#ifndef __CUDACC__
+        for (int f = 0; f < F; f++)
+            to[f] += w * grad_out[f];
+#else
+#if __CUDA_ARCH__ >= 900
+        if (F % 4 == 0) {
+            for (int f = 0; f < F; f += 4)
+                atomicAdd((float4 *)(to + f), make_float4(w * grad_out[f], w * grad_out[f + 1], w * grad_out[f + 2],
+                                                          w * grad_out[f + 3]));
+            continue;
+        }
+        if (F == 2) {
+            atomicAdd((float2 *)to, make_float2(w * grad_out[0], w * grad_out[1]));
+            continue;
+        }
+#endif
+        for (int f = 0; f < F; f++)
+            atomicAdd(to + f, w * grad_out[f]);
+#endif
+    }
+}
+
+/* Calls `call` with F as a constant, so that the compiler unrolls the loops over it. */
+#define WITH_CONSTANT_F(call)                                                                                          \
+    switch (F) {                                                                                                       \
+    case 1: call(1); break;                                                                                            \
+    case 2: call(2); break;                                                                                            \
+    case 4: call(4); break;                                                                                            \
+    case 8: call(8); break;                                                                                            \
+    }
+
+#ifndef __CUDACC__
+/* `to_unit` of the points of a task, from `start` on; returns their number. */
+DEVICE int64_t units_of(const float *points, int64_t stride, const float *aabb, int64_t start, int64_t N, float *x)
+{
+    int64_t count = N - start < POINTS_PER_TASK ? N - start : POINTS_PER_TASK;
+    for (int64_t n = 0; n < count; n++)
+        to_unit(points + (start + n) * stride, aabb, x + 3 * n);
+    return count;
+}
+
+DEVICE void encode_points(const float *x, const float *entries, float *out, int64_t count, int64_t stride, const int F,
+                          int64_t resolution, int64_t size)
+{
+    for (int64_t n = 0; n < count; n++)
+        encode_point(x + 3 * n, entries, out + n * stride, F, resolution, size);
+}
+
+DEVICE void add_gradients(const float *x, const float *grad_out, float *grad, int64_t count, int64_t stride,
+                          const int F, int64_t resolution, int64_t size)
+{
+    for (int64_t n = 0; n < count; n++)
+        add_gradient(x + 3 * n, grad_out + n * stride, grad, F, resolution, size);
+}
+#endif
+
+/* out[N][levels * F] */
+KERNEL encode(const float *points, int64_t stride, const float *aabb, const float *table, float *out, int64_t N,
+              int64_t levels, int64_t F, const int64_t *resolutions, const int64_t *level_offsets)
+{
+#ifdef __CUDACC__ /* neighbouring threads look up the same level */
+    PARALLEL_FOR(i, N * levels)
+    {
+        int64_t l = i / N, n = i - l * N, size = level_offsets[l + 1] - level_offsets[l];
+        float x[3];
+        to_unit(points + n * stride, aabb, x);
+#define ENCODE(F)                                                                                                      \
+    encode_point(x, table + level_offsets[l] * F, out + (n * levels + l) * F, F, resolutions[l], size)
+        WITH_CONSTANT_F(ENCODE)
+    }
+#else
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t start = 0; start < N; start += POINTS_PER_TASK) {
+        float x[3 * POINTS_PER_TASK];
+        int64_t count = units_of(points, stride, aabb, start, N, x);
+        for (int64_t l = 0; l < levels; l++) {
+            int64_t begin = level_offsets[l], size = level_offsets[l + 1] - begin, resolution = resolutions[l];
+            const float *entries = table + begin * F;
+            float *to = out + (start * levels + l) * F;
+            int64_t row = levels * F; /* not with a constant F, which GCC 12 turns into code of half the speed */
+#define ENCODE(F) encode_points(x, entries, to, count, row, F, resolution, size)
+            WITH_CONSTANT_F(ENCODE)
+        }
+    }
+#endif
+}
+
+/* Adds to grad, which has the table's layout and is zero on entry to a GPU; a CPU overwrites it. There one thread does
+ * a whole level, so that the order of summation does not depend on the number of threads. */
+KERNEL encode_gradient(const float *points, int64_t stride, const float *aabb, const float *grad_out, float *grad,
+                       int64_t N, int64_t levels, int64_t F, const int64_t *resolutions, const int64_t *level_offsets)
+{
+#ifdef __CUDACC__
+    PARALLEL_FOR(i, N * levels)
+    {
+        int64_t l = i / N, n = i - l * N, size = level_offsets[l + 1] - level_offsets[l];
+        const float *g = grad_out + (n * levels + l) * F;
+        float x[3];
+        bool zero = true;
+        for (int f = 0; f < F; f++)
+            zero = zero && g[f] == 0;
+        if (zero)
+            continue;
+        to_unit(points + n * stride, aabb, x);
+#define GRADIENT(F) add_gradient(x, g, grad + level_offsets[l] * F, F, resolutions[l], size)
+        WITH_CONSTANT_F(GRADIENT)
+    }
+#else
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t l = levels - 1; l >= 0; l--) {
+        int64_t begin = level_offsets[l], size = level_offsets[l + 1] - begin, resolution = resolutions[l];
+        float x[3 * POINTS_PER_TASK], *to = grad + begin * F;
+        memset(to, 0, size * F * sizeof(float)); /* then it is in the cache */
+        for (int64_t start = 0; start < N; start += POINTS_PER_TASK) {
+            int64_t count = units_of(points, stride, aabb, start, N, x), row = levels * F;
+            const float *from = grad_out + (start * levels + l) * F;
+#define GRADIENT(F) add_gradients(x, from, to, count, row, F, resolution, size)
+            WITH_CONSTANT_F(GRADIENT)
+        }
+    }
+#endif
+}
+
+/* Direction n is at directions + n * stride; out[N][16]. */
+KERNEL spherical_harmonics(const float *directions, int64_t stride, float *out, int64_t N)
+{
+    PARALLEL_FOR(n, N)
+    {
+        const float x = directions[n * stride], y = directions[n * stride + 1], z = directions[n * stride + 2];
+        float xx = x * x, yy = y * y, zz = z * z, *to = out + 16 * n;
+        to[0] = 0.28209479177387814f;
+        to[1] = -0.48860251190291987f * y;
+        to[2] = 0.48860251190291987f * z;
+        to[3] = -0.48860251190291987f * x;
+        to[4] = 1.0925484305920792f * x * y;
+        to[5] = -1.0925484305920792f * y * z;
+        to[6] = 0.31539156525252005f * (3 * zz - 1);
+        to[7] = -1.0925484305920792f * x * z;
+        to[8] = 0.5462742152960396f * (xx - yy);
+        to[9] = -0.5900435899266435f * y * (3 * xx - yy);
+        to[10] = 2.890611442640554f * x * y * z;
+        to[11] = -0.4570457994644658f * y * (5 * zz - 1);
+        to[12] = 0.3731763325901154f * z * (5 * zz - 3);
+        to[13] = -0.4570457994644658f * x * (5 * zz - 1);
+        to[14] = 1.445305721320277f * z * (xx - yy);
+        to[15] = -0.5900435899266435f * x * (xx - 3 * yy);
+    }
+}
