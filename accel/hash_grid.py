@@ -131,10 +131,10 @@ def encode_directions(encoding, directions):
 
 def check_kernels(device):
     """Raise AssertionError if the kernels differ from their references on `device`."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator('cpu').manual_seed(0)
     for n_features in SUPPORTED_N_FEATURES:
         grid = HashGrid(4, 100, 12, n_features)
-        table, points, weights = (torch.rand(*shape, generator=generator) for shape in
+        table, points, weights = (torch.rand(*shape, generator=generator, device='cpu') for shape in
                                   (grid.table.shape, (257, 3), (257, grid.out_dim)))
         table, weights = table.to(device).requires_grad_(), weights.to(device)
         points = (3 * points - 1.5).to(device)  # some outside

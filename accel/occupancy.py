@@ -263,10 +263,10 @@ def any_in_blocks(occupied):
 
 def check_kernels(device):
     """Raise AssertionError if the kernels differ from their references on `device`."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator('cpu').manual_seed(0)
 
     def random(*shape):
-        return torch.rand(*shape, generator=generator).to(device)
+        return torch.rand(*shape, generator=generator, device='cpu').to(device)
 
     grid = CellGrid(20).to(device)
     grid.set_occupied(random(20, 20, 20) < 0.1)

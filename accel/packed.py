@@ -170,10 +170,10 @@ class CompiledComposite(torch.autograd.Function):
 
 def check_kernels(device):
     """Raise AssertionError if the kernels differ from their references on `device`."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator('cpu').manual_seed(0)
 
     def random(*shape):
-        return torch.rand(*shape, generator=generator).to(device)
+        return torch.rand(*shape, generator=generator, device='cpu').to(device)
 
     offsets = torch.tensor([0, 3, 3, 40, 100], device=device)
     N, M = len(offsets) - 1, 100

@@ -1,12 +1,17 @@
 """Where the tests find recorded values and real scenes, and the trained runs that they share."""
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_runs import DEMO, FAST_DEMO, NO_OUTPUTS, ROOT, STARTED, TINY, run, run_script
 from tiny_scenes import edit_json
+
+if 'fake_cuda' in sys.modules:  # a stand-in for a GPU, which cannot load the kernels
+    from benchmarks import cuda_on_cpu
+    cuda_on_cpu.install()
 
 SHARED = Path(os.environ.get('NERF_SHARED', ROOT.parent / 'shared'))
 GOLDEN, DATA = SHARED / 'golden', SHARED / 'data'
