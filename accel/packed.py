@@ -18,6 +18,8 @@ from accel.kernels.compiled import Kernels
 MIN_TRANSMITTANCE = 1e-4
 # This is MIN_TRANSMITTANCE as an optical depth.
 MAX_OPTICAL_DEPTH = -math.log(MIN_TRANSMITTANCE)
+# Behind this optical depth the transmittance is 0 in float32.
+INVISIBLE_OPTICAL_DEPTH = 104.0
 # These numbers are composited for a ray: red, green, blue, opacity, depth.
 OUT_CHANNELS = 5
 
@@ -122,7 +124,7 @@ def can_composite_dense(raw, z_vals, rays_d):
 
 
 def composite_dense(raw, z_vals, rays_d, last_interval):
-    """`composite` for the same number of samples along each ray, however opaque it is.
+    """`composite` for the same number of samples along each ray.
 
     Args:
       raw: [N_rays, N_samples, 4 or more]; z_vals: positions [N_rays, N_samples]; rays_d: directions [N_rays,
@@ -135,8 +137,9 @@ def composite_dense(raw, z_vals, rays_d, last_interval):
     offsets = torch.arange(0, N * S + 1, S, device=raw.device)
     raw = raw[..., :4] if raw.shape[-1] > 4 else raw
     lengths = torch.linalg.vector_norm(rays_d, dim=-1)
-    out, weights = CompiledComposite.apply(raw.reshape(-1, 4), z_vals.reshape(-1), lengths, last_interval,
-                                           offsets, math.inf)
+    # the reshaped rows of some of the channels may still be apart
+    out, weights = CompiledComposite.apply(raw.reshape(-1, 4).contiguous(), z_vals.reshape(-1).contiguous(),
+                                           lengths, last_interval, offsets, INVISIBLE_OPTICAL_DEPTH)
     rgb_map, acc_map, depth_map = out.split([3, 1, 1], -1)
     return rgb_map, acc_map.squeeze(-1), depth_map.squeeze(-1), weights.view(N, S)
 
