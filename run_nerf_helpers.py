@@ -414,7 +414,7 @@ def get_rays(H, W, K, c2w, pixel_centers=False):
 
 def get_rays_np(H, W, K, c2w):
     """`get_rays` with NumPy arrays, as in nerf-pytorch."""
-    rays_o, rays_d = get_rays(H, W, K, torch.as_tensor(np.asarray(c2w, np.float32)))
+    rays_o, rays_d = get_rays(H, W, K, torch.from_numpy(np.asarray(c2w, np.float32)))
     return rays_o.numpy(), rays_d.numpy()
 
 

@@ -276,5 +276,5 @@ def merge_neighbours(ray, bins, points, lengths):
 
 def stratified_indices(N, count):
     """`count` indices below N: a random one in each of as many equal parts, the same ones for each frame."""
-    random = torch.rand(count, generator=torch.Generator().manual_seed(0))
-    return ((torch.arange(count) + random.double()) * (N / count)).long()
+    random = torch.rand(count, generator=torch.Generator('cpu').manual_seed(0), device='cpu')
+    return ((torch.arange(count, device='cpu') + random.double()) * (N / count)).long()

@@ -78,8 +78,8 @@ def box_of_rays(scene, ndc, poses):
 
     With `ndc` the box is in normalised device coordinates.
     """
-    x, y = torch.meshgrid(torch.tensor([0.0, scene.W]), torch.tensor([0.0, scene.H]), indexing='xy')
     c2w = torch.from_numpy(poses)[:, None, None]
+    x, y = torch.meshgrid(*(c2w.new_tensor([0.0, side]) for side in (scene.W, scene.H)), indexing='xy')
     rays_o, rays_d = pixel_rays(x.expand(len(c2w), 2, 2), y.expand(len(c2w), 2, 2), scene.K, c2w)
     if ndc:
         rays_o, rays_d = ndc_rays(scene.H, scene.W, scene.K[0, 0], 1.0, rays_o, rays_d)
@@ -144,7 +144,8 @@ def in_visual_hull(scene, centers, half, keep_rarely_seen=False):
     frustum = [[0, 0, scene.near], [scene.W, scene.H, scene.far]]
     first, last = torch.tensor(frustum, dtype=torch.float32, device=device)[..., None]  # [3, 1] each
     K = torch.as_tensor(scene.K, dtype=torch.float32, device=device)
-    poses = (torch.from_numpy(scene.poses) * torch.tensor([1, -1, -1, 1])).to(device)  # y down, z forward
+    axes = torch.tensor([1, -1, -1, 1], device=device)  # y down, z forward
+    poses = torch.from_numpy(scene.poses).to(device) * axes
     for view in scene.i_train:
         sums = summed_area_table(torch.from_numpy(scene.alphas[view]).to(device) > 0)
         for part, part_views, part_opaque, part_remaining in zip(*parts, strict=True):

@@ -41,7 +41,7 @@ class Scene:
         plain = {key: value for key, value in vars(self).items() if key not in NOT_IN_CHECKPOINT}
         for key, value in plain.items():
             if isinstance(value, (np.ndarray, np.generic)):
-                plain[key] = torch.as_tensor(value) if value.ndim else value.item()
+                plain[key] = torch.from_numpy(value) if value.ndim else value.item()
         return plain
 
     def has_cameras_of(self, saved):
