@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_devices import DEVICE, Random
 
 from run_nerf_helpers import pixel_rays
 from scenes.bounds import box_of_rays, find_bounds, num_true, summed_area_table
@@ -24,12 +25,13 @@ def ball_scene(radius=0.5, views=20, size=64, alpha=True):
     K = np.array([[size * 1.2, 0, size / 2], [0, size * 1.2, size / 2], [0, 0, 1]])
     y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing='ij')
     alphas = []
-    for pose in torch.from_numpy(poses):
+    for pose in torch.from_numpy(poses).to(DEVICE):
         rays_o, rays_d = pixel_rays(x, y, K, pose)
         viewdirs = torch.nn.functional.normalize(rays_d, dim=-1)
         to_ball = BALL - rays_o
         to_ray = to_ball - (to_ball * viewdirs).sum(-1, keepdim=True) * viewdirs
-        alphas.append((torch.linalg.vector_norm(to_ray, dim=-1) < radius).numpy().astype(np.uint8) * 255)
+        in_front = torch.linalg.vector_norm(to_ray, dim=-1) < radius
+        alphas.append(in_front.cpu().numpy().astype(np.uint8) * 255)
     return SimpleNamespace(H=size, W=size, K=K, poses=poses, near=2.0, far=6.0, i_train=np.arange(views),
                            alphas=np.stack(alphas) if alpha else None)
 
@@ -42,7 +44,7 @@ def is_possible(points, aabb, possible):
 
 
 def test_silhouettes_bound_the_scene():
-    aabb, possible = find_bounds(ball_scene(), False, 32)
+    aabb, possible = find_bounds(ball_scene(), False, 32, device=DEVICE)
     assert (aabb[0] <= torch.tensor([-0.3, -0.5, -0.5])).all()
     assert (aabb[1] >= torch.tensor([0.7, 0.5, 0.5])).all()
     assert ((aabb[1] - aabb[0]) < 1.8).all()
@@ -53,7 +55,7 @@ def test_silhouettes_bound_the_scene():
 
 
 def test_rectangles_are_counted():
-    mask = torch.rand(7, 9, generator=torch.Generator().manual_seed(0)) > 0.5
+    mask = Random(0).rand(7, 9) > 0.5
     rectangles = [(0, 0, 9, 7), (2, 3, 5, 4), (8, 6, 9, 7), (4, 4, 4, 4), (9, 7, 9, 7)]
     first, last = torch.tensor(rectangles, dtype=torch.int32).T.view(2, 2, -1)
     expected = [mask[y0:y1, x0:x1].sum().item() for x0, y0, x1, y1 in rectangles]
@@ -78,11 +80,11 @@ def test_a_gpu_finds_the_same_bounds():
 
 def test_without_alpha_the_box_holds_everything_in_view():
     scene = ball_scene(alpha=False)
-    aabb, possible = find_bounds(scene, False, 16)
-    assert possible is None and aabb.equal(box_of_rays(scene, False, scene.poses))
+    aabb, possible = find_bounds(scene, False, 16, device=DEVICE)
+    assert possible is None and aabb.equal(box_of_rays(scene, False, scene.poses).to(DEVICE))
     x, y = torch.rand(2, 20) * 64
     for t in (2.0, 6.0):
-        for pose in torch.from_numpy(scene.poses):
+        for pose in torch.from_numpy(scene.poses).to(DEVICE):
             rays_o, rays_d = pixel_rays(x, y, scene.K, pose)
             assert ((rays_o + t * rays_d > aabb[0]) & (rays_o + t * rays_d < aabb[1])).all()
 
@@ -97,10 +99,10 @@ def test_a_given_box_keeps_cells_that_few_views_see():
     scene = ball_scene()
     scene.alphas[0][:6, :6] = 255
     rays_o, rays_d = pixel_rays(torch.tensor(2.5), torch.tensor(2.5), scene.K,
-                                torch.from_numpy(scene.poses[0]))
+                                torch.from_numpy(scene.poses[0]).to(DEVICE))
     points = rays_o + torch.linspace(2.5, 5.5, 50)[:, None] * rays_d
-    assert is_possible(points, *find_bounds(scene, False, 32, [-4, -4, -4, 4, 4, 4])).any()
-    assert not is_possible(points, *find_bounds(scene, False, 32)).any()
+    assert is_possible(points, *find_bounds(scene, False, 32, [-4, -4, -4, 4, 4, 4], DEVICE)).any()
+    assert not is_possible(points, *find_bounds(scene, False, 32, device=DEVICE)).any()
 
 
 def test_fully_transparent_images_leave_the_box_of_the_cameras():

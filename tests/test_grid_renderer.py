@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_devices import DEVICE
 from tiny_grids import CPU, each_implementation, march, occupied_grid, rays_around  # noqa: F401
 from tiny_networks import encoded_nerf, hash_nerf, points_and_directions
 
@@ -48,7 +49,7 @@ def ray_batch(N):
 @pytest.mark.parametrize('share', [0.0, 0.3, 1.0])
 def test_rendering_equals_training_and_the_formula(share, at_once, monkeypatch):
     """Without gradients rays advance in parts, several of them where few samples are computed at once."""
-    monkeypatch.setitem(SAMPLES_PER_ADVANCE, 'cpu', at_once)
+    monkeypatch.setitem(SAMPLES_PER_ADVANCE, DEVICE.type, at_once)
     grid, fog, rays = occupied_grid(share), Fog(2.0), ray_batch(300)
     renderer = GridRenderer(grid)
     trained = renderer.render_rays(rays, fog, QUERY, N_SAMPLES, white_bkgd=True)
@@ -79,7 +80,7 @@ def test_rendering_equals_training_for_any_network(make):
 
 @torch.no_grad()
 def test_opaque_rays_end_early(monkeypatch):
-    monkeypatch.setitem(SAMPLES_PER_ADVANCE, 'cpu', 400)
+    monkeypatch.setitem(SAMPLES_PER_ADVANCE, DEVICE.type, 400)
     evaluated = []
 
     def network(density):
@@ -290,7 +291,7 @@ def test_batches_reach_the_number_of_samples():
     K = np.array([[60.0, 0, 32], [0, 60, 32], [0, 0, 1]])
     scene = SimpleNamespace(images=np.zeros([1, 64, 64, 3], np.uint8), poses=pose[None], alphas=None, K=K,
                             i_train=np.array([0]))
-    sampler = RaySampler(scene, 20000, False, 0, 0.5, False, 'cpu', N_rand_samples=5000,
+    sampler = RaySampler(scene, 20000, False, 0, 0.5, False, DEVICE, N_rand_samples=5000,
                          expected_samples=N_SAMPLES / 4)
     kwargs = training_kwargs(Fog(2.0), GridRenderer(occupied_grid(0.3)))
     torch.manual_seed(0)

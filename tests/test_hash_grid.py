@@ -74,7 +74,7 @@ def encode_in_loops(point, grid):
             else:
                 mixed = corner[0] * PRIMES[0] ^ corner[1] * PRIMES[1] ^ corner[2] * PRIMES[2]
                 entry = mixed % (end - start)
-            total += weight * grid.table[start + entry].detach().numpy()
+            total += weight * grid.table[start + entry].detach().cpu().numpy()
         out.append(total)
     return np.concatenate(out)
 
@@ -87,7 +87,7 @@ def test_the_reference_implementation_equals_loops():
     found = encode(2 * points - 1, grid.aabb, grid.table.double(), grid.resolutions,
                    grid.level_offsets).detach()
     expected = np.stack([encode_in_loops(point, grid) for point in points])
-    assert np.allclose(found.numpy(), expected, atol=1e-6)
+    assert np.allclose(found.cpu().numpy(), expected, atol=1e-6)
 
 
 def test_coarsest_and_finest_level():

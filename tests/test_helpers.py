@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_devices import DEVICE, Random
 from tiny_networks import LearnedEncoding, encoded_nerf, points_and_directions
 
 from run_nerf_helpers import (
@@ -25,9 +26,9 @@ K = np.array([[60.0, 0, 17.0], [0, 50.0, 9.0], [0, 0, 1]])
 
 def some_pose(seed=0):
     """A rotation and a position, [3, 4]."""
-    generator = torch.Generator().manual_seed(seed)
-    rotation, _ = torch.linalg.qr(torch.randn(3, 3, generator=generator))
-    return torch.cat([rotation, torch.randn(3, 1, generator=generator)], -1)
+    random = Random(seed)
+    rotation, _ = torch.linalg.qr(random.randn(3, 3))
+    return torch.cat([rotation, random.randn(3, 1)], -1)
 
 
 # --- losses -------------------------------------------------------------------------------------------------
@@ -227,7 +228,8 @@ def test_weights_from_keras(use_viewdirs):
     views = random.randn(5, 2).astype(np.float32) if use_viewdirs else None
     inputs = points if views is None else np.concatenate([points, views], -1)
     expected = keras_forward(weights, D, [4], points, views)
-    np.testing.assert_allclose(network(torch.from_numpy(inputs)).detach(), expected, rtol=1e-4, atol=1e-4)
+    found = network(torch.from_numpy(inputs).to(DEVICE)).detach().cpu()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match='expected'):
         network.load_weights_from_keras(weights[:-2])
 
@@ -242,8 +244,8 @@ def test_rays_project_to_their_pixels():
     x = K[0, 0] * camera[..., 0] / -camera[..., 2] + K[0, 2]
     y = -K[1, 1] * camera[..., 1] / -camera[..., 2] + K[1, 2]
     rows, columns = np.mgrid[:H, :W]
-    np.testing.assert_allclose(x, columns, atol=1e-3)
-    np.testing.assert_allclose(y, rows, atol=1e-3)
+    np.testing.assert_allclose(x.cpu(), columns, atol=1e-3)
+    np.testing.assert_allclose(y.cpu(), rows, atol=1e-3)
 
 
 def test_pixel_centers_are_half_a_pixel_further():
@@ -310,9 +312,9 @@ def test_sampling_equals_the_reference_implementation():
 @settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 40), st.booleans(), st.integers(0, 10 ** 6))
 def test_samples_stay_within_the_bins(M, N_samples, det, seed):
-    generator = torch.Generator().manual_seed(seed)
-    bins = torch.sort(torch.rand(3, M + 1, generator=generator) * 10 - 5, -1)[0]
-    weights = torch.rand(3, M, generator=generator) * (torch.rand(3, M, generator=generator) > 0.5)
+    random = Random(seed)
+    bins = torch.sort(random.rand(3, M + 1) * 10 - 5, -1)[0]
+    weights = random.rand(3, M) * (random.rand(3, M) > 0.5)
     samples = sample_pdf(bins, weights, N_samples, det=det)
     assert samples.shape == (3, N_samples)
     assert (samples >= bins[:, :1] - 1e-5).all() and (samples <= bins[:, -1:] + 1e-5).all()
@@ -324,8 +326,8 @@ def test_samples_are_distributed_as_the_weights():
     torch.manual_seed(0)
     bins, weights = torch.tensor([[0.0, 1.0, 3.0, 4.0]]), torch.tensor([[1.0, 2.0, 5.0]])
     samples = sample_pdf(bins, weights, 20000)
-    shares = torch.histogram(samples[0], bins[0])[0] / 20000
-    torch.testing.assert_close(shares, weights[0] / 8, atol=0.02, rtol=0)
+    shares = torch.histogram(samples[0].cpu(), bins[0].cpu())[0] / 20000
+    torch.testing.assert_close(shares, weights[0].cpu() / 8, atol=0.02, rtol=0)
 
 
 def test_fixed_random_numbers_leave_the_global_state_alone():

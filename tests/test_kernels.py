@@ -8,12 +8,15 @@ import warnings
 
 import pytest
 import torch
+from tiny_devices import on_cpu_only
 from tiny_grids import ALL_KERNELS, CPU, each_kernel, implementation
 from tiny_runs import ROOT
 
 from accel.kernels import compiled, cuda
 from accel.kernels.compiled import Kernels, read_source
 
+# The stand-in for a GPU replaces the parts of kernels that these tests replace too.
+pytestmark = on_cpu_only('compiles and checks kernels for CPU tensors')
 NAMES = [kernels.name for kernels in ALL_KERNELS]
 # Compute capabilities of Turing, Ampere (two), Hopper and Blackwell.
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (9, 0), (12, 0)]

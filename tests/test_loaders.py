@@ -412,8 +412,8 @@ def test_rays_through_pixel_centers(tmp_path):
     for centers in (False, True):
         torch.manual_seed(0)
         directions.append(ray_sampler(scene, pixel_centers=centers).sample(1).rays[1])
-    shift = torch.tensor([0.5 / scene.K[0, 0], -0.5 / scene.K[1, 1], 0.0]).float().expand(500, 3)
-    torch.testing.assert_close(directions[1] - directions[0], shift, atol=1e-5, rtol=0)
+    shift = torch.tensor([0.5 / scene.K[0, 0], -0.5 / scene.K[1, 1], 0.0], device='cpu').float()
+    torch.testing.assert_close(directions[1] - directions[0], shift.expand(500, 3), atol=1e-5, rtol=0)
 
 
 def test_a_batch_may_be_larger_than_an_image(tmp_path):

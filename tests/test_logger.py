@@ -55,7 +55,7 @@ def recorded(folder):
 def test_every_term_of_the_loss_is_logged(tmp_path, capsys):
     logger = Logger(options(tmp_path, '--N_iters', 5, '--i_print', 2), tmp_path, 0, CPU, Console())
     run_steps(logger, measures_of(coarse=0.1, fine=0.01, distortion=0.002))
-    logger.image(5, 'view', torch.zeros(4, 6, 3))
+    logger.image(5, 'view', torch.zeros(4, 6, 3, device='cpu'))
     logger.tensorboard.close()
     found = recorded(tmp_path)
     assert [step for step, _ in found['train/loss']] == [2, 4, 5]

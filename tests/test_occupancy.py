@@ -83,9 +83,9 @@ def test_march_equals_a_loop():
     grid = occupied_grid(0.2, 10)
     rays_o, rays_d = rays_around(60)
     spacing, num_candidates, (t, _, offsets) = march(grid, rays_o, rays_d)
-    low, high, G = *grid.aabb.numpy().astype(np.float64), grid.resolution
+    low, high, G = *grid.aabb.cpu().numpy().astype(np.float64), grid.resolution
     for n in range(60):
-        found, o, d = [], rays_o[n].numpy().astype(np.float64), rays_d[n].numpy().astype(np.float64)
+        found, o, d = [], *(rays[n].cpu().numpy().astype(np.float64) for rays in (rays_o, rays_d))
         start, dt, jitter = spacing[n].tolist()
         assert math.isclose(dt * np.linalg.norm(d), 0.03, rel_tol=1e-5)
         for k in range(-3, 500):
@@ -100,7 +100,7 @@ def test_march_equals_a_loop():
             elif inside:
                 found.append(None)  # on a face: either cell is right
         certain = np.array([x for x in found if x is not None])
-        ours = t[offsets[n]:offsets[n + 1]].numpy()
+        ours = t[offsets[n]:offsets[n + 1]].cpu().numpy()
         assert all(np.abs(ours - x).min() < 1e-4 for x in certain)
         assert len(ours) <= len(found)
 
@@ -168,7 +168,7 @@ def test_points_are_in_their_cells():
     for within in (0.5, torch.tensor([0.1, 0.5, 0.9]), 0.01 + 0.98 * torch.rand(7 ** 3, 3)):
         assert grid.maybe_occupied(grid.cell_points(cells, within)).equal(grid.occupied.flatten())
     for cell, corner in ((0, 0), (-1, 1)):
-        assert grid.cell_points(cells[[cell]], float(corner)).allclose(grid.aabb[corner])
+        assert grid.cell_points(cells[cell][None], float(corner)).allclose(grid.aabb[corner])
 
 
 def test_outside_of_the_box_anything_may_be():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_devices import Random
 from tiny_grids import each_implementation, each_kernel, implementation  # noqa: F401
 
 from accel.packed import (
@@ -24,13 +25,13 @@ both_implementations = pytest.mark.usefixtures('each_implementation')
 
 def random_samples(N, seed, density=30.0, most=40):
     """raw, t, ray_indices, step_sizes and offsets of N rays, some of which have no samples."""
-    random = torch.Generator().manual_seed(seed)
-    counts = torch.randint(0, most, (N,), generator=random) * (torch.rand(N, generator=random) > 0.3)
+    random = Random(seed)
+    counts = random.randint(0, most, (N,)) * (random.rand(N) > 0.3)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     M = int(offsets[-1])
-    raw = torch.randn(M, 4, generator=random) * torch.tensor([1, 1, 1, density])
-    t = torch.rand(M, generator=random) + torch.arange(M)
-    step_sizes = 0.01 + 0.02 * torch.rand(N, generator=random)
+    raw = random.randn(M, 4) * torch.tensor([1, 1, 1, density])
+    t = random.rand(M) + torch.arange(M)
+    step_sizes = 0.01 + 0.02 * random.rand(N)
     return raw, t, torch.arange(N).repeat_interleave(counts), step_sizes, offsets
 
 
@@ -54,8 +55,8 @@ LOSSES = st.sampled_from(['maps', 'weights', 'both'])
 
 def random_loss(kind, seed):
     def loss(out, weights):
-        random = torch.Generator().manual_seed(seed)
-        on_out, on_weights = (torch.randn(value.shape, generator=random) for value in (out, weights))
+        random = Random(seed)
+        on_out, on_weights = (random.randn(value.shape) for value in (out, weights))
         of_maps, of_weights = (out * on_out).sum(), (weights * on_weights).sum() + (weights ** 2).sum()
         return {'maps': of_maps, 'weights': of_weights, 'both': of_maps + of_weights}[kind]
     return loss
@@ -218,13 +219,14 @@ def test_compositing_some_of_the_rays():
 
 @each_kernel
 @given(N=st.integers(0, 20), S=st.integers(1, 30), seed=st.integers(0, 999),
-       density=st.sampled_from([1.0, 100.0, 1e6]), kind=LOSSES)
+       density=st.sampled_from([1.0, 100.0, 1e6, 1e30]), channels=st.sampled_from([4, 5]), kind=LOSSES)
 @settings(max_examples=40, deadline=None)
-def test_composite_dense_equals_raw2outputs(kernels, N, S, seed, density, kind):
-    random = torch.Generator().manual_seed(seed)
-    raw = torch.randn(N, S, 4, generator=random) * torch.tensor([1, 1, 1, density])
-    z_vals = torch.rand(N, S, generator=random).sort(-1).values
-    rays_d, loss, results = torch.randn(N, 3, generator=random), random_loss(kind, seed), []
+def test_composite_dense_equals_raw2outputs(kernels, N, S, seed, density, channels, kind):
+    random = Random(seed)
+    raw = random.randn(N, S, channels)
+    raw[..., 3] *= density ** random.rand(N, S)
+    z_vals = random.rand(N, S).sort(-1).values
+    rays_d, loss, results = random.randn(N, 3), random_loss(kind, seed), []
 
     def dense(raw):
         with implementation(kernels):

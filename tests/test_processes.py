@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_devices import on_cpu_only
 from tiny_runs import DEMO, FAST_DEMO, NO_OUTPUTS, ROOT, finish, read_state, start, torchrun
 
 from run_nerf import create_nerf, loss_and_gradient
@@ -23,6 +24,7 @@ from training.signals import Stopped, StopRequest
 
 # A number of rays that two processes cannot share equally.
 SMALL = [*DEMO, '--N_rand', 129, '--precision', 'fp32']
+not_on_a_stand_in = on_cpu_only('other processes compute on a CPU')
 needs_proc = pytest.mark.skipif(not os.path.isdir('/proc'), reason='finds processes in /proc')
 
 
@@ -129,6 +131,7 @@ def two_ranks(tmp_path_factory):
     return [torch.load(folder / f'{index}.pt') for index in range(2)]
 
 
+@not_on_a_stand_in
 @pytest.mark.parametrize('problem', [gradients_of, nerf_gradients_of])
 def test_gradients_of_two_are_those_of_one(two_ranks, problem):
     parameters, measures = problem(slice(0, 65))
@@ -154,6 +157,7 @@ def test_what_one_process_knows_all_know(two_ranks):
         assert found['from_rank0 fails'] == found['run_rank0_first fails'] == 'only in rank 0'
 
 
+@not_on_a_stand_in
 def test_each_rank_draws_its_own_numbers(two_ranks):
     torch.manual_seed(7)
     assert torch.equal(two_ranks[0]['draws'], torch.rand(3)), 'rank 0 draws those of a single process'

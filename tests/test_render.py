@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_devices import DEVICE
 from tiny_networks import CAMERA, LearnedEncoding, assert_same_gradients, encoded_nerf
 
 import run_nerf
@@ -79,10 +80,9 @@ def test_compositing_equals_the_reference_implementation(white_bkgd, samples):
     z_vals, rays_d = torch.sort(torch.rand(9, samples) * 4 + 2, -1)[0], torch.randn(9, 3)
     found = raw2outputs(raw, z_vals, rays_d, white_bkgd=white_bkgd)
     for ray in range(9):
-        expected = composite_in_a_loop(raw[ray].double().numpy(), z_vals[ray].double().numpy(),
-                                        rays_d[ray].double().numpy(), white_bkgd)
-        for a, b in zip(found, expected):
-            np.testing.assert_allclose(a[ray], b, atol=1e-5)
+        inputs = (values[ray].double().cpu().numpy() for values in (raw, z_vals, rays_d))
+        for a, b in zip(found, composite_in_a_loop(*inputs, white_bkgd)):
+            np.testing.assert_allclose(a[ray].cpu(), b, atol=1e-5)
 
 
 extreme = st.sampled_from([-1e38, -1e10, -50.0, -1.0, -1e-30, 0.0, 1e-30, 1e-12, 1e-3, 1.0, 90.0, 1e4,
@@ -345,7 +345,7 @@ def test_the_loss_of_parts_is_that_of_the_whole_batch(monkeypatch):
     """Large batches are split; losses, opacities and gradients are those of the whole."""
     batch, kwargs, results = training_batch(50), chain(white_bkgd=True, N_samples=8, N_importance=8), []
     for samples in (10 ** 6, 7 * 16):
-        monkeypatch.setitem(MAX_SAMPLES, 'cpu', samples)
+        monkeypatch.setitem(MAX_SAMPLES, DEVICE.type, samples)
         for parameter in parameters_of(kwargs):
             parameter.grad = None
         measures = loss_and_gradient([16, 16], None, 1000, batch, kwargs)
@@ -419,7 +419,7 @@ def test_a_learned_encoding_is_optimised_and_saved_with_its_network(tmp_path, mo
 # --- frames -------------------------------------------------------------------------------------------------
 
 def test_render_path_returns_and_writes_the_frames(tmp_path, capsys):
-    poses = torch.eye(4).repeat(2, 1, 1).numpy()
+    poses = np.tile(np.eye(4, dtype=np.float32), (2, 1, 1))
     rgbs, disps = render_path(poses, HWF, K, 64, chain(), gt_imgs=np.zeros((2, 8, 10, 3)), savedir=tmp_path)
     assert rgbs.shape == (2, 8, 10, 3) and disps.shape == (2, 8, 10)
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -429,7 +429,7 @@ def test_render_path_returns_and_writes_the_frames(tmp_path, capsys):
 
 def test_render_factor_makes_the_same_image_smaller():
     """Every second pixel of the full frame: the intrinsics shrink with the image."""
-    pose = torch.eye(4)[None].numpy()
+    pose = np.eye(4, dtype=np.float32)[None]
     full, half = (next(ImageRenderer(HWF, K, 64, chain(), factor).render_path(pose)).rgb
                   for factor in (0, 2))
     assert half.shape == (4, 5, 3)

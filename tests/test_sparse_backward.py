@@ -6,6 +6,7 @@ import torch
 from conftest import GOLDEN, needs_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_devices import DEVICE, on_cpu_only
 from tiny_networks import (
     CAMERA,
     LearnedEncoding,
@@ -75,7 +76,7 @@ def test_the_gradient_on_a_trained_network(noise, tmp_path):
     """The recorded checkpoint, in which most of space is empty."""
     args = config_parser().parse_args([
         '--config', str(GOLDEN / 'checkpoint/config.txt'), '--ft_path', str(GOLDEN / 'checkpoint/002000.tar'),
-        '--basedir', str(tmp_path), '--device', 'cpu', '--precision', 'fp32', '--backward', 'sparse'])
+        '--basedir', str(tmp_path), '--device', str(DEVICE), '--precision', 'fp32', '--backward', 'sparse'])
     kwargs, _, _, _, _ = create_nerf(args)
     networks, query = [kwargs['network_fn'], kwargs['network_fine']], kwargs['network_query_fn']
     assert query.backward_pass == 'sparse' and query.precision == 'fp32'
@@ -96,7 +97,7 @@ def test_the_gradient_on_a_trained_network(noise, tmp_path):
 
 def test_the_gradient_in_ndc():
     """Through `render`, with rays in normalised device coordinates."""
-    networks = two_networks()
+    networks = two_networks(seed=1)  # no gradient is a sum that cancels
     K = [[20.0, 0, 8], [0, 20.0, 8], [0, 0, 1]]
     batch = Batch(torch.stack([torch.zeros(30, 3), torch.randn(30, 3) * 0.2 - CAMERA]), torch.rand(30, 3))
     parameters, found = [p for network in networks for p in network.parameters()], []
@@ -129,7 +130,8 @@ def test_points_without_gradient_are_not_evaluated_again(device):
     assert 1112 <= sum(evaluated) <= 1112 + 320 / CHUNK_LENGTHS
 
 
-@pytest.mark.parametrize('fraction, evaluations', [(0.0, 1.0), (0.3, 1.3), (0.9, 1.0)])
+@pytest.mark.parametrize('fraction, evaluations', [(0.0, 1.0), (0.3, 1.3 if DEVICE.type == 'cpu' else 1.0),
+                                                   (0.9, 1.0)])
 def test_kept_activations_are_used_where_most_points_have_a_gradient(fraction, evaluations):
     """Gradients of parameters and points, and how often a point is evaluated."""
     torch.manual_seed(0)
@@ -226,6 +228,7 @@ def test_evaluation_in_chunks_changes_nothing(N, chunk):
     assert torch.equal(evaluate_in_chunks(torch.exp, points, chunk), points.exp())
 
 
+@on_cpu_only('chunks are padded on CPUs')
 @pytest.mark.parametrize('chunk', [1, 7, 31, 32, 33, 63, 64, 65, 300, 4096])
 def test_chunks_on_a_cpu_have_few_lengths(chunk):
     """oneDNN compiles a kernel for each of them."""

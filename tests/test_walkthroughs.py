@@ -84,7 +84,7 @@ def test_a_learned_encoding_is_trained_and_saved(tmp_path, monkeypatch):
     options.remove('--no_restart')  # which checks that it can be reinitialised
     assert run(*options, '--N_iters', 2) == 0
     frequencies = read_state(tmp_path / 'demo/000002.tar')['network_fn_state_dict']['encoding.frequencies']
-    start = names['LearnedFrequencies'](len(frequencies)).frequencies
+    start = names['LearnedFrequencies'](len(frequencies)).frequencies.cpu()
     assert not torch.equal(frequencies, start) and torch.allclose(frequencies, start, rtol=0.1)
 
 
