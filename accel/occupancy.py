@@ -224,7 +224,8 @@ class OccupancyGrid(CellGrid):
             drawn = [part[(random(MAX_UPDATED_CELLS // 2) * len(part)).long().clamp(max=len(part) - 1)]
                      for part in (cells, occupied.nonzero()[:, 0]) if len(part)]
             cells = torch.cat(drawn)
-        for part in cells.split(MAX_UPDATED_CELLS):
+        # parts stay in a CPU's caches; a GPU takes all cells at once
+        for part in cells.split(MAX_UPDATED_CELLS) if occs.device.type == 'cpu' else [cells]:
             # a network that diverges may return NaN, which would stay in the grid
             found = density(self.cell_points(part, random(len(part), 3))).nan_to_num(0.0) * step_size
             occs[part] = occs[part] * DECAY

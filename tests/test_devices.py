@@ -1,4 +1,6 @@
 """Devices: which one, its precision, and how many rays fit in its memory."""
+import warnings
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from accel.renderer import MAX_SAMPLES
 from run_nerf import EXACT, create_nerf
 from scenes.errors import UserError
-from training.devices import has_fast_bf16, pick_device, pick_precision
+from training.devices import MIN_RAYS, MemoryLimit, has_fast_bf16, pick_device, pick_precision
 from training.options import config_parser
 
 CPU = torch.device('cpu')
@@ -96,3 +98,33 @@ def test_the_samples_of_rays_fit_in_memory(N_samples, N_importance, kind):
     rays = EXACT.max_rays(torch.device(kind), N_samples, N_importance)
     samples, most = N_samples + N_importance, MAX_SAMPLES.get(kind, MAX_SAMPLES['cuda'])
     assert rays == 1 or (rays * samples <= most < (rays + 1) * samples)
+
+
+# --- memory that runs out -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('max_rays, fitting, expected', [
+    (None, 1300, [4000, 2000, 1000]), (2500, 1300, [2500, 1250]), (None, 9000, [4000])])
+def test_half_the_rays_are_tried_when_memory_runs_out(max_rays, fitting, expected, monkeypatch):
+    tried, retries = [], []
+
+    def work(chunk):
+        tried.append(chunk)
+        if chunk > fitting:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return chunk
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
+    limit = MemoryLimit(max_rays, 'tests', lambda: retries.append(None))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        assert limit.fit(work, 4000) == expected[-1] and tried == expected
+        assert limit.fit(work, 4000) == expected[-1] and len(tried) == len(expected) + 1, 'it is remembered'
+    assert len(retries) == len(caught) == len(expected) - 1
+    assert all('out of GPU memory in tests: continuing with --chunk' in str(one.message) for one in caught)
+
+
+def test_too_little_memory_is_an_error(monkeypatch):
+    def work(chunk):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        MemoryLimit(None, 'tests').fit(work, MIN_RAYS)

@@ -116,6 +116,20 @@ def test_evaluated_samples_are_exact(ball, monkeypatch):
     assert query.points < with_baking and query.points + exact['network_query_fn'].points < all_points / 3
 
 
+def test_frames_are_exact_where_memory_is_too_small_to_bake(ball, monkeypatch):
+    exact, fast, query = ball
+    said = []
+
+    def bake(*args):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(fast_renderer, 'bake', bake)
+    new_renderer(fast, query, query, say=said.append)
+    for _ in range(2):
+        other = frame(fast)
+        assert not is_fast(other) and np.array_equal(other.rgb, frame(exact).rgb)
+    assert len(said) == 1 and 'do not fit in GPU memory' in said[0]
+
+
 def test_near_samples_are_merged(ball, monkeypatch):
     exact, fast, query = ball
     frame(fast)

@@ -66,7 +66,7 @@ USES_KERNELS = ('import torch; from accel.hash_grid import KERNELS, HashGrid; '
 def test_without_a_compiler_the_reference_implementation_is_used():
     done = python(USES_KERNELS, PATH='', XDG_CACHE_HOME='/nonexistent', TMPDIR='/nonexistent', CC='nothing')
     assert done.returncode == 0 and done.stdout.startswith('False torch.Size([3, 8])'), done.stderr
-    assert 'the compiled encodings cannot be used on cpu' in done.stderr
+    assert 'the compiled encodings kernels cannot be used on cpu' in done.stderr
 
 
 def test_nerf_plain_turns_all_kernels_off(monkeypatch):
@@ -113,7 +113,7 @@ def test_kernels_that_compute_something_else_are_not_used(kernels, right, wrong,
             if mode == 'cuda':
                 monkeypatch.setattr(Kernels, 'build', lambda self, device: cuda.CudaLibrary(
                     compiled.read_source(self.name), device))
-            with pytest.warns(UserWarning, match=f'the compiled {kernels.name} cannot be used on cpu'):
+            with pytest.warns(UserWarning, match=f'{kernels.name} kernels cannot be used on cpu'):
                 assert not broken.usable(CPU)
             with warnings.catch_warnings():
                 warnings.simplefilter('error')

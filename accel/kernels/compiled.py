@@ -53,8 +53,8 @@ class Kernels:
             except Exception as error:  # whatever goes wrong here, the reference will do
                 self.libraries[device] = None
                 reason = str(error).strip().partition('\n')[0] or type(error).__name__
-                warnings.warn(f'the compiled {self.name} cannot be used on {device} ({reason}); their slower '
-                              'reference implementation is', stacklevel=2)
+                warnings.warn(f'the compiled {self.name} kernels cannot be used on {device} ({reason}); '
+                              'their slower reference implementation is used', stacklevel=2)
         return self.libraries[device] is not None
 
     def build(self, device):
