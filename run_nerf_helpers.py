@@ -98,18 +98,18 @@ class Embedder(nn.Module):
         """`inputs` [..., C] to their encoding [..., C * (include_input + num_freqs * len(periodic_fns))]."""
         C, L, P = inputs.shape[-1], self.num_freqs, len(self.periodic_fns)
         scaled = inputs[..., None, :] * self.frequencies(inputs)[:, None]              # [..., L, C]
-        if inputs.requires_grad and torch.is_grad_enabled():
+        if inputs.device.type != 'cpu' or (inputs.requires_grad and torch.is_grad_enabled()):
             waves = torch.stack([fn(scaled) for fn in self.periodic_fns], -2)          # [..., L, P, C]
             waves = waves.flatten(-3)                                                  # [..., L * P * C]
             return torch.cat([inputs, waves], -1) if self.include_input else waves
 
-        # without gradients, write into one tensor: that is faster than to stack and concatenate
+        # without gradients, write into one tensor: on a CPU that is faster than to stack and concatenate
         first = C if self.include_input else 0
         encoded = inputs.new_empty(*inputs.shape[:-1], first + L * P * C)
         encoded[..., :first] = inputs[..., :first]
         waves = encoded[..., first:].unflatten(-1, (L, P, C))
         for i, fn in enumerate(self.periodic_fns):
-            fn(scaled, out=waves[..., i, :])
+            waves[..., i, :] = fn(scaled)
         return encoded
 
     forward = embed
