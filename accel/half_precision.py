@@ -1,7 +1,8 @@
 """Evaluates a network in bfloat16 with all its weights converted at once.
 
-Autocast converts weight by weight in each evaluation, which takes more time of a GPU than the layers that use
-them. """
+Autocast converts them one by one, with a kernel for each, which takes a GPU as long as the layers that use
+them.
+"""
 import copy
 
 import torch
@@ -17,21 +18,19 @@ class HalfPrecision:
 
     def __init__(self, network):
         self.layers = network.half_layers()
-        self.twin = twin_of(network, self.layers)
+        self.twin = twin_of(network, self.layers) if self.layers else network
 
     def evaluation(self, method):
         """`method` of the network as a function of its inputs, with a result in float32, for one evaluation
-        of many points: without gradients, the weights are converted when it is first called."""
+        of many points: the weights are converted when it is first called, without and with gradients."""
         weights = [part for layer in self.layers for part in (layer.weight, layer.bias)]
-        kept = None
+        converted_weights = {}  # by whether they have gradients
 
         def evaluate(*inputs):
-            nonlocal kept
-            if torch.is_grad_enabled() or kept is None:
-                halves = ToBfloat16.apply(*weights) if weights else ()
-                kept = None if torch.is_grad_enabled() else halves
-            else:
-                halves = kept
+            with_gradients = torch.is_grad_enabled()
+            if weights and with_gradients not in converted_weights:
+                converted_weights[with_gradients] = ToBfloat16.apply(*weights)
+            halves = converted_weights.get(with_gradients, ())
             for layer, weight, bias in zip(self.twin.half_layers(), halves[::2], halves[1::2]):
                 layer.__dict__.update(weight=weight, bias=bias)
             with torch.autocast(inputs[0].device.type, torch.bfloat16):
@@ -40,7 +39,8 @@ class HalfPrecision:
 
 
 class ToBfloat16(torch.autograd.Function):
-    """Parameters to their copies in bfloat16."""
+    """Parameters to their copies in bfloat16. Nothing is saved, so that several parts of a batch can be
+    differentiated one after another."""
 
     @staticmethod
     def forward(ctx, *parameters):

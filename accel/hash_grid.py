@@ -84,7 +84,7 @@ def encode(points, aabb, table, resolutions, level_offsets):
     hashed = (x * PRIMES[0] ^ y * PRIMES[1] ^ z * PRIMES[2]) & (size - 1)
     entry = torch.where((side + 1) ** 3 <= size, dense, hashed) + level_offsets[:-1, None]
     # the gradient of index_select adds atomically on a GPU, that of table[entry] sorts the entries
-    features = table.index_select(0, entry.flatten()).view(N, L, 8, table.shape[1])           # [N, L, 8, F]
+    features = table.index_select(0, entry.flatten()).view(N, L, 8, table.shape[1])  # [N, L, 8, F]
     return (weight[..., None] * features).sum(2).reshape(N, L * table.shape[1])
 
 

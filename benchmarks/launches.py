@@ -4,7 +4,8 @@
         --ft_path logs/lego_fast/003000.tar
 
 A wait is an operation for whose result the host waits. The stand-in, `fake_cuda`, computes on the CPU;
-compiled kernels count as one launch each. """
+compiled kernels count as one launch each.
+"""
 import os
 import sys
 from collections import Counter

@@ -5,7 +5,8 @@ A library is used only if its results for a small input are those of the referen
 Otherwise, without a compiler, and with NERF_PLAIN=1 in the environment, the reference is used.
 
 On a CPU the kernels run in torch's own pool of OpenMP threads if torch's OpenMP runtime is called
-`libgomp.so.1`, as theirs is. """
+`libgomp.so.1`, as theirs is.
+"""
 import ctypes
 import hashlib
 import os
