@@ -14,6 +14,9 @@ from tiny_runs import FAST_DEMO, NO_OUTPUTS, ROOT, TINY, read_state
 STAND_IN = SHARED / 'tools/fake_cuda.py'
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(not STAND_IN.is_file(), reason=f'no stand-in for a GPU at {STAND_IN}')]
+# Their tests run with a GPU as torch's default device too.
+UNIT_TESTS = ('helpers', 'render', 'packed', 'occupancy', 'grid_renderer', 'hash_grid', 'hash_nerf',
+              'network_query', 'sparse_backward', 'devices')
 # Runs a script where the driver is too old for torch: a GPU is counted, but cannot be initialised.
 OLD_DRIVER = '''
 import runpy, sys, torch
@@ -86,6 +89,14 @@ def test_two_gpus(tmp_path):
     done = run_command(*command, env=environment_of_gpu(FAKE_CUDA_COUNT='2'))
     assert done.returncode == 0 and '2 processes, cuda each' in done.stdout, done.stderr
     assert (tmp_path / 'demo_fast/000020.tar').is_file()
+
+
+def test_unit_tests_with_a_gpu_as_the_default_device():
+    environment = environment_of_gpu(FAKE_CUDA='1', FAKE_CUDA_DEFAULT='1',
+                                     PYTHONPATH=str(STAND_IN.parent / 'site'))
+    done = run_command('-m', 'pytest', '-q', *[f'tests/test_{name}.py' for name in UNIT_TESTS], '-k',
+                       'not plain_autograd', env=environment)
+    assert done.returncode == 0 and ' passed' in done.stdout, done.stdout
 
 
 # --- launches and waits -------------------------------------------------------------------------------------
