@@ -14,6 +14,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import signal
 import statistics
 import subprocess
@@ -257,7 +258,7 @@ def measure(bench, part, record, write):
 
     def stop(*_):
         raise TimeUp(f'stopped after {time.monotonic() - began:.0f} s')
-    if hasattr(signal, 'setitimer'):  # not on Windows
+    if os.name == 'posix':  # Windows has no such timer
         signal.signal(signal.SIGALRM, stop)
         signal.setitimer(signal.ITIMER_REAL, bench.deadline - began)
     try:
@@ -270,7 +271,7 @@ def measure(bench, part, record, write):
         record['error'] = first_line(error)
         print(f'{part}: error: {record["error"]}', file=sys.stderr)
     finally:
-        if hasattr(signal, 'setitimer'):
+        if os.name == 'posix':
             signal.setitimer(signal.ITIMER_REAL, 0)
     write()
 
