@@ -3,6 +3,7 @@ dies."""
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,17 @@ import numpy as np
 import pytest
 import torch
 from tiny_devices import on_cpu_only
-from tiny_runs import DEMO, FAST_DEMO, NO_OUTPUTS, ROOT, finish, read_state, start, torchrun
+from tiny_runs import (
+    DEMO,
+    FAST_DEMO,
+    NO_OUTPUTS,
+    ROOT,
+    assert_same_parameters,
+    finish,
+    read_state,
+    start,
+    torchrun,
+)
 
 from run_nerf import create_nerf, loss_and_gradient
 from scenes.errors import UserError
@@ -287,6 +298,24 @@ def test_parameters_stay_equal_and_any_number_resumes(tmp_path):
         assert code == 0, output
         assert f'resumes after step {steps - 10}' in output
         assert (tmp_path / f'demo/{steps:06d}.tar').is_file()
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_two_processes_of_one(tmp_path):
+    """An agent of torchrun for each node; both are on this machine."""
+    options = [*SMALL, '--N_iters', 10]
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        address = ['--master_addr', '127.0.0.1', '--master_port', str(free.getsockname()[1])]
+    launcher = ['-m', 'torch.distributed.run', '--nnodes', '2', *address, '--node_rank']
+    agents = [start(*options, '--basedir', tmp_path / 'nodes', launcher=[*launcher, str(rank)])
+              for rank in range(2)]
+    for agent in agents:
+        code, output = finish(agent)
+        assert code == 0, output
+    code, output = finish(torchrun(*options, '--basedir', tmp_path / 'one'))
+    assert code == 0, output
+    assert_same_parameters(tmp_path / 'nodes/demo/000010.tar', tmp_path / 'one/demo/000010.tar')
 
 
 @pytest.mark.slow

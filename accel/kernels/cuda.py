@@ -2,7 +2,6 @@
 them through the CUDA driver. No compiler and no headers are needed."""
 import ctypes
 import sys
-import sysconfig
 from pathlib import Path
 
 import torch
@@ -94,8 +93,7 @@ def load_nvrtc():
     the system."""
     major = (torch.version.cuda or '*').split('.')[0]
     pattern = f'nvrtc64_{major}*_0.dll' if sys.platform == 'win32' else f'libnvrtc.so.{major}'
-    site_packages = Path(sysconfig.get_path('platlib'))
-    folders = [*site_packages.glob('nvidia/*/lib'), *site_packages.glob('nvidia/*/bin'),
-               Path(torch.__file__).parent / 'lib']
+    packages = Path(torch.__file__).parent.parent
+    folders = [*packages.glob('nvidia/*/lib'), *packages.glob('nvidia/*/bin'), packages / 'torch/lib']
     found = [str(file) for folder in folders for file in sorted(folder.glob(pattern))]
     return ctypes.CDLL(found[0] if found else f'libnvrtc.so.{major}')
