@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import GOLDEN, needs_golden
+from tiny_devices import DEVICE
 
 from accel.grid_renderer import GridRenderer
 from accel.occupancy import OccupancyGrid
@@ -31,7 +32,7 @@ from training.checkpoints import (
 from training.options import config_parser
 from training.processes import Processes
 
-CAMERA = {'H': 4, 'W': 6, 'near': 2.0, 'far': 6.0, 'K': torch.eye(3), 'pixel_centers': True}
+CAMERA = {'H': 4, 'W': 6, 'near': 2.0, 'far': 6.0, 'K': torch.eye(3, device='cpu'), 'pixel_centers': True}
 
 
 class Counter:
@@ -187,12 +188,12 @@ def test_everything_is_restored(tmp_path):
 
     restored = make_parts(seed=1, renderer=small_renderer(), ray_sampler=Counter(), safeguards=Counter(5))
     restore(path, state, restored)
-    restore_random_state(state, 0, torch.device('cpu'))
+    restore_random_state(state, 0, DEVICE)
     for name in ('network_fn', 'network_fine', 'optimizer', 'renderer', 'ray_sampler'):
         assert equal(restored[name].state_dict(), parts[name].state_dict()), name
     assert restored['safeguards'].count == 5
     assert torch.equal(torch.rand(3), expected)
-    restore_random_state(state, 1, torch.device('cpu'))
+    restore_random_state(state, 1, DEVICE)
     assert not torch.equal(torch.rand(3), expected)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, GOLDEN, golden, needs_data, needs_golden
+from tiny_devices import DEVICE, on_cpu_only
 
 from accel.network_query import NetworkQuery
 from load_blender import load_blender_data
@@ -30,7 +31,7 @@ pytestmark = needs_golden
 
 
 def close(found, expected, atol, rtol=0.0):
-    found = found.detach().numpy() if torch.is_tensor(found) else found
+    found = found.detach().cpu().numpy() if torch.is_tensor(found) else found
     np.testing.assert_allclose(found, expected, atol=atol, rtol=rtol)
 
 
@@ -77,7 +78,7 @@ def test_sample_pdf(key, options):
                                              ('noise1_pytest_', {'raw_noise_std': 1.0, 'pytest': True})])
 def test_raw2outputs(prefix, options):
     recorded = golden('raw2outputs.npz')
-    raw, z_vals, rays_d = (torch.from_numpy(recorded[key]) for key in ('raw', 'z_vals', 'rays_d'))
+    raw, z_vals, rays_d = (torch.from_numpy(recorded[key]).to(DEVICE) for key in ('raw', 'z_vals', 'rays_d'))
     names = ('rgb_map', 'disp_map', 'acc_map', 'weights', 'depth_map')
     for name, found in zip(names, raw2outputs(raw, z_vals, rays_d, **options)):
         expected = recorded[prefix + name]
@@ -128,7 +129,7 @@ def recorded_networks(request, recorded_training):
 
 def render_recorded(recorded, rays, kwargs):
     H, W = int(recorded['H']), int(recorded['W'])
-    return render(H, W, recorded['K'], chunk=1024, rays=torch.from_numpy(rays), **kwargs)
+    return render(H, W, recorded['K'], chunk=1024, rays=torch.from_numpy(rays).to(DEVICE), **kwargs)
 
 
 def test_render(recorded_training, recorded_networks):
@@ -150,7 +151,7 @@ def test_training_trajectory(recorded_training, recorded_networks):
     batches = zip(recorded_training['batch_rays'], recorded_training['batch_targets'])
     for step, (rays, target) in enumerate(batches):
         rgb, _, _, extras = render_recorded(recorded_training, rays, kwargs)
-        target = torch.from_numpy(target)
+        target = torch.from_numpy(target).to(DEVICE)
         loss = img2mse(rgb, target) + img2mse(extras['rgb0'], target)
         optimizer.zero_grad()
         loss.backward()
@@ -210,7 +211,7 @@ def nerf_pytorch_checkpoint(tmp_path_factory):
     """Options, and the results of `create_nerf`, of a run that starts from the recorded checkpoint."""
     args = config_parser().parse_args([
         '--config', str(GOLDEN / 'checkpoint/config.txt'), '--ft_path', str(GOLDEN / 'checkpoint/002000.tar'),
-        '--basedir', str(tmp_path_factory.mktemp('logs')), '--device', 'cpu'])
+        '--basedir', str(tmp_path_factory.mktemp('logs')), '--device', str(DEVICE)])
     created = create_nerf(args)
     for kwargs in created[:2]:
         kwargs.update(near=2.0, far=6.0)
@@ -247,6 +248,7 @@ def test_a_nerf_pytorch_checkpoint_renders_the_same_exactly(nerf_pytorch_checkpo
 
 
 @needs_data
+@on_cpu_only('a GPU renders with bfloat16 products, which differ more')
 def test_a_nerf_pytorch_checkpoint_renders_the_same(nerf_pytorch_checkpoint):
     """The whole frame, as the script renders it."""
     args, (kwargs_train, kwargs_test, *_) = nerf_pytorch_checkpoint
