@@ -45,6 +45,8 @@ class Kernels:
         """Whether there are kernels for `device`; compiles and checks them when first asked."""
         if os.environ.get('NERF_PLAIN') or device.type not in ('cpu', 'cuda'):
             return False
+        if device.type == 'cuda' and device.index is None:  # tensors name the index
+            device = torch.device('cuda', torch.cuda.current_device())
         if device not in self.libraries:
             try:
                 self.libraries[device] = self.build(device)
