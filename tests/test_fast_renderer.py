@@ -150,12 +150,13 @@ def test_merge_neighbours():
     ray = np.sort(random.integers(0, 6, 80))
     bins = np.concatenate([np.sort(random.integers(0, 5, (ray == i).sum())) for i in range(6)])
     points, lengths = random.random((80, 3)), random.random(80)
-    means, first, group = fast_renderer.merge_neighbours(*map(torch.as_tensor, (ray, bins, points, lengths)))
+    merged = fast_renderer.merge_neighbours(*map(torch.as_tensor, (ray, bins, points, lengths)))
+    means, first, group = (part.cpu() for part in merged)
     keys = sorted(set(zip(ray, bins)))
     assert len(means) == len(keys) == first.sum()
     for number, key in enumerate(keys):
         its = [i for i in range(80) if (ray[i], bins[i]) == key]
-        np.testing.assert_allclose(means[number].cpu(), np.average(points[its], 0, lengths[its]), atol=1e-9)
+        np.testing.assert_allclose(means[number], np.average(points[its], 0, lengths[its]), atol=1e-9)
         assert (group[its] == number).all() and first[its].tolist() == [True] + [False] * (len(its) - 1)
     zeros = torch.zeros(2)
     means, *_ = fast_renderer.merge_neighbours(zeros, zeros, torch.tensor([[1.0, 1, 1], [3, 3, 3]]), zeros)
