@@ -41,7 +41,7 @@ def main():
         lrate = set_learning_rate(run.optimizer, args.lrate, args.lrate_decay, step)
         safeguards.recover(step, measures, checkpoints, processes)
         logger.finish_step(step, len(batch.target), measures, lrate, safeguards)
-        checkpoints.save_if_due(step, safeguards.healthy)
+        checkpoints.save_if_due(step, safeguards.is_healthy)
         evaluator.run_if_due(step, logger)
         training += gradient_done - began + updated - checked
         overhead += checked - gradient_done + clock(run.device) - updated
