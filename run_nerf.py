@@ -242,7 +242,6 @@ def render_frame(pose, hwf, K, chunk, render_kwargs, render_factor=0, stride=1):
     started = time.perf_counter()
     rays = get_rays(H, W, K, c2w, render_kwargs.get('pixel_centers', False))
     rays = [part[::stride, ::stride] for part in rays]
-    chunk = min(chunk, render_kwargs.get('renderer', EXACT).max_rays(device, **render_kwargs))
     rgb, disp, acc, extras = render(H, W, K, chunk=chunk, rays=rays, **render_kwargs)
     maps = [None if part is None else part.cpu().numpy() for part in (rgb, disp, acc, extras.get('rgb0'))]
     return Frame(*maps, seconds=time.perf_counter() - started)
@@ -415,12 +414,10 @@ def nerf_losses(errors, rgb, acc, extras, target, bkgd):
 
 
 def loss_and_gradient(hwf, K, chunk, batch, render_kwargs):
-    """Render a `Batch`, add the gradient of its loss to the parameters' gradients, and return the `Measures`.
-    A batch of more than `chunk` rays, or whose samples do not fit in memory, is split. The other arguments
-    are those of `render`."""
+    """Render a `Batch`, `chunk` rays at a time, add the gradient of its loss to the parameters' gradients,
+    and return the `Measures`. The other arguments are those of `render`."""
     measures, bkgd = Measures(), float(render_kwargs['white_bkgd'])
-    max_rays = render_kwargs.get('renderer', EXACT).max_rays(batch.target.device, **render_kwargs)
-    for part, share in batch.split(min(chunk, max_rays)):
+    for part, share in batch.split(chunk):
         rgb, _, acc, extras = render(*hwf[:2], K, chunk, part.rays, retsamples=True, **render_kwargs)
         errors = color_errors(rgb, acc, extras, part.target, bkgd)
         losses = nerf_losses(errors, rgb, acc, extras, part.target, bkgd)
@@ -451,6 +448,7 @@ def train(args, console):
         # log, rays, safeguards and checkpoints of the run
         logger, rays, safeguards, checkpoints = start_run(
             args, scene, checkpoint, kwargs_train, optimizer, start, console, processes)
+        max_rays = kwargs_train['renderer'].max_rays(frames.device, **kwargs_train)
         memory = MemoryLimit(args.chunk, 'training', optimizer.zero_grad)
         rank_share = rays.N_rand / args.N_rand  # of the rays of a step
         with suppress(ProcessLost):
@@ -461,7 +459,7 @@ def train(args, console):
                 # render and backpropagate, in parts that fit in memory
                 optimizer.zero_grad()
                 measures = memory.fit(partial(loss_and_gradient, scene.hwf, scene.K, batch=batch,
-                                              render_kwargs=kwargs_train), len(batch.target))
+                                              render_kwargs=kwargs_train), min(max_rays, len(batch.target)))
                 processes.average(grad_vars, measures.tensors, rank_share)
 
                 # update the networks, and what depends on them

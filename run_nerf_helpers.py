@@ -243,6 +243,11 @@ class NeRF(nn.Module):
                 layer.bias.copy_(bias.reshape(-1))
 
 
+def by_device(table, device):
+    """The entry 'cpu' or 'cuda' of a dict; all devices but CPUs count as GPUs."""
+    return table['cpu' if device.type == 'cpu' else 'cuda']
+
+
 class RadianceField(nn.Module):
     """The interface of a network that encodes its inputs itself: positions and directions to raw colour and
     density.
@@ -253,7 +258,7 @@ class RadianceField(nn.Module):
     W = 256  # Width of the hidden layers; narrow ones do not gain from bfloat16.
     # A chunk has at most this many activations in a layer, by type of device.
     CHUNK_ACTIVATIONS = {'cpu': 2 ** 24, 'cuda': 2 ** 26}  # noqa: RUF012 - read only
-    # A GPU needs about this many bytes for each of them in training, and more than one chunk's.
+    # So many bytes of a GPU's memory are there for each of them: ten layers, with gradients, and a reserve.
     BYTES_PER_ACTIVATION = 512
     # A chunk of fewer points costs more in calls than it gains in caches.
     MIN_CHUNK_POINTS = 1024
@@ -276,7 +281,7 @@ class RadianceField(nn.Module):
 
     def preferred_chunk(self, device):
         """How many points to compute at once on `device`, so that they fit its caches or its memory."""
-        activations = self.CHUNK_ACTIVATIONS.get(device.type, self.CHUNK_ACTIVATIONS['cuda'])
+        activations = by_device(self.CHUNK_ACTIVATIONS, device)
         if device.type == 'cuda':
             memory = torch.cuda.get_device_properties(device).total_memory
             activations = min(activations, memory // self.BYTES_PER_ACTIVATION)
@@ -318,6 +323,12 @@ class EncodedNeRF(RadianceField, NeRF):
 
     def half_layers(self):
         return [*self.pts_linears, *([self.feature_linear, *self.views_linears] if self.use_viewdirs else [])]
+
+    def input_widths(self):
+        """For each of `half_layers` the sizes of the parts that its input is concatenated from."""
+        W, D = self.W, self.D
+        widths = [[self.input_ch], *([self.input_ch, W] if i in self.skips else [W] for i in range(D - 1))]
+        return [*widths, *([[W], [W, self.input_ch_views]] if self.use_viewdirs else [])]
 
     def density(self, points):
         h = self.features(in_float32(self.encoding, points).to(self.pts_linears[0].weight.dtype))

@@ -68,10 +68,10 @@ class FastRenderer(Renderer):
         self.exact, self.aabb, self.say, self.said = exact, torch.as_tensor(aabb), say, set()
         self.levels = (Level(queries[0], MERGE_LENGTH, FAST_CELLS, 'more precisely'),
                        Level(queries[-1], 0.0, PRECISE_CELLS, 'exactly'))
-        self.grids = {}
+        self.drop_cache()
 
     def drop_cache(self):
-        self.grids = {}
+        self.grids, self.grids_fit = {}, True
 
     def max_rays(self, device, *args, **kwargs):
         return self.exact.max_rays(device, *args, **kwargs)
@@ -80,27 +80,24 @@ class FastRenderer(Renderer):
         return self.exact.render_rays(ray_batch, *args, **kwargs)
 
     def for_rays(self, rays_flat, chunk, **kwargs):
-        """The renderer for the rays of a frame. It does not depend on earlier frames, because with several
+        """The renderer for the rays of a frame: the first level whose pixels differ little enough from exact
+        ones, otherwise the exact renderer. It does not depend on earlier frames, because with several
         processes each of them renders different ones."""
         networks, N = evaluated_networks(**kwargs), len(rays_flat)
-        if torch.is_grad_enabled() or not can_skip(**kwargs) or not baking_pays(N, len(networks), **kwargs):
+        if (torch.is_grad_enabled() or not self.grids_fit or not can_skip(**kwargs)
+                or not baking_pays(N, len(networks), **kwargs)):
             return self.exact
-        try:
-            return self.checked_renderer(networks, rays_flat, chunk, **kwargs)
-        except torch.OutOfMemoryError:
-            self.drop_cache()
-            self.say_once('memory', 'fast rendering: the baked grids do not fit in GPU memory; frames are '
-                          'rendered exactly')
-            return self.exact
-
-    def checked_renderer(self, networks, rays_flat, chunk, **kwargs):
-        """The first level whose pixels differ little enough from exact ones; otherwise the exact renderer."""
-        N = len(rays_flat)
         count = min(N, max(MIN_CHECKED_RAYS, N // CHECKED_EVERY))
         checked = rays_flat[stratified_indices(N, count)].split(chunk)
         expected = colors_and_opacities(self.exact, checked, **kwargs)
         for level in self.levels:
-            grids = {network: self.grid(network, level, rays_flat, **kwargs) for network in networks}
+            try:
+                grids = {network: self.grid(network, level, rays_flat, **kwargs) for network in networks}
+            except torch.OutOfMemoryError:
+                self.grids, self.grids_fit = {}, False
+                self.say_once('memory', 'fast rendering: the baked grids do not fit in GPU memory; frames '
+                              'are rendered exactly')
+                return self.exact
             renderer = BakedRenderer(self.exact, level.query, grids, level.merge_length)
             differences = colors_and_opacities(renderer, checked, **kwargs) - expected
             largest, rms = torch.stack([differences.abs().max(), differences.square().mean().sqrt()]).tolist()

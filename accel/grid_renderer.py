@@ -6,7 +6,7 @@ import torch
 from accel.occupancy import OccupancyGrid
 from accel.packed import MAX_OPTICAL_DEPTH, OUT_CHANNELS, PackedSamples, composite, composite_onto
 from accel.renderer import Renderer
-from run_nerf_helpers import disparity
+from run_nerf_helpers import by_device, disparity
 
 # The grid is updated once in this many training steps.
 UPDATE_EVERY_N_STEPS = 16
@@ -58,7 +58,7 @@ class GridRenderer(Renderer):
             rays = ray_batch.index_select(0, ray_indices)                              # [M, 8 or 11]
             pts = torch.addcmul(rays[:, :3], rays[:, 3:6], t[:, None])                 # [M, 3]
             raw = network_query_fn.at_points(pts, rays[:, 8:11] if uses_viewdirs else None, network_fn)
-            raw = raw.split([4, raw.shape[-1] - 4], -1)[0] if raw.shape[-1] > 4 else raw
+            raw = raw[:, :4] if raw.shape[-1] > 4 else raw
             if raw_noise_std > 0:
                 raw = torch.cat([raw[:, :3], raw[:, 3:] + raw_noise_std * torch.randn_like(raw[:, 3:])], -1)
             return raw
@@ -79,7 +79,7 @@ class GridRenderer(Renderer):
         out, optical_depth = step_sizes.new_zeros(len(step_sizes), OUT_CHANNELS), torch.zeros_like(step_sizes)
         begin = torch.zeros_like(num_candidates)
         alive = torch.arange(len(begin), device=begin.device)
-        samples_per_advance = SAMPLES_PER_ADVANCE.get(ray_batch.device.type, SAMPLES_PER_ADVANCE['cuda'])
+        samples_per_advance = by_device(SAMPLES_PER_ADVANCE, ray_batch.device)
         while len(alive):
             max_samples = max(MIN_SAMPLES_PER_ADVANCE, samples_per_advance // len(alive))
             t, ray_indices, offsets = self.grid.march(ray_batch, spacing, num_candidates, begin, alive,
@@ -109,7 +109,7 @@ class GridRenderer(Renderer):
 
     def max_rays(self, device, N_samples, N_importance=0, **kwargs):
         """In training any number, because a batch limits its samples itself."""
-        return sys.maxsize if torch.is_grad_enabled() else MAX_RAYS.get(device.type, MAX_RAYS['cuda'])
+        return sys.maxsize if torch.is_grad_enabled() else by_device(MAX_RAYS, device)
 
 
 def split_maps(out, white_bkgd):

@@ -48,7 +48,8 @@ class HashGrid(BoundedModule):
     def forward(self, points):
         flat = points.reshape(-1, 3)
         arguments = self.aabb, self.table, self.resolutions, self.level_offsets
-        if KERNELS.usable(flat.device) and not (flat.requires_grad and torch.is_grad_enabled()):
+        differentiable = flat.requires_grad and torch.is_grad_enabled()
+        if flat.dtype == torch.float32 and not differentiable and KERNELS.usable(flat.device):
             encoded = CompiledEncoding.apply(flat, *arguments)
         else:
             encoded = encode(flat, *arguments)
@@ -99,8 +100,8 @@ class CompiledEncoding(torch.autograd.Function):
         ctx.table_shape = table.shape
         N, L, F = len(points), len(resolutions), table.shape[1]
         encoded = points.new_empty(N, L * F)
-        KERNELS.call('encode', points.device, N * L, points, points.stride(0), aabb, table, encoded, N, L, F,
-                     resolutions, level_offsets)
+        KERNELS.call('encode', N * L, points, points.stride(0), aabb, table, encoded, N, L, F, resolutions,
+                     level_offsets)
         return encoded
 
     @staticmethod
@@ -109,8 +110,8 @@ class CompiledEncoding(torch.autograd.Function):
         points, aabb, resolutions, level_offsets = ctx.saved_tensors
         N, L, F = len(points), len(resolutions), ctx.table_shape[1]
         overwrites = isinstance(KERNELS.libraries[points.device], CpuLibrary)
-        grad = (torch.empty if overwrites else torch.zeros)(ctx.table_shape, device=points.device)
-        KERNELS.call('encode_gradient', points.device, N * L, points, points.stride(0), aabb,
+        grad = (points.new_empty if overwrites else points.new_zeros)(ctx.table_shape)
+        KERNELS.call('encode_gradient', N * L, points, points.stride(0), aabb,
                      grad_encoded.contiguous(), grad, N, L, F, resolutions, level_offsets)
         return None, None, grad, None, None
 
@@ -119,12 +120,12 @@ def encode_directions(encoding, directions):
     """Directions [N, 3] to `encoding(directions)` [N, C] in float32, by `encodings.c` for spherical
     harmonics."""
     differentiable = directions.requires_grad and torch.is_grad_enabled()
-    has_kernel = isinstance(encoding, SphericalHarmonics) and KERNELS.usable(directions.device)
-    if differentiable or not has_kernel:
+    has_kernel = isinstance(encoding, SphericalHarmonics) and directions.dtype == torch.float32
+    if differentiable or not has_kernel or not KERNELS.usable(directions.device):
         return in_float32(encoding, directions)
     directions = directions if directions.stride(1) == 1 else directions.contiguous()
     encoded = directions.new_empty(len(directions), encoding.out_dim)
-    KERNELS.call('spherical_harmonics', directions.device, len(directions), directions, directions.stride(0),
+    KERNELS.call('spherical_harmonics', len(directions), directions, directions.stride(0),
                  encoded, len(directions))
     return encoded
 

@@ -18,15 +18,13 @@ class NetworkQuery:
       precision: 'bf16' for bfloat16 products in the hidden layers. 'fp32' and 'tf32' are the same here: TF32
         is a global setting of torch (`pick_precision`).
       backward: 'sparse' keeps no activations and backpropagates only through samples that have a gradient,
-        see `accel/sparse_backward.py`; 'plain' is ordinary backpropagation; 'auto' is sparse, and networks
-        with `keep_activations` store activations: for steps in which most samples have a gradient, and on a
-          GPU,
-        where waiting for the number of samples costs more than it saves.
+        see `accel/sparse_backward.py`; 'plain' is ordinary backpropagation. 'auto' is 'sparse', but networks
+        with `keep_activations` also store activations, and on a GPU they are differentiated as with 'plain':
+        waiting for the number of samples would cost more than it saves.
     """
 
     def __init__(self, netchunk=None, precision='fp32', backward='auto'):
         self.netchunk, self.precision, self.backward_pass = netchunk, precision, backward
-        self.half = {}        # the `HalfPrecision` of each network
         self.deferred = None  # the evaluations of a backward pass in `backward`
 
     def __repr__(self):
@@ -93,6 +91,4 @@ class NetworkQuery:
         is float32; with --precision bf16, products of the hidden layers are bfloat16."""
         if self.precision != 'bf16':
             return lambda *inputs: method(network, *inputs).float()
-        if network not in self.half:
-            self.half[network] = HalfPrecision(network)
-        return self.half[network].evaluation(method)
+        return HalfPrecision(method, network)

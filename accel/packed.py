@@ -72,13 +72,18 @@ def composite(raw, t, ray_indices, step_sizes, offsets):
     """
     if KERNELS.usable(raw.device):
         return CompiledComposite.apply(raw.contiguous(), t, step_sizes, 0.0, offsets, MAX_OPTICAL_DEPTH)
-    return composite_reference(raw, t, ray_indices, step_sizes, offsets)
+    return composite_reference(raw, t, ray_indices, step_sizes[ray_indices], offsets)
 
 
-def composite_reference(raw, t, ray_indices, step_sizes, offsets, optical_depth=None):
-    """The reference implementation. `optical_depth` [N_rays] has been accumulated in front of these samples;
-    0 if not given."""
-    sample_depths = torch.relu(raw[:, 3]) * step_sizes[ray_indices]                   # of each sample [M]
+def composite_reference(raw, t, ray_indices, lengths, offsets, optical_depth=None):
+    """The reference implementation.
+
+    Args:
+      lengths: of the samples' intervals [M].
+      optical_depth: accumulated in front of these samples [N_rays]; 0 if not given.
+      others: as in `composite`.
+    """
+    sample_depths = torch.relu(raw[:, 3]) * lengths                                   # of each sample [M]
     # sums over the samples in front, by differences of a sum over all rays, which needs float64
     total = torch.cat([sample_depths.new_zeros(1, dtype=torch.float64), sample_depths.double().cumsum(0)])
     in_front = (total[:-1] - total[offsets[:-1]][ray_indices]).to(raw.dtype)
@@ -88,7 +93,7 @@ def composite_reference(raw, t, ray_indices, step_sizes, offsets, optical_depth=
     weights = torch.exp(-in_front) * (1 - torch.exp(-sample_depths))
     weights = torch.where(visible, weights, torch.zeros_like(weights))
     values = torch.cat([torch.sigmoid(raw[:, :3]), torch.ones_like(t)[:, None], t[:, None]], -1)  # [M, 5]
-    out = raw.new_zeros(len(step_sizes), OUT_CHANNELS).index_add(0, ray_indices, weights[:, None] * values)
+    out = raw.new_zeros(len(offsets) - 1, OUT_CHANNELS).index_add(0, ray_indices, weights[:, None] * values)
     return out, weights
 
 
@@ -105,21 +110,27 @@ def composite_onto(raw, t, step_sizes, offsets, optical_depth, out, alive=None):
     """
     if KERNELS.usable(raw.device):
         A = len(offsets) - 1
-        KERNELS.call('composite', raw.device, A, raw.contiguous(), t, step_sizes, 0.0, offsets, alive, A,
+        KERNELS.call('composite', A, raw.contiguous(), t, step_sizes, 0.0, offsets, alive, A,
                      MAX_OPTICAL_DEPTH, optical_depth, out, None)
-        return
+    else:
+        composite_onto_reference(raw, t, step_sizes, offsets, optical_depth, out, alive)
+
+
+def composite_onto_reference(raw, t, step_sizes, offsets, optical_depth, out, alive=None):
+    """The reference implementation of `composite_onto`."""
     alive = torch.arange(len(out), device=out.device) if alive is None else alive
     number = torch.repeat_interleave(offsets.diff(), output_size=len(t))  # of each sample's ray, in `alive`
-    added, _ = composite_reference(raw, t, number, step_sizes[alive], offsets, optical_depth[alive])
+    lengths = step_sizes[alive[number]]
+    added, _ = composite_reference(raw, t, number, lengths, offsets, optical_depth[alive])
     out.index_add_(0, alive, added)
-    optical_depth.index_add_(0, alive[number], torch.relu(raw[:, 3]) * step_sizes[alive[number]])
+    optical_depth.index_add_(0, alive[number], torch.relu(raw[:, 3]) * lengths)
 
 
 def can_composite_dense(raw, z_vals, rays_d):
     """Whether `composite_dense` can do what `raw2outputs` of run_nerf.py does: on a GPU, without gradients of
     the samples' positions."""
     positions_fixed = not (torch.is_grad_enabled() and (z_vals.requires_grad or rays_d.requires_grad))
-    is_float32 = raw.dtype == z_vals.dtype == torch.float32
+    is_float32 = raw.dtype == z_vals.dtype == rays_d.dtype == torch.float32
     return raw.is_cuda and positions_fixed and is_float32 and KERNELS.usable(raw.device)
 
 
@@ -145,7 +156,9 @@ def composite_dense(raw, z_vals, rays_d, last_interval):
 
 
 class CompiledComposite(torch.autograd.Function):
-    """`composite` by `composite.c`, whose `length_of` explains `lengths` [N_rays] and `last_interval`."""
+    """`composite` by `composite.c`. If `last_interval` is 0, the intervals of ray n are `lengths[n]` long.
+    Otherwise they reach from sample to sample and, behind the last one, over `last_interval`, all times
+    `lengths[n]`."""
 
     @staticmethod
     def forward(ctx, raw, t, lengths, last_interval, offsets, max_optical_depth):
@@ -154,8 +167,8 @@ class CompiledComposite(torch.autograd.Function):
         ctx.options = last_interval, max_optical_depth
         N = len(lengths)
         out, weights = raw.new_empty(N, OUT_CHANNELS), torch.empty_like(t)
-        KERNELS.call('composite', raw.device, N, raw, t, lengths, last_interval, offsets, None, N,
-                     max_optical_depth, None, out, weights)
+        KERNELS.call('composite', N, raw, t, lengths, last_interval, offsets, None, N, max_optical_depth,
+                     None, out, weights)
         return out, weights
 
     @staticmethod
@@ -166,8 +179,8 @@ class CompiledComposite(torch.autograd.Function):
         grad_raw, N = torch.empty_like(raw), len(lengths)
         grad_out = raw.new_zeros(N, OUT_CHANNELS) if grad_out is None else grad_out.contiguous()
         grad_weights = None if grad_weights is None else grad_weights.contiguous()
-        KERNELS.call('composite_gradient', raw.device, N, raw, t, lengths, last_interval, offsets, N,
-                     max_optical_depth, grad_out, grad_weights, grad_raw)
+        KERNELS.call('composite_gradient', N, raw, t, lengths, last_interval, offsets, N, max_optical_depth,
+                     grad_out, grad_weights, grad_raw)
         return grad_raw, *[None] * 5
 
 
@@ -178,18 +191,44 @@ def check_kernels(device):
     def random(*shape):
         return torch.rand(*shape, generator=generator, device='cpu').to(device)
 
-    offsets = torch.tensor([0, 3, 3, 40, 100], device=device)
-    N, M = len(offsets) - 1, 100
-    ray_indices = torch.repeat_interleave(offsets.diff(), output_size=M)
-    raw, t, step_sizes = (10 * random(M, 4) - 3).requires_grad_(), random(M), 0.2 * random(N)
-    for_out, for_weights, results = random(N, OUT_CHANNELS), random(M), []
-    for function in (lambda: CompiledComposite.apply(raw, t, step_sizes, 0.0, offsets, MAX_OPTICAL_DEPTH),
-                     lambda: composite_reference(raw, t, ray_indices, step_sizes, offsets)):
-        out, weights = function()
-        loss = (out * for_out).sum() + (weights * for_weights).sum()
-        results.append((out, weights, *torch.autograd.grad(loss, raw)))
-    for found, expected in zip(*results):
+    def assert_close(found, expected):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+    # rays with any number of samples, and with the same number of samples of different lengths
+    N, M = 4, 100
+    raw, t, step_sizes = (10 * random(M, 4) - 3).requires_grad_(), random(M), 0.2 * random(N)
+    z_vals, rays_d = random(N, M // N).sort().values, 0.4 * random(N, 3)
+    gaps = torch.cat([z_vals.diff(), z_vals.new_full((N, 1), 0.1)], -1) * rays_d.norm(dim=-1, keepdim=True)
+    packed, even = (torch.tensor(part, device=device) for part in ([0, 3, 3, 40, M], [0, 25, 50, 75, M]))
+    packed_rays, even_rays = (torch.repeat_interleave(part.diff(), output_size=M) for part in (packed, even))
+    for_out, for_weights = random(N, OUT_CHANNELS), random(M)
+
+    def composite_densely():
+        rgb, acc, depth, weights = composite_dense(raw.view(N, -1, 4), z_vals, rays_d, 0.1)
+        return torch.cat([rgb, acc[:, None], depth[:, None]], -1), weights.flatten()
+
+    for pair in ((lambda: composite(raw, t, packed_rays, step_sizes, packed),
+                  lambda: composite_reference(raw, t, packed_rays, step_sizes[packed_rays], packed)),
+                 (composite_densely,
+                  lambda: composite_reference(raw, z_vals.flatten(), even_rays, gaps.flatten(), even))):
+        results = []
+        for function in pair:
+            out, weights = function()
+            loss = (out * for_out).sum() + (weights * for_weights).sum()
+            results.append((out, weights, *torch.autograd.grad(loss, raw)))
+        for found, expected in zip(*results):
+            assert_close(found, expected)
+
+    # more samples of four of five rays
+    before, results = (random(N + 1), random(N + 1, OUT_CHANNELS)), []
+    for function in (composite_onto, composite_onto_reference):
+        optical_depth, out = (part.clone() for part in before)
+        alive, lengths = torch.tensor([4, 0, 2, 1], device=device), torch.cat([step_sizes, step_sizes[:1]])
+        function(raw.detach(), t, lengths, packed, optical_depth, out, alive)
+        results.append((optical_depth, out))
+    (optical_depth, out), (expected_depth, expected_out) = results
+    assert_close(out, expected_out)
+    assert_close(optical_depth.clamp(max=MAX_OPTICAL_DEPTH), expected_depth.clamp(max=MAX_OPTICAL_DEPTH))
 
 
 KERNELS = Kernels('composite', check_kernels)

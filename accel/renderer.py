@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from accel.packed import PackedSamples
+from run_nerf_helpers import by_device
 
 # At most this many samples of the last network are rendered at once, by type of device.
 MAX_SAMPLES = {'cpu': 2 ** 18, 'cuda': 2 ** 22}
@@ -44,7 +45,7 @@ class Renderer(nn.Module):
     def max_rays(self, device, N_samples, N_importance=0, **kwargs):
         """How many rays to render at once at most, so that their samples fit in memory; the other arguments
         are those of `render_rays`."""
-        return max(1, MAX_SAMPLES.get(device.type, MAX_SAMPLES['cuda']) // (N_samples + N_importance))
+        return max(1, by_device(MAX_SAMPLES, device) // (N_samples + N_importance))
 
 
 def join(parts):

@@ -73,8 +73,9 @@ class Run(NamedTuple):
         """Compute the gradient of a training step; returns its `Batch` and `Measures`."""
         batch = self.rays.sample(step)
         self.optimizer.zero_grad()
-        hwf, K = self.scene.hwf, self.scene.K
-        return batch, loss_and_gradient(hwf, K, self.args.chunk or sys.maxsize, batch, self.kwargs_train)
+        kwargs = self.kwargs_train
+        chunk = min(self.args.chunk or sys.maxsize, kwargs['renderer'].max_rays(self.device, **kwargs))
+        return batch, loss_and_gradient(self.scene.hwf, self.scene.K, chunk, batch, kwargs)
 
     def update(self, step, measures, finite=True):
         """Update the networks, unless the gradient is not `finite`, and what depends on them."""

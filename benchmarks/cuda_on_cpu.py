@@ -1,7 +1,9 @@
 """Runs the CUDA text of the kernels on a CPU, for tests and counts without a GPU: `g++` compiles it, and each
 thread of a launch is one call of the kernel, the last one first."""
+import atexit
 import ctypes
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,6 +71,12 @@ class Driver:
         module._obj.value = len(self.modules)
         return 0
 
+    def cuCtxGetCurrent(self, context):
+        return 0
+
+    def cuCtxSetCurrent(self, context):
+        return 0
+
     def cuModuleGetFunction(self, function, module, name):
         self.names.append((self.modules[module.value - 1], name.decode()))
         function._obj.value = len(self.names) - 1
@@ -83,7 +91,9 @@ class Driver:
 
 def compile_for_cpu(source, capability):
     """In place of `compile_cuda`: returns the path of a shared library as bytes, and no messages."""
-    library = Path(tempfile.mkdtemp(), 'kernels.so')
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    library = Path(folder, 'kernels.so')
     launchers = ''.join(LAUNCHER.format(name) for name in re.findall(r'^KERNEL (\w+)\(', source, re.M))
     subprocess.run(['g++', '-std=c++17', '-O2', '-w', '-fPIC', '-shared', '-x', 'c++', '-', '-o',
                     str(library)], input=(PRELUDE + source + launchers).encode(), check=True)

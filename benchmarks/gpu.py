@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from common import ROOT, as_nerf_pytorch, build, choose_variants, clock, seconds_of
-from kernels import ALL_KERNELS, calls, checks, indexed, shares_of_a_step
+from kernels import ALL_KERNELS, calls, checks, indexed, padding, shares_of_a_step
 from quality import evaluate
 from step import VARIANTS, compare, fractions_with_gradient, take_step
 
@@ -40,9 +40,10 @@ from training.metrics import psnr
 from training.options import config_parser
 from training.start import describe_start
 
-# Defaults of options, and sizes: samples of a kernel; training steps before and while kernels are measured;
-# steps of each variant; steps before and after resuming; seconds of training before steps and frames are
-# measured; seconds of rendering with each variant.
+# Defaults and sizes of a full measurement, and of --quick. `samples` are those of a kernel; `kernel_steps`
+# training steps before kernels are measured, and meanwhile; `steps` those of each variant.
+# `resume_steps` are taken before resuming, and again after. `warm_seconds` of training precede the
+# measurement of steps and of frames. `frame_seconds` are spent on frames of each variant.
 FULL = {'seconds': [5.0, 15.0, 30.0, 60.0], 'vanilla_seconds': [60.0], 'samples': 2 ** 18,
         'kernel_steps': (500, 320), 'steps': 20, 'resume_steps': 100, 'warm_seconds': 15.0,
         'frame_seconds': 8.0}
@@ -127,6 +128,7 @@ def measure_kernels(bench):
     args = options(bench, 'lego_fast')
     yield from checks(bench.device)
     yield from calls(args, bench.device, bench.samples)
+    yield from padding(bench.device, bench.samples)
     yield from shares_of_a_step(build(args), *bench.kernel_steps)
 
 
@@ -147,9 +149,9 @@ def measure_step(bench):
 
 
 def measure_hash(bench):
-    """lego_fast.txt at full size. All rows are points along one run, whose learning rate falls with the
-    training time, to a thirtieth at its end: a run planned for the time of an earlier row would end better
-    than that row. Compiling kernels and evaluating do not count."""
+    """lego_fast.txt at full size. All rows are points along one run, whose learning rate falls to a thirtieth
+    over the whole training time, so earlier rows understate what a shorter run would reach. Compiling kernels
+    and evaluating do not count."""
     run = build(options(bench, *HASH))
     for row in train_and_evaluate(bench, run, bench.seconds):
         yield row
@@ -277,6 +279,7 @@ def measure(bench, part, record, write):
 
 
 def text(value):
+    """A cell of a table."""
     return '' if value is None else f'{value:.4g}' if isinstance(value, float) else str(value)
 
 

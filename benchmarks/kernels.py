@@ -16,13 +16,16 @@ from unittest import mock
 import torch
 from common import build, machine, parse, seconds_of, show, write_json
 
-from accel import hash_grid, occupancy, packed
+from accel import hash_grid, occupancy, packed, positional
+from accel.half_precision import GPU_MULTIPLE, HalfPrecision
 from accel.hash_grid import HashGrid
 from accel.kernels.compiled import Kernels
 from accel.occupancy import RESOLUTION, CellGrid
+from accel.positional import padded_encoding
+from run_nerf_helpers import EncodedNeRF, get_embedder
 from training.devices import pick_device
 
-ALL_KERNELS = hash_grid.KERNELS, occupancy.KERNELS, packed.KERNELS
+ALL_KERNELS = hash_grid.KERNELS, occupancy.KERNELS, packed.KERNELS, positional.KERNELS
 # Each implementation is timed this many times, the first of which does not count.
 ROUNDS = 6
 # Each time, it is called this many times in a row.
@@ -37,7 +40,8 @@ def main():
                         ('--warmup', {'type': int, 'default': 500, 'help': 'training steps before'}),
                         ('--steps', {'type': int, 'default': 320, 'help': 'training steps to measure'}))
     device = indexed(pick_device(args.device))
-    tables = {'kernels': [*checks(device)], 'calls': [*calls(args, device, bench.samples)],
+    tables = {'kernels': [*checks(device)],
+              'calls': [*calls(args, device, bench.samples), *padding(device, bench.samples)],
               'a training step': [*shares_of_a_step(build(args), bench.warmup, bench.steps)]}
     for title, rows in tables.items():
         show(rows, f'{title}, {machine(device)}')
@@ -82,6 +86,7 @@ def calls(args, device, samples):
 def functions_with_kernels(args, device, samples):
     """Triples: `Kernels`, a function that calls some of them, and its number of samples."""
     grid = HashGrid(args.n_levels, args.finest_res, args.log2_hashmap_size, args.n_features).to(device)
+    embedder, _ = get_embedder(10)
     points, encoded = 2 * torch.rand(samples, 3, device=device) - 1, {}
 
     # parallel rays that cross the box, and most of them a ball in its middle
@@ -108,12 +113,31 @@ def functions_with_kernels(args, device, samples):
         output = encoded[implementation]
         return torch.autograd.grad(output, grid.table, torch.ones_like(output), retain_graph=True)
 
+    def positional_encoding():
+        return padded_encoding(embedder, GPU_MULTIPLE, points)
+
     def composite_with_gradient():
         out, _ = packed.composite(raw, t, ray_indices, step_sizes, offsets)
         return torch.autograd.grad(out, raw, torch.ones_like(out))
 
     return ((hash_grid.KERNELS, encode, samples), (hash_grid.KERNELS, gradient_of_the_table, samples),
-            (occupancy.KERNELS, march, len(t)), (packed.KERNELS, composite_with_gradient, len(t)))
+            (occupancy.KERNELS, march, len(t)), (packed.KERNELS, composite_with_gradient, len(t)),
+            (positional.KERNELS, positional_encoding, samples))
+
+
+@torch.no_grad()
+def padding(device, samples):
+    """Time the network of lego.txt in bfloat16, with and without padded encodings: a row for each."""
+    (encoding, input_ch), (encoding_views, input_ch_views) = get_embedder(10), get_embedder(4)
+    network = EncodedNeRF(encoding, encoding_views, input_ch=input_ch, input_ch_views=input_ch_views,
+                          use_viewdirs=True).to(device)
+    inputs, seconds = torch.rand(2, samples, 3, device=device), {GPU_MULTIPLE: [], 1: []}
+    for _, multiple in itertools.product(range(ROUNDS), seconds):
+        evaluate = HalfPrecision(EncodedNeRF.__call__, network, multiple)
+        seconds[multiple].append(seconds_of(partial(evaluate, *inputs), device))
+    for multiple, times in seconds.items():
+        yield {'what': f'network of lego, {samples} samples, sizes padded to multiples of {multiple}',
+               'ms': 1e3 * statistics.median(times[1:])}
 
 
 def shares_of_a_step(run, warmup, count):
@@ -123,8 +147,8 @@ def shares_of_a_step(run, warmup, count):
     def train_step():
         run.train_step(next(steps))
 
-    def timed_call(kernels, function, device, *arguments):
-        spent[function] += seconds_of(partial(call, kernels, function, device, *arguments), device)
+    def timed_call(kernels, function, *arguments):
+        spent[function] += seconds_of(partial(call, kernels, function, *arguments), run.device)
     repeat(train_step, warmup)
     total = seconds_of(partial(repeat, train_step, count), run.device)
     with mock.patch.object(Kernels, 'call', timed_call):

@@ -3,8 +3,8 @@
     PYTHONPATH=<folder of fake_cuda.py> python benchmarks/launches.py --config configs/lego_fast.txt \
         --ft_path logs/lego_fast/003000.tar
 
-A wait is an operation for whose result the host waits. The stand-in, `fake_cuda`, computes on the CPU;
-compiled kernels count as one launch each.
+A wait is an operation for whose result the host waits. The stand-in, `fake_cuda`, computes on the CPU; it is
+not part of this repository. Compiled kernels count as one launch each.
 """
 import os
 import sys

@@ -165,8 +165,8 @@ def in_visual_hull(scene, centers, half, keep_rarely_seen=False):
 
 
 def project_spheres(K, c2w, centers, radius):
-    """The smallest and largest x, y (in pixels) and depth of spheres around `centers` [3, N], [3, N] each, or
-    somewhat smaller and larger. In `c2w` [3, 4] y points down and z forward."""
+    """Lower and upper bounds [3, N] each of x, y (in pixels) and depth of spheres around `centers` [3, N]. In
+    `c2w` [3, 4] y points down and z forward."""
     # not a matrix product, which a GPU may compute with TF32
     in_camera = (c2w[:, :3, None] * (centers - c2w[:, 3:])[:, None]).sum(0)            # [3, N]
     depth, focal = in_camera[2:], K.diagonal()[:2, None]

@@ -1,4 +1,4 @@
-"""Images as arrays: read as 8 bit, composite_on_bkgd, downsample, write."""
+"""Images as arrays: read as 8 bit, composite on a background, downsample, write."""
 from pathlib import Path
 
 import imageio.v3 as iio

@@ -49,7 +49,7 @@ class RaySampler:
             self.images = torch.cat([self.images, alphas[..., None]], -1)              # [., H, W, 4]
         self.views = torch.from_numpy(np.asarray(scene.i_train) - first).to(device)    # [N_views]
         self.K, self.device = scene.K.copy(), device
-        self.K[:2, 2] -= 0.5 if pixel_centers else 0.0  # of pixels (i, j) in place of their centres
+        self.K[:2, 2] -= 0.5 if pixel_centers else 0.0  # integer pixels then stand for their centres
         self.N_rand, self.no_batching = N_rand, no_batching
         self.precrop_iters, self.precrop_frac = precrop_iters, precrop_frac
         self.N_rand_samples, self.expected_samples = N_rand_samples, expected_samples
@@ -79,7 +79,7 @@ class RaySampler:
         """Number of rays in the next batch."""
         if self.N_rand_samples is None:
             return self.N_rand
-        mean_samples = float(self.mean_samples or 0) or self.expected_samples  # 0 is no basis for a number
+        mean_samples = float(self.mean_samples or 0) or self.expected_samples  # not 0, to divide by
         return max(1, min(self.N_rand, int(self.N_rand_samples / mean_samples)))
 
     def adapt_to(self, mean_samples):

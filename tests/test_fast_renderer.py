@@ -118,16 +118,20 @@ def test_evaluated_samples_are_exact(ball, monkeypatch):
 
 def test_frames_are_exact_where_memory_is_too_small_to_bake(ball, monkeypatch):
     exact, fast, query = ball
-    said = []
+    said, baked = [], []
 
     def bake(*args):
+        baked.append(args)
         raise torch.OutOfMemoryError('CUDA out of memory')
     monkeypatch.setattr(fast_renderer, 'bake', bake)
     new_renderer(fast, query, query, say=said.append)
     for _ in range(2):
         other = frame(fast)
         assert not is_fast(other) and np.array_equal(other.rgb, frame(exact).rgb)
-    assert len(said) == 1 and 'do not fit in GPU memory' in said[0]
+    assert len(said) == len(baked) == 1 and 'do not fit in GPU memory' in said[0]
+    fast['renderer'].drop_cache()
+    frame(fast)
+    assert len(said) == 1 and len(baked) == 2
 
 
 def test_near_samples_are_merged(ball, monkeypatch):

@@ -2,7 +2,6 @@
 rules about devices are CUDA's."""
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -120,14 +119,16 @@ def test_launches_and_waits(options, launches, waits, fast_demo_run, tmp_path):
 
 def test_training_goes_on_when_memory_runs_out(tmp_path):
     """With half the rays at once; the gradient is that of all of them."""
-    done = run_on_gpu('--basedir', tmp_path, '--N_iters', 3, '--N_rand', 2048, '--i_print', 1,
-                      FAKE_CUDA_MEMORY='0.004')
-    assert done.returncode == 0, done.stderr
-    assert 'warning: out of GPU memory in training: continuing with --chunk' in done.stderr
-    whole = run_on_gpu('--basedir', tmp_path / 'whole', '--N_iters', 3, '--N_rand', 2048, '--i_print', 1)
-    losses, expected = ([float(loss) for loss in re.findall(r'loss ([0-9.]+)', run.stdout)]
-                        for run in (done, whole))
-    assert len(losses) == 3 and losses == pytest.approx(expected, rel=0.05)
+    def gradients(folder, **environment):
+        done = run_on_gpu('--basedir', folder, '--N_iters', 1, '--N_rand', 2048, '--perturb', 0,
+                          '--raw_noise_std', 0, **environment)
+        assert done.returncode == 0, done.stderr
+        adam = read_state(folder / 'demo/000001.tar')['optimizer_state_dict']['state'].values()
+        return torch.cat([entry['exp_avg'].flatten() for entry in adam]), done.stderr
+    found, warnings = gradients(tmp_path / 'small', FAKE_CUDA_MEMORY='0.004')
+    assert 'warning: out of GPU memory in training: continuing with --chunk' in warnings
+    expected, _ = gradients(tmp_path / 'large')
+    assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize('config, datadir', [
@@ -151,7 +152,8 @@ def test_bad_steps_are_skipped_on_the_gpu(tmp_path):
     done = run_command(STAND_IN, script, *TINY, *NO_OUTPUTS, '--device', 'cuda', '--basedir', tmp_path,
                        '--N_iters', 40, '--i_weights', 4, env=environment_of_gpu())
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('not finite') == 3 and '(3 so far)' in done.stdout
+    assert '2 steps were skipped (2 so far)' in done.stdout
+    assert 'a step was skipped (3 so far)' in done.stdout
     assert not (tmp_path / 'demo/000004.tar').exists(), 'step 4 was bad'
     for step, bad in ((8, 2), (20, 2), (24, 3), (40, 3)):
         state = read_state(tmp_path / f'demo/{step:06d}.tar')

@@ -13,7 +13,7 @@ from accel.grid_renderer import MAX_RAYS, SAMPLES_PER_ADVANCE, UPDATE_EVERY_N_ST
 from accel.network_query import NetworkQuery
 from accel.occupancy import OccupancyGrid
 from accel.packed import MIN_TRANSMITTANCE
-from run_nerf import batchify_rays, loss_and_gradient, nerf_losses, render
+from run_nerf import ImageRenderer, batchify_rays, loss_and_gradient, nerf_losses, render
 from run_nerf_helpers import RadianceField
 from scenes.rays import Batch, RaySampler
 
@@ -262,6 +262,10 @@ def test_a_renderer_is_a_module():
     assert GridRenderer().max_rays(CPU, 64) > 10 ** 9, 'a batch for training is not split'
     with torch.no_grad():
         assert GridRenderer().max_rays(CPU, 64) == MAX_RAYS['cpu'] and not list(renderer.parameters())
+    frames = ImageRenderer([500, 400, 1.0], None, None, {'renderer': renderer, 'network_fn': hash_nerf(),
+                                                         'N_samples': 64})
+    frames.render_frame = lambda pose, hwf, K, chunk, *others: chunk
+    assert frames.render(None) == min(MAX_RAYS[DEVICE.type], 500 * 400)
 
 
 # --- training -----------------------------------------------------------------------------------------------

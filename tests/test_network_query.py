@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_devices import DEVICE
+from tiny_grids import each_implementation  # noqa: F401
 from tiny_networks import (
     LearnedEncoding,
     assert_same_gradients,
@@ -14,6 +15,7 @@ from tiny_networks import (
     points_and_directions,
 )
 
+from accel.half_precision import HalfPrecision
 from accel.network_query import NetworkQuery
 from run_nerf_helpers import NeRF, RadianceField, run_network
 
@@ -147,6 +149,53 @@ def test_bf16_is_for_products_of_hidden_layers_only():
     assert not torch.equal(raw, raw_bf16)
     assert (raw - raw_bf16).norm() < 0.02 * raw.norm()
     assert (grad - grad_bf16).norm() < 0.05 * grad.norm()
+
+
+@pytest.mark.usefixtures('each_implementation')
+@pytest.mark.parametrize('use_viewdirs, encoding', [(True, None), (False, None), (True, LearnedEncoding())])
+def test_padded_sizes_change_nothing(use_viewdirs, encoding):
+    """Encodings and weights padded with zeros, as on a GPU."""
+    torch.manual_seed(0)
+    network, found = encoded_nerf(use_viewdirs, encoding, W=40), []
+    inputs, upstream = points_and_directions(100, use_viewdirs), None
+    for multiple in (1, 8):
+        evaluate = HalfPrecision(type(network).__call__, network, multiple)
+        with torch.no_grad():
+            rendered = evaluate(*inputs)
+        raw = evaluate(*inputs)
+        assert torch.equal(raw, rendered)
+        assert all(weight.shape[1] % multiple == 0 for weight in evaluate.weights[::2])
+        upstream = torch.randn_like(raw) if upstream is None else upstream
+        network.zero_grad()
+        raw.backward(upstream)
+        found.append((raw.detach(), [p.grad for p in network.parameters()]))
+    (raw, grads), (padded_raw, padded_grads) = found
+    torch.testing.assert_close(padded_raw, raw, rtol=0.02, atol=0.002)
+    assert_same_gradients(padded_grads, grads, tolerance=0.01)
+
+
+@pytest.mark.parametrize('multiple', [1, 8])
+def test_a_network_in_half_precision_may_change(multiple):
+    """Its layers, encodings and parameters; and an evaluation leaves it as it was, also one that fails."""
+    torch.manual_seed(0)
+    network, other = encoded_nerf(), encoded_nerf(encoding=LearnedEncoding())
+    inputs = points_and_directions(50)
+
+    def evaluate():
+        with torch.no_grad():
+            return HalfPrecision(type(network).__call__, network, multiple)(*inputs)
+    evaluate()
+    before = vars(network).keys(), [vars(layer).keys() for layer in network.half_layers()]
+    for name in ('encoding', 'input_ch', 'pts_linears'):
+        setattr(network, name, getattr(other, name))
+    network.load_state_dict(other.state_dict(), assign=True)
+    found = evaluate()
+    assert before == (vars(network).keys(), [vars(layer).keys() for layer in network.half_layers()])
+    network = other
+    assert torch.equal(found, evaluate())
+    with pytest.raises(RuntimeError):
+        HalfPrecision(type(network).__call__, network, multiple)(inputs[0][:, :2], inputs[1])
+    assert torch.equal(found, evaluate())
 
 
 @pytest.mark.parametrize('make', [encoded_nerf, hash_nerf])

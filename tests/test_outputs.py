@@ -75,13 +75,14 @@ def test_the_chunk_is_halved_when_memory_runs_out():
     class OnASmallGPU(ImageRenderer):
         def render_frame(self, pose, hwf, K, chunk, *others):
             chunks.append(chunk)
-            if chunk > 1000:
+            if chunk > 400:
                 raise torch.OutOfMemoryError('CUDA out of memory')
             return render_frame(pose, hwf, K, chunk, *others)
-    expected = render_frame(np.eye(4), HWF, K, 4000, small_networks())
+    hwf = [40, 50, 60.0]
+    expected = render_frame(np.eye(4), hwf, K, 2000, small_networks())
     with pytest.warns(UserWarning, match='out of GPU memory'):
-        frame, _ = OnASmallGPU(HWF, K, 4000, small_networks()).render_path(np.tile(np.eye(4), (2, 1, 1)))
-    assert chunks == [4000, 2000, 1000, 1000]
+        frame, _ = OnASmallGPU(hwf, K, 4000, small_networks()).render_path(np.tile(np.eye(4), (2, 1, 1)))
+    assert chunks == [2000, 1000, 500, 250, 250]
     np.testing.assert_allclose(frame.rgb, expected.rgb, atol=1e-6)
 
 

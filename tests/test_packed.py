@@ -16,7 +16,6 @@ from accel.packed import (
     composite,
     composite_dense,
     composite_onto,
-    composite_reference,
 )
 from run_nerf import LAST_INTERVAL, raw2outputs
 
@@ -43,7 +42,7 @@ def one_ray(raw, length):
 
 
 def outputs_and_gradient(function, raw, samples, loss):
-    """out and weights of `composite` or its reference implementation, and the gradient of `loss` of both."""
+    """out and weights of `composite`, and the gradient of `loss` of both."""
     leaf = raw.clone().requires_grad_()
     out, weights = function(leaf, *samples)
     return out.detach(), weights.detach(), torch.autograd.grad(loss(out, weights), leaf)[0]
@@ -72,8 +71,8 @@ def test_composite_equals_the_reference_implementation(kernels, N, seed, density
     loss = random_loss(kind, seed)
     with implementation(kernels):
         out, weights, grad = outputs_and_gradient(composite, raw, samples, loss)
-    expected_out, expected_weights, expected_grad = outputs_and_gradient(composite_reference, raw, samples,
-                                                                         loss)
+    with implementation('reference'):
+        expected_out, expected_weights, expected_grad = outputs_and_gradient(composite, raw, samples, loss)
     per_unit = torch.ones(5)  # a depth is as exact as the largest t
     per_unit[4] = 1 / max(1.0, samples[0].amax().item() if len(raw) else 1.0)
     torch.testing.assert_close(out * per_unit, expected_out * per_unit, rtol=1e-5, atol=1e-5)
@@ -108,8 +107,8 @@ def test_nan_is_found_in_outputs_and_gradients(kernels, kind, channel):
     with implementation(kernels):
         out, weights, grad = outputs_and_gradient(composite, raw, samples, loss)
         *_, clean_grad = outputs_and_gradient(composite, clean, samples, loss)
-    expected_out, expected_weights, expected_grad = outputs_and_gradient(composite_reference, raw, samples,
-                                                                         loss)
+    with implementation('reference'):
+        expected_out, expected_weights, expected_grad = outputs_and_gradient(composite, raw, samples, loss)
     torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert out[last].isnan().any() and torch.isfinite(out[:last]).all()

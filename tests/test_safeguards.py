@@ -135,9 +135,16 @@ def test_windows_of_the_background_alone_are_not_judged():
 
 
 def test_steps_that_are_not_finite_do_not_hide_a_collapse():
-    watch, nan = CollapseWatch(), float('nan')
-    watch.update(torch.tensor(nan), torch.tensor(0.0), torch.tensor(BACKGROUND))
-    assert windows_until_collapsed(watch, lambda _: BACKGROUND, lambda _: 0.0) == BLANK_WINDOWS
+    watch, nan = CollapseWatch(), torch.tensor(float('nan'))
+    opacity, background = torch.tensor(0.0), torch.tensor(BACKGROUND)
+    collapsed = [watch.update(background if step % 10 else nan, opacity, background)
+                 for step in range(BLANK_WINDOWS * WINDOW_STEPS)]
+    assert collapsed.index(True) == len(collapsed) - 1
+
+
+def test_windows_without_a_finite_step_are_not_judged():
+    watch, nan = CollapseWatch(), torch.tensor(float('nan'))
+    assert not any(watch.update(nan, nan, nan) for _ in range(2 * FLAT_WINDOWS * WINDOW_STEPS))
 
 
 def test_a_resumed_watch_decides_at_the_same_step():

@@ -7,14 +7,14 @@ import pytest
 import torch
 from tiny_devices import DEVICE, Random, on_cpu_only
 
-from accel import hash_grid, occupancy, packed
+from accel import hash_grid, occupancy, packed, positional
 from accel.kernels.compiled import read_source
 from accel.kernels.cuda import CudaLibrary
 from accel.occupancy import OccupancyGrid
 from benchmarks import cuda_on_cpu
 
 CPU = torch.device('cpu')
-ALL_KERNELS = hash_grid.KERNELS, occupancy.KERNELS, packed.KERNELS
+ALL_KERNELS = hash_grid.KERNELS, occupancy.KERNELS, packed.KERNELS, positional.KERNELS
 # Implementations of the kernels for tensors on DEVICE: by the C compiler; the CUDA text, on a CPU.
 NO_C_COMPILER = pytest.mark.skipif(not occupancy.KERNELS.usable(CPU), reason='no C compiler')
 COMPILED = [pytest.param('c', marks=[NO_C_COMPILER, on_cpu_only('compiled for CPUs')]),

@@ -5,6 +5,7 @@ import warnings
 
 import torch
 
+from run_nerf_helpers import by_device
 from scenes.errors import UserError, first_line
 
 # When memory runs out, the number of rays at once is not halved below this.
@@ -89,7 +90,7 @@ def pick_precision(name, device, width):
     torch.set_float32_matmul_precision('high' if name == 'tf32' else 'highest')
     if name != 'auto':
         return name
-    wide = width >= MIN_BF16_WIDTH.get(device.type, 0)
+    wide = width >= by_device(MIN_BF16_WIDTH, device)
     return 'bf16' if wide and has_fast_bf16(device) else 'fp32'
 
 
@@ -102,7 +103,7 @@ class MemoryLimit:
     """The most rays to process at once: halved when the memory of a GPU runs out.
 
     Args:
-      max_rays: at first; None for any number.
+      max_rays: the limit at first; None for no limit.
       purpose: what the rays are for, for the warning.
       before_retry: called before work is repeated.
     """
@@ -111,8 +112,11 @@ class MemoryLimit:
         self.max_rays, self.purpose, self.before_retry = max_rays or sys.maxsize, purpose, before_retry
 
     def fit(self, work, num_rays):
-        """`work(chunk)` with a chunk of at most `num_rays` rays that fits in memory. Raises
-        torch.OutOfMemoryError if MIN_RAYS do not fit."""
+        """Returns `work(chunk)` for the first chunk, of at most `num_rays` rays, that fits in memory.
+
+        Raises:
+          torch.OutOfMemoryError: MIN_RAYS do not fit.
+        """
         while True:
             chunk = min(self.max_rays, num_rays)
             try:

@@ -1,6 +1,7 @@
 """Renders the frames of a scene, one after another or by all processes of a run together."""
 import contextlib
 
+import torch
 from tqdm import tqdm
 
 from training.devices import MemoryLimit
@@ -36,6 +37,7 @@ class FrameRenderer:
         """The `Frame` of the camera `pose`, c2w; every `stride`-th pixel of both axes."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def render(self, pose, stride=1, render_kwargs=None):
         """The `Frame` of one camera; every `stride`-th pixel of both axes."""
         render_kwargs = render_kwargs or self.render_kwargs
@@ -46,9 +48,9 @@ class FrameRenderer:
             return self.memory.fit(render, self.max_rays(render_kwargs))
 
     def max_rays(self, render_kwargs):
-        """How many rays the renderer takes at once at most."""
-        renderer = render_kwargs.get('renderer')
-        return renderer.max_rays(self.device, **render_kwargs) if renderer else self.hwf[0] * self.hwf[1]
+        """The most rays of a frame that the renderer takes at once."""
+        renderer, all_rays = render_kwargs.get('renderer'), self.hwf[0] * self.hwf[1]
+        return min(all_rays, renderer.max_rays(self.device, **render_kwargs)) if renderer else all_rays
 
     def render_view(self, pose, stride=1):
         """The `Frame` of one camera with the arguments `view_kwargs`."""

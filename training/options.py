@@ -273,8 +273,8 @@ def _training_options(parser):
              'the device, fp32 in exact rendering')
     add('--backward', affects='nothing', choices=['auto', 'sparse', 'plain'], default='auto',
         help='sparse: store no activations and backpropagate only through samples that have a gradient; '
-             'plain: ordinary backpropagation; auto: sparse, and hash networks store activations '
-             'for steps in which most samples have a gradient')
+             'plain: ordinary backpropagation; auto: sparse, but hash networks also store activations, and '
+             'use plain on a GPU')
     add('--no_reload', affects='nothing', action=BooleanSwitch, default=False,
         help='start from scratch even if there are checkpoints')
     add('--no_restart', affects='training', action=BooleanSwitch, default=False,
@@ -295,7 +295,7 @@ def _rendering_options(parser):
     add('--exact_render', affects='rendering', action=BooleanSwitch, default=False,
         help='evaluate the networks at every sample, visible or not (no effect with --occupancy_grid)')
     add('--chunk', affects='nothing', type=integer(1),
-        help='most rays rendered at once (default: as many as suit the device and its memory)')
+        help='most rays rendered at once (default: as many as suit the device)')
     add('--netchunk', affects='nothing', type=integer(1),
         help='most points evaluated at once (default: as many as suit the device and its memory)')
 

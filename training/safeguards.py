@@ -41,8 +41,8 @@ class TrainingFailed(Exception):
 
 
 class Measures:
-    """Means over the rays of a training step, summed up part by part. All but one are scalar tensors without
-    gradient.
+    """Means over the rays of a training step, summed up part by part. All are scalar tensors without
+    gradient, except `mean_samples`.
 
     Attributes:
       losses: dict name -> term of the loss.
@@ -95,18 +95,20 @@ class CollapseWatch:
     """Detects that a network renders no more than the background: either it is blank, transparent everywhere,
     or it stays flat, with something that is no better than the background.
 
-    Each step is added to sums on the device, which are read once in WINDOW_STEPS steps.
+    The numbers of each step stay on the device, and are read once in WINDOW_STEPS steps.
     """
 
     def __init__(self):
-        self.sums, self.steps, self.restarts = None, 0, 0
+        self.window, self.steps, self.restarts = None, 0, 0
         self.blank, self.flat = 0, 0  # windows in a row
         self.best = math.inf          # lowest ratio of the network's error to the background's
 
     def state_dict(self):
-        return {**vars(self), 'sums': None if self.sums is None else self.sums.cpu()}
+        return {**vars(self), 'window': None if self.window is None else self.window.cpu()}
 
     def load_state_dict(self, state):
+        if 'window' not in state:  # of an older version
+            state = {**state, 'window': None, 'steps': 0}
         vars(self).update({key: state[key] for key in vars(self)})
 
     def network_restarted(self):
@@ -124,14 +126,18 @@ class CollapseWatch:
           opacity: mean opacity of its rays.
           background: mean squared error of an image that shows only the background.
         """
-        numbers = torch.stack([error, opacity, background]).nan_to_num(0.0, 0.0, 0.0)
-        self.sums = numbers if self.sums is None else self.sums.to(numbers.device) + numbers
+        window = error.new_zeros(WINDOW_STEPS, 3) if self.window is None else self.window
+        self.window = window.to(error.device)  # it may be from a checkpoint
+        torch.stack([error, opacity, background], out=self.window[self.steps])
         self.steps += 1
         if self.steps < WINDOW_STEPS:
             return False
 
-        error, opacity, background = (self.sums / self.steps).tolist()
-        self.sums, self.steps = None, 0
+        finite = [row for row in self.window.tolist() if all(map(math.isfinite, row))]
+        self.steps = 0
+        if not finite:
+            return False
+        error, opacity, background = (math.fsum(column) / len(finite) for column in zip(*finite))
         if background <= MIN_BACKGROUND_ERROR:
             return False
         ratio = error / background
@@ -166,7 +172,7 @@ class Safeguards:
         self.seed, self.restart, self.say = seed, restart, say
         self.watches = {name: CollapseWatch() for name in networks}
         self.restarts = self.bad_steps = self.bad_in_a_row = self.rollbacks = 0
-        self.flags, self.num_flags = None, 0  # on a GPU, of the latest steps: not 0 for a bad step
+        self.flags, self.num_flags = None, 0  # on a GPU, of the latest steps: not 0 for bad ones
         if restart:
             for network in networks.values():  # a missing `reset_parameters` is an error now, not hours later
                 reinitialize(copy.deepcopy(network), seed)
@@ -204,9 +210,8 @@ class Safeguards:
         """Whether the optimizer may step, because the loss and all gradients are finite. Counts the bad
         steps.
 
-        A GPU decides by itself: its fused Adam leaves out a step whose `found_inf` is not zero. The host
-          reads
-        these flags once in FLAGS_READ_EVERY steps, because it would have to wait for each of them.
+        On a GPU the fused Adam itself skips a step whose `found_inf` is not zero. The host reads these flags
+        only once in FLAGS_READ_EVERY steps, because it has to wait for them.
 
         Raises:
           TrainingFailed: too many in a row, although training rolled back before.
@@ -216,7 +221,7 @@ class Safeguards:
         numbers = [*measures.losses.values(), *gradients]
         if not (numbers[0].is_cuda and self.optimizer.defaults.get('fused')):
             norm = torch.nn.utils.get_total_norm(numbers)  # finite only if every number is
-            self.count(math.isfinite(norm.item()))
+            self.count([0 if math.isfinite(norm.item()) else 1])
             return self.bad_in_a_row == 0
         if self.flags is None:
             self.flags, self.one = numbers[0].new_zeros(FLAGS_READ_EVERY), torch.ones_like(numbers[0])
@@ -227,26 +232,28 @@ class Safeguards:
         if self.num_flags == FLAGS_READ_EVERY:
             flags = self.flags.tolist()
             self.flags, self.num_flags = None, 0
-            for flag in flags:
-                self.count(flag == 0)
+            self.count(flags)
         return True
 
     def counts_so_far(self):
-        """`bad_steps` and `bad_in_a_row` with the flags that have not been read yet, which stay unread: all
-        processes read them after the same step."""
+        """`bad_steps` and `bad_in_a_row`, including steps whose flags are still on the GPU."""
+        return self.counts_after(self.flags[:self.num_flags].tolist() if self.num_flags else [])
+
+    def counts_after(self, flags):
+        """`bad_steps` and `bad_in_a_row` after further steps with `flags`, which are not 0 for bad steps."""
         bad_steps, bad_in_a_row = self.bad_steps, self.bad_in_a_row
-        for flag in self.flags[:self.num_flags].tolist() if self.num_flags else ():
+        for flag in flags:
             bad_steps, bad_in_a_row = bad_steps + (flag != 0), bad_in_a_row + 1 if flag else 0
         return {'bad_steps': bad_steps, 'bad_in_a_row': bad_in_a_row}
 
-    def count(self, finite):
-        """Count a step that was finite or not."""
-        if finite:
-            self.bad_in_a_row = 0
-            return
-        self.bad_steps += 1
-        self.bad_in_a_row += 1
-        self.say(f'a loss or gradient is not finite: this step is skipped ({self.bad_steps} so far)')
+    def count(self, flags):
+        """Count further steps with `flags`, which are not 0 for bad steps."""
+        counts = self.counts_after(flags)
+        skipped = counts['bad_steps'] - self.bad_steps
+        vars(self).update(counts)
+        if skipped:
+            steps = 'a step was skipped' if skipped == 1 else f'{skipped} steps were skipped'
+            self.say(f'a loss or gradient is not finite: {steps} ({self.bad_steps} so far)')
         if self.bad_in_a_row >= MAX_BAD_STEPS and self.rollbacks:
             raise TrainingFailed(
                 f'{MAX_BAD_STEPS} steps in a row are not finite, even at a tenth of the learning rate; '

@@ -26,6 +26,8 @@ FAST_MATH = ['-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros', '-fas
              '-freciprocal-math']
 FLAGS = ['-x', 'c', '-', '-O3', '-march=native', *FAST_MATH, '-fopenmp', '-shared', '-fPIC', '-lm']
 FOLDER = Path(__file__).parent
+# Kernels take tensors of these types.
+DTYPES = (torch.float32, torch.int64, torch.bool)
 
 
 class Kernels:
@@ -53,7 +55,10 @@ class Kernels:
                 with (torch.autocast(device.type, enabled=False), torch.enable_grad(),
                       torch.random.fork_rng(devices=[])):
                     self.check(device)
-            except Exception as error:  # whatever goes wrong here, the reference will do
+            except torch.OutOfMemoryError:  # says nothing about the kernels
+                del self.libraries[device]
+                raise
+            except Exception as error:  # whatever goes wrong here, the reference works
                 self.libraries[device] = None
                 reason = str(error).strip().partition('\n')[0] or type(error).__name__
                 warnings.warn(f'the compiled {self.name} kernels cannot be used on {device} ({reason}); '
@@ -64,19 +69,24 @@ class Kernels:
         source = read_source(self.name)
         return CudaLibrary(source, device) if device.type == 'cuda' else CpuLibrary(source, self.name)
 
-    def call(self, function, device, size, *arguments):
-        """Call a kernel on `device`, where it is `usable`: its loop has `size` iterations. Tensors and None
-        are passed as pointers, int as int64_t, float as float. Tensors must be contiguous unless the kernel
-        takes their stride, and float32, int64 or bool as it expects; the caller keeps them alive."""
-        self.libraries[device].call(function, size, [converted(argument) for argument in arguments])
+    def call(self, function, size, tensor, *arguments):
+        """Call a kernel, whose loop has `size` iterations, on the device of its argument `tensor`, where it
+        is `usable`. Tensors and None are passed as pointers, int as int64_t, float as float. Tensors must
+        be float32, int64 or bool, as the kernel expects, and contiguous; rows of `tensor` may be apart."""
+        assert tensor.dtype == torch.float32 and tensor.stride()[1:] in ((), (1,))
+        for argument in arguments:
+            assert not torch.is_tensor(argument) or (
+                argument.device == tensor.device and argument.is_contiguous() and argument.dtype in DTYPES)
+        arguments = [as_ctypes(argument) for argument in (tensor, *arguments)]
+        self.libraries[tensor.device].call(function, size, arguments)
 
 
 def read_source(name):
-    """The text of `<name>.c` with its prelude."""
+    """The text of `kernel.h` and `<name>.c`."""
     return ''.join((FOLDER / file).read_text() for file in ('kernel.h', f'{name}.c'))
 
 
-def converted(argument):
+def as_ctypes(argument):
     """An argument of `Kernels.call` as a ctypes object."""
     if argument is None:
         return ctypes.c_void_p()
@@ -111,12 +121,12 @@ def build_library(source, name):
 
 def cache_folder():
     """A folder that this user can write to. A shared temporary folder may hold one that others have made."""
-    user = os.getuid() if os.name == 'posix' else 'user'
+    user = os.getuid()
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     for folder in (Path(cache, 'nerf'), Path(tempfile.gettempdir(), f'nerf-{user}')):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK) and (os.name != 'posix' or folder.stat().st_uid == user):
+            if os.access(folder, os.W_OK) and folder.stat().st_uid == user:
                 return folder
         except OSError:
             continue

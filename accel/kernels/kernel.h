@@ -1,5 +1,5 @@
-/* Put in front of each kernel file, so that one text is compiled by a C compiler, as loops of OpenMP, and by NVRTC, as
- * CUDA kernels. A kernel is a function `KERNEL name(…)` whose outermost loop is PARALLEL_FOR. */
+/* Prepended to each kernel file, so that one source compiles both as C, with loops of OpenMP, and as CUDA, by NVRTC.
+ * A kernel is a function `KERNEL name(…)` whose outermost loop is PARALLEL_FOR. */
 #ifdef __CUDACC__
 typedef unsigned char uint8_t;
 typedef unsigned int uint32_t;
