@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from run_nerf_helpers import BoundedModule, cast_rays, ndc_rays
+from scenes.cameras import distort
 
 # A box is widened by this fraction of its extent on each side.
 BOX_MARGIN = 0.01
@@ -22,6 +23,8 @@ MIN_VIEW_FRACTION = 0.25
 # A sphere reaches at most this much farther from its centre's pixel than focal length * radius / depth, up to
 # about 48 degrees off the optical axis.
 PERSPECTIVE_STRETCH = 1.5
+# Lens distortion applies to positions up to this multiple of the distance of the image's corners.
+MAX_OUTSIDE = 1.1
 # This number of cells is projected into a view at once, so that intermediate results stay small.
 CELLS_AT_ONCE = 1 << 16
 
@@ -58,7 +61,7 @@ def find_bounds(scene, ndc, resolution, aabb=None, device='cpu'):
     else:
         box = torch.tensor(aabb, dtype=torch.float32).view(2, 3)
     box = box.to(device)
-    if scene.alphas is None or ndc or not all(camera.is_pinhole for camera in scene.cameras):
+    if scene.alphas is None or ndc or any(camera.fisheye for camera in scene.cameras):
         return box, None
     if aabb is None:
         # first find a tighter box, then the cells of that box
@@ -155,10 +158,9 @@ def in_visual_hull(scene, centers, half, keep_rarely_seen=False):
         camera = scene.cameras[view]
         frustum = [[0, 0, scene.near], [camera.W, camera.H, scene.far]]
         first, last = torch.tensor(frustum, dtype=torch.float32, device=device)[..., None]  # [3, 1] each
-        K = torch.as_tensor(camera.K, dtype=torch.float32, device=device)
         sums = summed_area_table(torch.from_numpy(scene.alphas[view]).to(device) > 0)
         for part, part_views, part_opaque, part_remaining in zip(*parts, strict=True):
-            low, high = project_spheres(K, poses[view], part, radius)
+            low, high = project_spheres(camera, poses[view], part, radius)
             # one comparison of the smallest distance takes less time than six comparisons
             seen = torch.minimum(high - first, last - low).amin(0) > 0
             seen_whole = torch.minimum(low - first, last - high).amin(0) > 0
@@ -173,16 +175,28 @@ def in_visual_hull(scene, centers, half, keep_rarely_seen=False):
     return hull & (num_views > MIN_VIEW_FRACTION * num_views[hull].amax()) if hull.any() else hull
 
 
-def project_spheres(K, c2w, centers, radius):
+def project_spheres(camera, c2w, centers, radius):
     """Lower and upper bounds [3, N] each of x, y (in pixels) and depth of spheres around `centers` [3, N]. In
     `c2w` [3, 4] y points down and z forward."""
+    K = torch.as_tensor(camera.K, dtype=torch.float32, device=centers.device)
     # not a matrix product, which a GPU may compute with TF32
     in_camera = (c2w[:, :3, None] * (centers - c2w[:, 3:])[:, None]).sum(0)            # [3, N]
     depth, focal = in_camera[2:], K.diagonal()[:2, None]
     nearest, farthest = depth - radius, depth + radius
-    pixel = K[:2, 2:] + in_camera[:2] * focal / depth.clamp(min=1e-6)                  # [2, N]
+    if camera.distortion is None:
+        pixel = K[:2, 2:] + in_camera[:2] * focal / depth.clamp(min=1e-6)              # [2, N]
+    else:
+        pixel = K[:2, 2:] + distort_inside(camera, in_camera[:2] / depth.clamp(min=1e-6)) * focal
     reach = PERSPECTIVE_STRETCH * focal.max() * radius / nearest.clamp(min=1e-6) + 1
     return torch.cat([pixel - reach, nearest]), torch.cat([pixel + reach, farthest])
+
+
+def distort_inside(camera, plane):
+    """Positions [2, N] in the image plane, distorted if they are in or near the image. Elsewhere the
+    polynomials mean nothing, and positions stay outside."""
+    limit = MAX_OUTSIDE * np.linalg.norm(directions_to_border(camera)[:, :2], axis=-1).max()
+    inside = torch.linalg.vector_norm(plane, dim=0) < limit
+    return torch.where(inside, torch.stack(distort(*plane, camera.distortion)), plane)
 
 
 def summed_area_table(mask):

@@ -107,20 +107,30 @@ def cameras_from_table(table):
     return [cameras[tuple(row)] for row in table.tolist()]
 
 
+def distort(x, y, distortion):
+    """Positions [...] in the image plane of a pinhole camera to those of one with lens distortion; NumPy
+    arrays or tensors."""
+    k1, k2, k3, k4, p1, p2 = distortion
+    rr = x * x + y * y
+    radial = 1 + rr * (k1 + rr * (k2 + rr * (k3 + rr * k4)))
+    return (x * radial + 2 * p1 * x * y + p2 * (rr + 2 * x * x),
+            y * radial + p1 * (rr + 2 * y * y) + 2 * p2 * x * y)
+
+
 def undistort(x_distorted, y_distorted, distortion):
     """The positions in the image plane whose distortion leads to the given ones, by Newton's method; [...]
     each. Raises UserError if there are none."""
     k1, k2, k3, k4, p1, p2 = distortion
     x, y = x_distorted.copy(), y_distorted.copy()
     for _ in range(UNDISTORT_STEPS):
-        rr = x * x + y * y
-        radial = 1 + rr * (k1 + rr * (k2 + rr * (k3 + rr * k4)))
-        slope = k1 + rr * (2 * k2 + rr * (3 * k3 + rr * 4 * k4))  # of `radial` by rr
-        error_x = x * radial + 2 * p1 * x * y + p2 * (rr + 2 * x * x) - x_distorted
-        error_y = y * radial + p1 * (rr + 2 * y * y) + 2 * p2 * x * y - y_distorted
+        error_x, error_y = (found - wanted for found, wanted in zip(distort(x, y, distortion),
+                                                                    (x_distorted, y_distorted)))
         error = max(np.abs(error_x).max(initial=0), np.abs(error_y).max(initial=0))
         if not error > UNDISTORT_TOLERANCE:
             break
+        rr = x * x + y * y
+        radial = 1 + rr * (k1 + rr * (k2 + rr * (k3 + rr * k4)))
+        slope = k1 + rr * (2 * k2 + rr * (3 * k3 + rr * 4 * k4))  # of `radial` by rr
         # the matrix of derivatives is symmetric
         xx = radial + 2 * x * x * slope + 2 * p1 * y + 6 * p2 * x
         xy = 2 * x * y * slope + 2 * p1 * x + 2 * p2 * y
