@@ -3,10 +3,11 @@
 A box is a tensor [2, 3]: lowest and highest corner. Cells divide each side of a box into `resolution`
 intervals.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from run_nerf_helpers import BoundedModule, ndc_rays, pixel_rays
+from run_nerf_helpers import BoundedModule, cast_rays, ndc_rays
 
 # A box is widened by this fraction of its extent on each side.
 BOX_MARGIN = 0.01
@@ -53,11 +54,11 @@ def find_bounds(scene, ndc, resolution, aabb=None, device='cpu'):
       possible: cells that may contain something, bool [G, G, G]; None for all.
     """
     if aabb is None:
-        box = box_of_rays(scene, ndc, scene.poses[scene.i_train])
+        box = box_of_rays(scene, ndc, scene.i_train)
     else:
         box = torch.tensor(aabb, dtype=torch.float32).view(2, 3)
     box = box.to(device)
-    if scene.alphas is None or ndc:
+    if scene.alphas is None or ndc or not all(camera.is_pinhole for camera in scene.cameras):
         return box, None
     if aabb is None:
         # first find a tighter box, then the cells of that box
@@ -73,18 +74,25 @@ def find_bounds(scene, ndc, resolution, aabb=None, device='cpu'):
     return box, possible
 
 
-def box_of_rays(scene, ndc, poses):
-    """The box [2, 3] around everything that cameras `poses` [N, 3, 4] see between near and far.
+def box_of_rays(scene, ndc, views):
+    """The box [2, 3] around everything that `views` [N] see between near and far.
 
     With `ndc` the box is in normalised device coordinates.
     """
-    c2w = torch.from_numpy(poses)[:, None, None]
-    x, y = torch.meshgrid(*(c2w.new_tensor([0.0, side]) for side in (scene.W, scene.H)), indexing='xy')
-    rays_o, rays_d = pixel_rays(x.expand(len(c2w), 2, 2), y.expand(len(c2w), 2, 2), scene.K, c2w)
+    borders = {camera: directions_to_border(camera) for camera in dict.fromkeys(scene.cameras)}
+    dirs = torch.from_numpy(np.stack([borders[scene.cameras[view]] for view in views])).float()  # [N, 8, 3]
+    rays_o, rays_d = cast_rays(dirs, torch.from_numpy(scene.poses[views])[:, None])
     if ndc:
         rays_o, rays_d = ndc_rays(scene.H, scene.W, scene.K[0, 0], 1.0, rays_o, rays_d)
     ends = torch.cat([(rays_o + t * rays_d).reshape(-1, 3) for t in (scene.near, scene.far)])
     return add_margin(ends.amin(0), ends.amax(0))
+
+
+def directions_to_border(camera):
+    """Directions [8, 3] to the corners of a camera's image and the middles of its sides."""
+    x, y = np.meshgrid([0, camera.W / 2, camera.W], [0, camera.H / 2, camera.H])
+    border = np.arange(9) != 4
+    return camera.directions(x.flatten()[border], y.flatten()[border])
 
 
 def add_margin(low, high):
@@ -141,12 +149,13 @@ def in_visual_hull(scene, centers, half, keep_rarely_seen=False):
     # operations on whole rows of coordinates, [3, N], are several times faster than on columns
     parts = [part.split(CELLS_AT_ONCE, -1)
              for part in (centers.T.contiguous(), num_views, num_opaque, remaining)]
-    frustum = [[0, 0, scene.near], [scene.W, scene.H, scene.far]]
-    first, last = torch.tensor(frustum, dtype=torch.float32, device=device)[..., None]  # [3, 1] each
-    K = torch.as_tensor(scene.K, dtype=torch.float32, device=device)
     axes = torch.tensor([1, -1, -1, 1], device=device)  # y down, z forward
     poses = torch.from_numpy(scene.poses).to(device) * axes
     for view in scene.i_train:
+        camera = scene.cameras[view]
+        frustum = [[0, 0, scene.near], [camera.W, camera.H, scene.far]]
+        first, last = torch.tensor(frustum, dtype=torch.float32, device=device)[..., None]  # [3, 1] each
+        K = torch.as_tensor(camera.K, dtype=torch.float32, device=device)
         sums = summed_area_table(torch.from_numpy(scene.alphas[view]).to(device) > 0)
         for part, part_views, part_opaque, part_remaining in zip(*parts, strict=True):
             low, high = project_spheres(K, poses[view], part, radius)
