@@ -85,11 +85,14 @@ class Views:
         miss = np.sqrt(np.maximum(distance ** 2 - self.depths ** 2, 0))
         self.axes_meet = np.median(miss) < MAX_MISS * np.median(distance)
         self.converge = self.axes_meet and np.median(self.depths) > 0
-        # depths of the points in the image of each camera, [N, M]; negative for those behind it, else NaN
-        rays = (self.points - self.position[:, None]) @ self.axes
-        depth = -rays[..., 2]
+        # depths of the points in the image of each camera, [N, M], in units of rays_d, which have unit length
+        # for a fisheye camera; negative for points behind it that it would see in front of it, otherwise NaN
+        arms = (self.points - self.position[:, None]) @ self.axes
+        depth = -arms[..., 2]
         slope = np.tan(np.radians(np.minimum(self.fov, MAX_FOV)) / 2)[:, None]
-        inside = (np.abs(rays[..., :2]) < slope * np.abs(depth)[..., None]).all(-1)
+        inside = (np.abs(arms[..., :2]) < slope * np.abs(depth)[..., None]).all(-1)
+        fisheye = np.array([camera.fisheye for camera in scene.cameras])[:, None]
+        depth = np.where(fisheye, np.sign(depth) * np.linalg.norm(arms, axis=-1), depth)
         self.point_depths = np.where(inside, depth, np.nan)
 
     def some(self, which):
