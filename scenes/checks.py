@@ -194,9 +194,9 @@ def check_axes(views):
         yield finding('error', f'{count} cameras have axes that are not perpendicular unit vectors: {names}.',
                       'Keep scale and shear out of the first three columns of transform_matrix.')
     elif behind > 3 * ahead if ahead + behind else views.axes_meet and focus_behind.mean() > 0.9:
-        what = (f'{behind / (ahead + behind):.0%} of the sparse points lie' if ahead + behind else
-                f'What the axes of {views.some(focus_behind)[0]} cameras meet in lies')
-        yield finding('error', f'{what} behind the cameras: they look away from what they surround.',
+        what = (f'{behind / (ahead + behind):.0%} of the sparse points lie behind the cameras' if ahead + behind
+                else f'The optical axes of {views.some(focus_behind)[0]} cameras meet behind them')
+        yield finding('error', f'{what}: they look away from what they surround.',
                       'The axes are probably those of OpenCV (y down, z forward). Negate the second and '
                       'third column of each transform_matrix, for OpenGL axes (y up, z back).')
     elif up[2] < -0.9 * max(np.linalg.norm(up), 0.3):
@@ -229,7 +229,7 @@ def check_distances(views):
             yield finding('warning', f'The bounds cut {nearer + farther:.0%} of the sparse points: '
                           f'{nearer:.0%} are nearer than near = {near:.3g}, {farther:.0%} are farther than '
                           f'far = {far:.3g}. Worst is {views.names[np.argmax(share)]}, {share.max():.0%}.',
-                          f'Give --near {min(near, 0.9 * low):.2g} --far {max(far, 1.1 * high):.2g}')
+                          f'Give --near {0.9 * low:.2g} --far {1.1 * high:.2g}')
     elif views.converge:
         cut = (views.depths < near) | (views.depths > far)
         low, high = max(views.depths.min(), 0), views.depths.max()

@@ -107,7 +107,8 @@ def write_report(report, folder):
 
 def text_report(report):
     """The report in a few lines for the terminal."""
-    around = coverage(Geometry(report)) if report['cameras'] else None
+    sound = report['cameras'] and worst_level(report) != 'error'
+    around = coverage(Geometry(report)) if sound else None
     lines = [report['title'], *(f'  {line}' for line in report['summary'])]
     lines += [f'  {around.text}'] if around else []
     for found in report['findings']:
@@ -116,6 +117,11 @@ def text_report(report):
     unused = [photo for photo in report['photos'] if not photo['used']]
     lines += [f'not used: {photo["name"]}: {photo["reason"]}' for photo in unused]
     return '\n'.join(lines)
+
+
+def worst_level(report):
+    """The level of the most serious finding."""
+    return min((found['level'] for found in report['findings']), key=LEVELS.index, default='good')
 
 
 class Geometry:
@@ -172,12 +178,13 @@ def tag(name, *content, **attributes):
 def page(report):
     """The whole page as text."""
     found = sorted(report['findings'], key=lambda found: LEVELS.index(found['level']))
-    worst = found[0]['level'] if found else 'good'
+    worst = worst_level(report)
     body = [tag('h1', report['title']), tag('p', tag('span', VERDICTS[worst], class_=f'verdict {worst}')),
             *(tag('div', line) for line in report['summary']), *map(finding_card, found)]
     if report['cameras']:
         geometry = Geometry(report)
-        body += [*camera_section(geometry), *coverage_section(geometry)]
+        body += camera_section(geometry)
+        body += coverage_section(geometry) if worst != 'error' else []  # the poses may be wrong
     if report['photos']:
         body += photo_section(report['photos'])
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -224,7 +231,7 @@ def draw_view(geometry, axes, title):
 
     points = ''.join('M{:.0f} {:.0f}h0'.format(*at) for at in place(geometry.points))
     rays = np.stack([position + geometry.near * forward, position + geometry.far * forward], 1)
-    opacity = 0.05 + min(0.4, 12 / len(rays))
+    opacity = min(0.45, max(0.12, 15 / len(rays)))
     parts = [tag('path', d=points, class_='points'),
              tag('path', d=line_path(place(rays)), class_='rays', opacity=f'{opacity:.2f}')]
     if scene['aabb']:
