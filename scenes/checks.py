@@ -194,8 +194,9 @@ def check_axes(views):
         yield finding('error', f'{count} cameras have axes that are not perpendicular unit vectors: {names}.',
                       'Keep scale and shear out of the first three columns of transform_matrix.')
     elif behind > 3 * ahead if ahead + behind else views.axes_meet and focus_behind.mean() > 0.9:
-        what = (f'{behind / (ahead + behind):.0%} of the sparse points lie behind the cameras' if ahead + behind
-                else f'The optical axes of {views.some(focus_behind)[0]} cameras meet behind them')
+        what = f'The optical axes of {views.some(focus_behind)[0]} cameras meet behind them'
+        if ahead + behind:
+            what = f'{behind / (ahead + behind):.0%} of the sparse points lie behind the cameras'
         yield finding('error', f'{what}: they look away from what they surround.',
                       'The axes are probably those of OpenCV (y down, z forward). Negate the second and '
                       'third column of each transform_matrix, for OpenGL axes (y up, z back).')
