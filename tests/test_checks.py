@@ -196,6 +196,12 @@ def test_cameras_back_to_back_are_good(points):
     assert problems(scene) == []
 
 
+def test_two_views_from_one_place_are_good():
+    scene = orbit_scene()
+    scene.poses[7, :, 3] = scene.poses[6, :, 3]
+    assert problems(scene) == []
+
+
 def test_two_faults_are_both_found():
     scene = orbit_scene()
     black_image(scene)

@@ -87,11 +87,13 @@ def test_all_text_is_escaped(tmp_path):
     report['findings'] = [{'level': 'good', 'text': evil, 'advice': evil}]
     report['cameras'][3]['name'] = evil
     report['photos'][-1].update(name=evil, reason=evil, thumbnail='javascript:alert(1)')
+    thumbnail = f'data:image/jpeg;base64,{evil}'
+    report['photos'].append(photo(25, used=False, reason='blurred', thumbnail=thumbnail))
     page = Page(write(report, tmp_path / 'evil'))
     names = [name for name, _ in page.elements if name != 'img']
     assert names.count('script') == 0 and set(names) <= {name for name, _ in plain.elements} and page.balanced
     assert sum(text.count(evil) for text in page.text) == 9  # title twice, two cameras' titles, and so on
-    assert not page.all('img')
+    assert [image['src'] for image in page.all('img')] == [thumbnail]
 
 
 def test_the_verdict_is_that_of_the_worst_finding(tmp_path):
