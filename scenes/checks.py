@@ -22,6 +22,8 @@ MAX_MISS = 0.3
 MAX_CUT_POINTS = 0.05
 # Of the cameras, this fraction may look at a point outside the bounds.
 MAX_CUT_CAMERAS = 0.25
+# An axis of the world is up if the cosine of its angle with the measured direction is above this.
+SNAP_TO_AXIS = 0.94
 # An image is blank if less than this fraction of its pixels is neither black, white nor transparent.
 MIN_CONTENT = 0.005
 # Values of black, or transparent, pixels are at most this; white ones are as close to 255.
@@ -53,10 +55,10 @@ def check_scene(scene, name, ndc=None):
     return {
         'title': f'{name}: {len(views.names)} views',
         'summary': [f'{len(scene.i_train)} views for training, {len(scene.i_test)} for testing, of {size}.',
-                    f'Rays are sampled {bounds}.', *([distance] if views.axes_meet else [])],
+                    f'Rays are sampled {bounds}.', *([distance] if views.converge else [])],
         'findings': findings,
         'scene': {'type': None, 'near': float(scene.near), 'far': float(scene.far), 'ndc': bool(ndc),
-                  'aabb': None, 'up': snap_to_axis(views.up.mean(0)).tolist()},
+                  'aabb': None, 'up': upward(views).tolist()},
         'cameras': [{'name': views.names[i], 'position': views.position[i].tolist(),
                      'forward': views.forward[i].tolist(), 'up': views.up[i].tolist(),
                      'split': splits[i], 'fov': views.fov[i].tolist()} for i in range(len(views.names))],
@@ -82,11 +84,15 @@ class Views:
         distance = np.linalg.norm(arms, axis=-1)
         miss = np.sqrt(np.maximum(distance ** 2 - self.depths ** 2, 0))
         self.axes_meet = np.median(miss) < MAX_MISS * np.median(distance)
-        # depths of the points in the image of each camera, [N, M]; negative for those behind it, else NaN
-        rays = (self.points - self.position[:, None]) @ self.axes
-        depth = -rays[..., 2]
+        self.converge = self.axes_meet and np.median(self.depths) > 0
+        # depths of the points in the image of each camera, [N, M], in units of rays_d, which have unit length
+        # for a fisheye camera; negative for points behind it that it would see in front of it, otherwise NaN
+        arms = (self.points - self.position[:, None]) @ self.axes
+        depth = -arms[..., 2]
         slope = np.tan(np.radians(np.minimum(self.fov, MAX_FOV)) / 2)[:, None]
-        inside = (np.abs(rays[..., :2]) < slope * np.abs(depth)[..., None]).all(-1)
+        inside = (np.abs(arms[..., :2]) < slope * np.abs(depth)[..., None]).all(-1)
+        fisheye = np.array([camera.fisheye for camera in scene.cameras])[:, None]
+        depth = np.where(fisheye, np.sign(depth) * np.linalg.norm(arms, axis=-1), depth)
         self.point_depths = np.where(inside, depth, np.nan)
 
     def some(self, which):
@@ -106,14 +112,19 @@ def field_of_view(camera):
     return np.degrees(2 * (half if camera.fisheye else np.arctan(half)))
 
 
-def snap_to_axis(direction, degrees=25):
-    """The axis of the world within `degrees` of a direction [3], otherwise the direction at unit length."""
-    if not np.linalg.norm(direction) > 1e-6:
+def upward(views):
+    """The direction that is up in the world, [3]: perpendicular to the cameras' right where they look in
+    different directions, otherwise their mean up. A nearby axis of the world is preferred."""
+    up = views.up.mean(0)
+    if np.linalg.norm(up) < 1e-6:
         return np.array([0.0, 0.0, 1.0])
-    direction = normalize(direction)
-    axis = np.argmax(np.abs(direction))
-    near = np.abs(direction[axis]) > np.cos(np.radians(degrees))
-    return np.sign(direction[axis]) * np.eye(3)[axis] if near else direction
+    up = normalize(up)
+    spread, directions = np.linalg.eigh(views.right.T @ views.right / len(views.right))
+    level = directions[:, 0] * np.sign(directions[:, 0] @ up)
+    if spread[1] > 0.01 and level @ up > 0.7:
+        up = level
+    axis = np.argmax(np.abs(up))
+    return np.sign(up[axis]) * np.eye(3)[axis] if np.abs(up[axis]) > SNAP_TO_AXIS else up
 
 
 # --- checks: each yields findings ---------------------------------------------------------------------------
@@ -172,7 +183,7 @@ def check_axes(views):
     up = views.up.mean(0)
     against = views.up @ up < -0.5 * np.linalg.norm(up)
     ahead, behind = np.sum(views.point_depths > 0), np.sum(views.point_depths < 0)
-    focus_behind = views.depths < 0
+    focus_behind = views.depths < -views.scene.near  # nearer than that, they may stand back to back
     if mirrored.any():
         count, names = views.some(mirrored)
         yield finding('error', f'{count} cameras have mirrored (left-handed) axes: {names}.',
@@ -183,9 +194,10 @@ def check_axes(views):
         yield finding('error', f'{count} cameras have axes that are not perpendicular unit vectors: {names}.',
                       'Keep scale and shear out of the first three columns of transform_matrix.')
     elif behind > 3 * ahead if ahead + behind else views.axes_meet and focus_behind.mean() > 0.9:
-        what = (f'{behind / (ahead + behind):.0%} of the sparse points lie' if ahead + behind else
-                f'What the axes of {views.some(focus_behind)[0]} cameras meet in lies')
-        yield finding('error', f'{what} behind the cameras: they look away from what they surround.',
+        what = f'The optical axes of {views.some(focus_behind)[0]} cameras meet behind them'
+        if ahead + behind:
+            what = f'{behind / (ahead + behind):.0%} of the sparse points lie behind the cameras'
+        yield finding('error', f'{what}: they look away from what they surround.',
                       'The axes are probably those of OpenCV (y down, z forward). Negate the second and '
                       'third column of each transform_matrix, for OpenGL axes (y up, z back).')
     elif up[2] < -0.9 * max(np.linalg.norm(up), 0.3):
@@ -203,8 +215,8 @@ def check_distances(views):
     near, far = views.scene.near, views.scene.far
     visible = views.point_depths > 0
     depths = views.point_depths[visible]
-    distance = np.median(depths if depths.size else np.abs(views.depths))
-    if (depths.size or views.axes_meet) and not DISTANCES[0] < distance < DISTANCES[1]:
+    distance = np.median(depths if depths.size else views.depths)
+    if (depths.size or views.converge) and not DISTANCES[0] < distance < DISTANCES[1]:
         yield finding('warning', f'The cameras are {distance:.4g} units from what they look at; 1 to 10 suit '
                       'training. Are positions in millimetres?',
                       f'Multiply the positions in transform_matrix by {4 / distance:.2g}; near, far and aabb '
@@ -218,8 +230,8 @@ def check_distances(views):
             yield finding('warning', f'The bounds cut {nearer + farther:.0%} of the sparse points: '
                           f'{nearer:.0%} are nearer than near = {near:.3g}, {farther:.0%} are farther than '
                           f'far = {far:.3g}. Worst is {views.names[np.argmax(share)]}, {share.max():.0%}.',
-                          f'Give --near {min(near, 0.9 * low):.2g} --far {max(far, 1.1 * high):.2g}.')
-    elif views.axes_meet:
+                          f'Give --near {0.9 * low:.2g} --far {1.1 * high:.2g}')
+    elif views.converge:
         cut = (views.depths < near) | (views.depths > far)
         low, high = max(views.depths.min(), 0), views.depths.max()
         if cut.mean() > MAX_CUT_CAMERAS:

@@ -107,7 +107,8 @@ def write_report(report, folder):
 
 def text_report(report):
     """The report in a few lines for the terminal."""
-    around = coverage(Geometry(report)) if report['cameras'] else None
+    sound = report['cameras'] and worst_level(report) != 'error'
+    around = coverage(Geometry(report)) if sound else None
     lines = [report['title'], *(f'  {line}' for line in report['summary'])]
     lines += [f'  {around.text}'] if around else []
     for found in report['findings']:
@@ -116,6 +117,11 @@ def text_report(report):
     unused = [photo for photo in report['photos'] if not photo['used']]
     lines += [f'not used: {photo["name"]}: {photo["reason"]}' for photo in unused]
     return '\n'.join(lines)
+
+
+def worst_level(report):
+    """The level of the most serious finding."""
+    return min((found['level'] for found in report['findings']), key=LEVELS.index, default='good')
 
 
 class Geometry:
@@ -172,12 +178,13 @@ def tag(name, *content, **attributes):
 def page(report):
     """The whole page as text."""
     found = sorted(report['findings'], key=lambda found: LEVELS.index(found['level']))
-    worst = found[0]['level'] if found else 'good'
+    worst = worst_level(report)
     body = [tag('h1', report['title']), tag('p', tag('span', VERDICTS[worst], class_=f'verdict {worst}')),
             *(tag('div', line) for line in report['summary']), *map(finding_card, found)]
     if report['cameras']:
         geometry = Geometry(report)
-        body += [*camera_section(geometry), *coverage_section(geometry)]
+        body += camera_section(geometry)
+        body += coverage_section(geometry) if worst != 'error' else []  # the poses may be wrong
     if report['photos']:
         body += photo_section(report['photos'])
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -224,13 +231,12 @@ def draw_view(geometry, axes, title):
 
     points = ''.join('M{:.0f} {:.0f}h0'.format(*at) for at in place(geometry.points))
     rays = np.stack([position + geometry.near * forward, position + geometry.far * forward], 1)
-    opacity = 0.05 + min(0.4, 12 / len(rays))
+    opacity = min(0.45, max(0.12, 15 / len(rays)))
     parts = [tag('path', d=points, class_='points'),
              tag('path', d=line_path(place(rays)), class_='rays', opacity=f'{opacity:.2f}')]
     if scene['aabb']:
-        corners = np.array(np.meshgrid(*np.array(scene['aabb']).T)).reshape(3, 8).T
-        edges = [(a, b) for a in range(8) for b in range(a) if (a ^ b) in (1, 2, 4)]
-        parts.append(tag('path', d=line_path(place(corners)[np.array(edges)]), class_='box'))
+        edges = np.array([(a, b) for a in range(8) for b in range(a) if (a ^ b) in (1, 2, 4)])
+        parts.append(tag('path', d=line_path(place(box_corners(scene['aabb']))[edges]), class_='box'))
     size = 16 / scale * min(1, (80 / len(position)) ** 0.5)
     parts += [tag('path', tag('title', name), d=path, class_=f'camera {split}') for name, split, path in zip(
         geometry.names, geometry.splits, map(frustum_path, place(frustums(geometry, size))))]
@@ -247,19 +253,26 @@ def draw_view(geometry, axes, title):
 
 
 def view_extent(geometry, axes):
-    """Lowest and highest corner [2] of what a view shows: all cameras, what they look at, and most points
-    that are not much farther away."""
+    """Lowest and highest corner [2] of what a view shows: all cameras and what they look at, most points, and
+    the bounding box, as far as they are not much farther away."""
     far = np.minimum(geometry.far, 1.4 * geometry.distance)
     shown = np.concatenate([geometry.position, geometry.position + far * geometry.forward,
                             geometry.subject[None]]) @ axes.T
     low, high = shown.min(0), shown.max(0)
-    reach = 2 * (high - low).max()
+    limits = low - (high - low).max(), high + (high - low).max()
     if len(geometry.points):
-        most = np.percentile(geometry.points @ axes.T, [4, 96], axis=0)
-        low = np.minimum(low, np.maximum(most[0], low - reach))
-        high = np.maximum(high, np.minimum(most[1], high + reach))
+        most = np.percentile(geometry.points @ axes.T, [4, 96], axis=0).clip(*limits)
+        low, high = np.minimum(low, most[0]), np.maximum(high, most[1])
+    if geometry.scene['aabb']:
+        corners = (box_corners(geometry.scene['aabb']) @ axes.T).clip(*limits)
+        low, high = np.minimum(low, corners.min(0)), np.maximum(high, corners.max(0))
     margin = max(0.08 * (high - low).max(), 1e-6)
     return low - margin, high + margin
+
+
+def box_corners(aabb):
+    """The corners of a box [8, 3]; those with an edge between them differ in one bit of their indices."""
+    return np.array(np.meshgrid(*np.array(aabb, float).T)).reshape(3, 8).T
 
 
 def frustums(geometry, size):
@@ -319,7 +332,8 @@ def coverage(geometry):
     gaps = [(starts[index], starts[index] + widths[index]) for index in wide]
     between = [f'between {names[index]} and {names[(index + 1) % len(names)]} ({widths[index]:.0f}°)'
                for index in wide]
-    span, what = 360 - widths.max(), 'directions' if outward else 'the circle around the subject'
+    what = 'the circle of directions' if outward else 'the circle around the subject'
+    span = 360 - widths.max()
     low, high = elevation.min(), elevation.max()
     if span < FORWARD_FACING_SPAN:
         gaps = []
@@ -333,8 +347,8 @@ def coverage(geometry):
     else:
         text = f'The photos cover {what}: no gap is wider than {widths.max():.0f}°.'
     if span >= FORWARD_FACING_SPAN and high - low < MIN_ELEVATION_RANGE:
-        text += (f' All are at about the same height, {low:.0f} to {high:.0f}° above level: take a second '
-                 'round from higher up.')
+        text += (f' All are at about the same height, at {low:.0f} to {high:.0f}° from level: take more from '
+                 'higher up.')
     return Coverage(azimuth, elevation, gaps, text)
 
 
@@ -361,21 +375,22 @@ def draw_compass(around):
         x, y = place(azimuth, elevation)
         return tag('text', text, text_anchor='middle', x=f'{x:.0f}', y=f'{y + 4:.0f}', **attributes)
 
-    shapes, labels, label_azimuth = [], [], 30
+    sectors, rings, labels, label_azimuth = [], [], [], 30
     for start, end in around.gaps:
         arc = 'L{:.1f} {:.1f}A{} {} 0 {} 0 {:.1f} {:.1f}'.format(
             *place(start, lowest), RADIUS, RADIUS, int(end - start > 180), *place(end, lowest))
-        shapes.append(tag('path', d=f'M0 0{arc}Z', class_='gap'))
+        sectors.append(tag('path', d=f'M0 0{arc}Z', class_='gap'))
         middle = (start + end) / 2 % 360
         labels.append(label(f'no photos: {end - start:.0f}°', middle, 0.6 * lowest + 36, class_='missing'))
         label_azimuth = 150 if middle < 90 else label_azimuth  # out of the way of the other label
     for elevation in range(60, int(np.ceil(lowest)) - 1, -30):
-        shapes.append(tag('circle', r=f'{np.hypot(*place(0, elevation)):.1f}', class_='ring'))
+        radius = np.hypot(*place(0, elevation))
         text = f'{abs(elevation)}° {"up" if elevation > 0 else "down"}' if elevation else 'level'
-        labels.append(label(text, label_azimuth, elevation))
+        rings += [tag('circle', r=f'{radius:.1f}', class_='ring'), label(text, label_azimuth, elevation)]
     dots = ''.join('M{:.1f} {:.1f}h0'.format(*place(*at)) for at in zip(around.azimuth, around.elevation))
-    return tag('svg', *shapes, tag('path', d=dots, class_='train dot'), *labels, viewBox='-195 -175 390 350',
-               role='img', aria_label='Coverage')
+    dots = tag('path', d=dots, class_='train dot')
+    return tag('svg', *sectors, *rings, dots, *labels, viewBox='-195 -175 390 350', role='img',
+               aria_label='Coverage')
 
 
 # --- photos -------------------------------------------------------------------------------------------------
