@@ -1,4 +1,5 @@
 """tools/download.py against servers on this machine: good ones, and ones that do everything wrong."""
+import contextlib
 import hashlib
 import io
 import random
@@ -124,10 +125,10 @@ def no_waiting(monkeypatch):
 
 # --- scenes and archives ------------------------------------------------------------------------------------
 
-def zip_of(files):
+def zip_of(files, compression=zipfile.ZIP_STORED):
     """A zip file with these contents, name → bytes, as bytes."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, 'w') as archive:
+    with zipfile.ZipFile(buffer, 'w', compression) as archive:
         for name, content in files.items():
             archive.writestr(name, content)
     return buffer.getvalue()
@@ -428,6 +429,43 @@ def test_whatever_the_server_does_a_scene_is_exact_or_absent(serve, tmp_path, le
     assert outcomes == {0, 2}
 
 
+ANSWERS = {
+    'nothing': b'',
+    'no HTTP': b'220 ftp server ready\r\n\r\n',
+    'half a header': b'HTTP/1.1 200 OK\r\nContent-Le',
+    'a header without end': b'HTTP/1.1 200 OK\r\n' + b'x' * 70000,
+    'a length that is no number': b'HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc',
+    'a broken chunk': b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab',
+    'a chunk without a size': b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nab',
+    'a part that was not asked for': b'HTTP/1.1 206 Partial\r\nContent-Range: bytes 5-9/10\r\n\r\nabcde',
+    'a redirection to a file': b'HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\n\r\n',
+    'a redirection to no URL': b'HTTP/1.1 302 Found\r\nLocation: http://[\r\n\r\n',
+    'a redirection to itself': b'HTTP/1.1 302 Found\r\nLocation: /blender/lego.zip\r\n\r\n',
+    'an unknown code': b'HTTP/1.1 999 \x1b[2J\r\n\r\n',
+}
+
+
+@pytest.mark.parametrize('answer', ANSWERS)
+def test_nonsense_from_a_server_ends_in_clear_lines(tmp_path, answer, capsys):
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        def serve():
+            with contextlib.suppress(OSError):  # closed after the test
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(ANSWERS[answer])
+        threading.Thread(target=serve, daemon=True).start()
+        url = f'http://127.0.0.1:{listener.getsockname()[1]}'
+        assert run(tmp_path, 'ship', '--retries', 0, '--source', url) == 2
+        listener.shutdown(socket.SHUT_RDWR)
+    assert not (tmp_path / 'nerf_synthetic').exists()
+    lines = capsys.readouterr().err.splitlines()
+    warnings = [line for line in lines if 'warning' in line]
+    assert 2 <= len(warnings) <= 6 and all(line.startswith(f'download.py: warning: {url}/') for line in warnings)
+    assert '\x1b' not in ''.join(lines) and max(map(len, lines)) < 500
+
+
 # --- archives that should not be used -----------------------------------------------------------------------
 
 def test_an_archive_with_a_wrong_checksum_is_refused(serve, tmp_path, lego, capsys):
@@ -464,6 +502,30 @@ def test_a_damaged_archive_leaves_nothing_and_the_second_source_is_used(serve, t
     assert scene_of(tmp_path) is None and left_over(tmp_path) == []
     assert run(tmp_path, 'lego', servers=[bad, good]) == 0
     assert scene_of(tmp_path) == lego | {'aaa': b'a' * 5000}
+
+
+@pytest.mark.parametrize('compression', [
+    zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_any_damage_is_noticed(tmp_path, compression):
+    """Random bytes of an archive change; it is refused, or its contents are as they were."""
+    (scene,) = download.find_scenes(['lego'], tmp_path / 'data', [])
+    files = {name: name.encode() * 20 for name in (*scene.files, 'train/r_0.png', 'train/r_1.png')}
+    data = zip_of(prefixed('lego/', files), compression)
+    refused = 0
+    for seed in range(150):
+        chance, damaged = random.Random(seed), bytearray(data)
+        for _ in range(chance.choice([1, 1, 3])):
+            damaged[chance.randrange(len(data))] = chance.randrange(256)
+        (tmp_path / 'lego.zip').write_bytes(damaged)
+        try:
+            download.unpack(tmp_path / 'lego.zip', scene)
+            found = contents(scene.folder)
+            assert set(found.values()) <= set(files.values()), seed
+            shutil.rmtree(scene.folder)
+        except download.Damaged:
+            refused += 1
+        assert not (tmp_path / 'data').exists() or list((tmp_path / 'data/nerf_synthetic').iterdir()) == []
+    assert refused > 75
 
 
 def test_a_damaged_archive_put_there_by_hand_is_named_and_kept(serve, tmp_path, lego, capsys):
@@ -552,7 +614,7 @@ def test_a_killed_download_continues(serve, tmp_path, lego, number):
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
 def test_a_scene_that_is_half_unpacked_does_not_appear(serve, tmp_path, lego, number):
-    many = lego | {f'train/{index}': b'' for index in range(20000)}
+    many = lego | {f'train/{index}': b'' for index in range(8000)}
     server = serve({LEGO: zip_of(prefixed('lego/', many))})
     process = start_tool(tmp_path, 'lego', servers=[server])
     wait_until(lambda: list(tmp_path.glob('nerf_synthetic/.lego.part*/train')), process)

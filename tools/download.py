@@ -46,9 +46,6 @@ CHUNK = 1 << 18
 RETRY_CODES = (408, 425, 429)
 # With these errors a host cannot be reached at all, for example because there is no network.
 UNREACHABLE = (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
-# A damaged zip file raises one of these.
-ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeError,
-              OSError)
 
 NERFBASELINES = 'https://huggingface.co/datasets/nerfbaselines/nerfbaselines-data/resolve/main/'
 NERFMIRROR = 'https://github.com/yxlao/nerfmirror/releases/download/20220618/'
@@ -337,14 +334,16 @@ def request(part, unpacked_share):
         response = urllib.request.urlopen(urllib.request.Request(part.url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
-        problem = f'HTTP {error.code} {error.reason}'
+        problem = f'HTTP {error.code} {http.client.responses.get(error.code, "")}'.rstrip()
         if error.code == 416:  # nothing follows what is there, so that is not the beginning of this file
             part.remove()
         if error.code in (416, *RETRY_CODES) or error.code >= 500:
             raise Broken(problem) from None
         raise SourceFailed(problem) from None
     except http.client.HTTPException as error:
-        raise Broken(f'not an HTTP answer ({first_line(error)})') from None
+        raise Broken(f'not an HTTP answer ({type(error).__name__})') from None
+    except ValueError as error:
+        raise SourceFailed(f'not a URL ({first_line(error)})') from None
     with response:
         read_headers(part, response)
         if part.total:
@@ -352,7 +351,7 @@ def request(part, unpacked_share):
             check_space(part.path.parent, needed, f'{part.url} and its content')
         try:
             append(part, response)
-        except http.client.IncompleteRead:
+        except http.client.HTTPException:
             raise Broken(f'the connection ended after {size_text(part.size)}') from None
     if part.total is not None and not part.is_complete:
         raise Broken(f'the connection ended after {size_text(part.size)} of {size_text(part.total)}')
@@ -423,10 +422,11 @@ def check_sha256(part, name):
 # --- archives -----------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def zip_errors():
+def reading_zip():
+    """What goes wrong in this block is the archive's fault."""
     try:
         yield
-    except ZIP_ERRORS as error:
+    except Exception as error:  # malformed archives raise errors of many types
         raise Damaged(f'not a zip file, or damaged ({first_line(error)})') from None
 
 
@@ -460,11 +460,10 @@ def unpack(path, scene):
       Damaged: the archive cannot be read, or does not hold the scene.
       UserError: the disk is full, or cannot be written.
     """
-    with zip_errors():
+    with reading_zip():
         archive = zipfile.ZipFile(path)
     with archive:
-        with zip_errors():
-            members = scene_members(archive, scene)
+        members = scene_members(archive, scene)
         total = sum(info.file_size for info, _ in members)
         parent = make_folder(scene.folder.parent)
         for leftover in parent.glob(f'.{scene.name}{PARTIAL}*'):  # of a killed process
@@ -472,12 +471,26 @@ def unpack(path, scene):
         check_space(parent, total, f'{scene.name} unpacked')
         with atomic_folder(scene.folder) as partial, progress_bar(f'{scene.name}: unpacking', total) as bar:
             for info, name in members:
-                with zip_errors(), archive.open(info) as source, writing(partial / name):
-                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                    with open(partial / name, 'wb') as file:
-                        shutil.copyfileobj(source, file, CHUNK)
-                bar.update(info.file_size)
+                unpack_file(archive, info, partial / name, bar)
     say(f'{scene.name}: {len(members)} files, {size_text(total)}, are in {scene.folder}')
+
+
+def unpack_file(archive, info, path, bar):
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with reading_zip():
+        source = archive.open(info)
+    with source, open(path, 'wb') as file:
+        while True:
+            with reading_zip():
+                piece = source.read(CHUNK)
+            if not piece:
+                break
+            with writing(path):
+                file.write(piece)
+                file.flush()
+            bar.update(len(piece))
 
 
 def provide(scene, downloads, retries, unreachable):
