@@ -462,7 +462,8 @@ def test_nonsense_from_a_server_ends_in_clear_lines(tmp_path, answer, capsys):
     assert not (tmp_path / 'nerf_synthetic').exists()
     lines = capsys.readouterr().err.splitlines()
     warnings = [line for line in lines if 'warning' in line]
-    assert 2 <= len(warnings) <= 6 and all(line.startswith(f'download.py: warning: {url}/') for line in warnings)
+    assert 2 <= len(warnings) <= 6
+    assert all(line.startswith(f'download.py: warning: {url}/') for line in warnings)
     assert '\x1b' not in ''.join(lines) and max(map(len, lines)) < 500
 
 
