@@ -201,8 +201,9 @@ def test_what_is_there_is_not_downloaded_again(serve, tmp_path, lego, fern):
 
 
 @pytest.mark.parametrize('prefix', ['nerf_synthetic/lego/', 'all/nerf_synthetic/lego/', 'lego/', ''])
-def test_a_scene_is_found_wherever_it_is_in_the_archive(serve, tmp_path, lego, prefix):
-    others = {'__MACOSX/nerf_synthetic/lego/._r_0.png': b'x'} | prefixed('nerf_synthetic/chair/', lego)
+def test_a_scene_is_found_wherever_it_is_in_the_archive(serve, tmp_path, lego, fern, prefix):
+    others = prefixed('nerf_synthetic/chair/', lego) | prefixed('an/older/version/of/lego/', fern | lego)
+    others['__MACOSX/nerf_synthetic/lego/._r_0.png'] = b'x'
     server = serve({LEGO: zip_of(others | prefixed(prefix, lego))})
     assert run(tmp_path, 'lego', servers=[server]) == 0
     if prefix:
@@ -367,6 +368,20 @@ def test_a_file_without_a_length(serve, tmp_path, lego):
     server.cut = None
     assert run(tmp_path, 'lego', servers=[server]) == 0
     assert scene_of(tmp_path) == lego
+
+
+def test_a_part_that_is_complete_without_saying_so_is_downloaded_anew(serve, tmp_path, lego):
+    """A process was killed at the end of a file whose length the server did not say."""
+    data = zip_of(prefixed('lego/', lego))
+    server = serve({LEGO: data})
+    (scene,) = download.find_scenes(['lego'], tmp_path, [f'{server.url}/'])
+    (tmp_path / 'downloads').mkdir()
+    part = download.Part(tmp_path / 'downloads', scene.archives[0])
+    part.begin(None, None)
+    part.path.write_bytes(data)
+    assert run(tmp_path, 'lego', servers=[server]) == 0
+    assert scene_of(tmp_path) == lego
+    assert [asked for _, asked, _ in server.log] == [f'bytes={len(data)}-', None]
 
 
 def test_a_server_that_falls_silent(serve, tmp_path, lego, monkeypatch, capsys):
@@ -553,7 +568,7 @@ def test_something_else_in_the_folder_is_not_touched(serve, tmp_path, lego, fern
 
 def test_the_disk_is_checked_before_anything_is_stored(serve, tmp_path, lego, monkeypatch, capsys):
     data = zip_of(prefixed('lego/', lego))
-    usage = shutil._ntuple_diskusage(10 ** 9, 0, 2 * len(data) - 1)
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 * len(data) - 1)
     monkeypatch.setattr(download.shutil, 'disk_usage', lambda _: usage)
     server = serve({LEGO: data})
     assert run(tmp_path, 'lego', servers=[server]) == 2
@@ -561,6 +576,18 @@ def test_the_disk_is_checked_before_anything_is_stored(serve, tmp_path, lego, mo
     assert 'free disk space' in capsys.readouterr().err
     usage = usage._replace(free=2 * len(data))
     assert run(tmp_path, 'lego', servers=[server]) == 0
+
+
+def test_the_disk_is_checked_before_unpacking(tmp_path, lego, monkeypatch, capsys):
+    (tmp_path / 'downloads').mkdir()
+    (tmp_path / 'downloads/lego.zip').write_bytes(zip_of(prefixed('lego/', lego)))
+    size = sum(map(len, lego.values()))
+    usage = shutil.disk_usage(tmp_path)._replace(free=size - 1)
+    monkeypatch.setattr(download.shutil, 'disk_usage', lambda _: usage)
+    assert run(tmp_path, 'lego') == 2
+    assert scene_of(tmp_path) is None and 'for lego unpacked' in capsys.readouterr().err
+    usage = usage._replace(free=size)
+    assert run(tmp_path, 'lego') == 0
 
 
 def test_a_full_disk_is_named_and_the_download_continues_later(serve, tmp_path, lego):

@@ -438,17 +438,17 @@ def scene_members(archive, scene):
     Raises:
       Damaged: the archive does not hold the scene, or its paths lead out of it.
     """
-    names = {info.filename for info in archive.infolist()}
     for info in archive.infolist():
         path = PurePosixPath(info.filename)
         if path.is_absolute() or '..' in path.parts or stat.S_ISLNK(info.external_attr >> 16):
             raise Damaged(f'found the unsafe path {info.filename!r} in it')
-    folders = {name.removesuffix(scene.files[0]) for name in names}
+    names = set(archive.namelist())
+    folders = [name.removesuffix(scene.files[0]) for name in names]
     folders = [folder for folder in folders if all(folder + name in names for name in scene.files)
                and (folder == '' or f'/{folder}'.endswith(f'/{scene.name}/'))]
     if not folders:
         raise Damaged(f'found no folder {scene.name}/ with {", ".join(scene.files)} in it')
-    folder = min(folders, key=lambda folder: (not folder, len(folder)))
+    folder = min(folders, key=len)
     return [(info, info.filename.removeprefix(folder)) for info in archive.infolist()
             if info.filename.startswith(folder) and not info.is_dir()]
 
