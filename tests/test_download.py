@@ -510,6 +510,14 @@ def test_an_archive_with_a_link_is_refused(serve, tmp_path, lego):
     assert scene_of(tmp_path) is None
 
 
+def test_an_archive_without_images_is_refused(serve, tmp_path, lego, capsys):
+    few = {name: content for name, content in lego.items() if not name.startswith('test/')}
+    bad, good = serve({LEGO: zip_of(prefixed('lego/', few))}), serve({LEGO: zip_of(prefixed('lego/', lego))})
+    assert run(tmp_path, 'lego', servers=[bad, good]) == 0
+    assert scene_of(tmp_path) == lego
+    assert 'found no images in lego/test/' in capsys.readouterr().err
+
+
 def test_a_damaged_archive_leaves_nothing_and_the_second_source_is_used(serve, tmp_path, lego):
     data = zip_of({'lego/aaa': b'a' * 5000} | prefixed('lego/', lego))
     damaged = data.replace(b'a' * 5000, b'b' * 5000)
@@ -525,7 +533,8 @@ def test_a_damaged_archive_leaves_nothing_and_the_second_source_is_used(serve, t
 def test_any_damage_is_noticed(tmp_path, compression):
     """Random bytes of an archive change; it is refused, or its contents are as they were."""
     (scene,) = download.find_scenes(['lego'], tmp_path / 'data', [])
-    files = {name: name.encode() * 20 for name in (*scene.files, 'train/r_0.png', 'train/r_1.png')}
+    files = {name: name.encode() * 20
+             for name in (*scene.files, *(f'{folder}r_0.png' for folder in scene.images))}
     data = zip_of(prefixed('lego/', files), compression)
     refused = 0
     for seed in range(150):

@@ -87,6 +87,7 @@ class SceneSet(NamedTuple):
     folder: str          # below --out
     page: str            # for people
     files: tuple         # a scene that has these is complete
+    images: tuple        # its folders of images, each of which an archive must hold
     scenes: tuple
     archives: tuple      # in the order in which they are tried
 
@@ -97,6 +98,7 @@ class Scene(NamedTuple):
     folder: Path
     page: str
     files: tuple
+    images: tuple
     archives: tuple
 
 
@@ -109,21 +111,21 @@ NERF_PAGE, MIPNERF360_PAGE = 'https://www.matthewtancik.com/nerf', 'https://jonb
 SETS = {
     'blender': SceneSet(
         'nerf_synthetic', NERF_PAGE, ('transforms_train.json', 'transforms_val.json', 'transforms_test.json'),
-        BLENDER, (
+        ('train/', 'val/', 'test/'), BLENDER, (
             Archive(NERFBASELINES, 'blender/{scene}.zip'),
             Archive(NERF_AUTHORS, 'nerf_example_data.zip', ('lego', 'fern')),
             Archive(NERFMIRROR, 'nerf_synthetic.zip', BLENDER),
             Archive(YOULIXIYA + '3d80caf405540d16337de4fe3219bb69be7cbaa4/', 'nerf_synthetic.zip', BLENDER))),
     'llff': SceneSet(
         'nerf_llff_data', NERF_PAGE, ('poses_bounds.npy',),
-        LLFF, (
+        ('images/',), LLFF, (
             Archive(NERFBASELINES, 'llff/{scene}.zip'),
             Archive(NERF_AUTHORS, 'nerf_example_data.zip', ('lego', 'fern')),
             Archive(NERFMIRROR, 'nerf_llff_data.zip', LLFF),
             Archive(YOULIXIYA + '8bb2c1f48e1ee51a94bce0c1634dd04795f92faa/', 'nerf_llff_data.zip', LLFF))),
     'mipnerf360': SceneSet(
         'mipnerf360', MIPNERF360_PAGE, ('sparse/0/cameras.bin', 'sparse/0/images.bin'),
-        MIPNERF360 + MIPNERF360_EXTRA, (
+        ('images/',), MIPNERF360 + MIPNERF360_EXTRA, (
             Archive(MIPNERF360_AUTHORS, '360_v2.zip', MIPNERF360),
             Archive(MIPNERF360_AUTHORS, '360_extra_scenes.zip', MIPNERF360_EXTRA),
             Archive(YOULIXIYA + 'c9b5a8bd455757aeac0f3f5bc51d1f957721d070/', '360_v2.zip', MIPNERF360))),
@@ -223,7 +225,8 @@ def make_scene(scene_set, name, out, mirrors):
     if mirrors:
         by_path = {archive.path: archive for archive in archives}
         archives = [archive._replace(base=base) for base in mirrors for archive in by_path.values()]
-    return Scene(name, out / scene_set.folder / name, scene_set.page, scene_set.files, tuple(archives))
+    return Scene(name, out / scene_set.folder / name, scene_set.page, scene_set.files, scene_set.images,
+                 tuple(archives))
 
 
 def list_of_scenes():
@@ -449,8 +452,12 @@ def scene_members(archive, scene):
     if not folders:
         raise Damaged(f'found no folder {scene.name}/ with {", ".join(scene.files)} in it')
     folder = min(folders, key=len)
-    return [(info, info.filename.removeprefix(folder)) for info in archive.infolist()
-            if info.filename.startswith(folder) and not info.is_dir()]
+    members = [(info, info.filename.removeprefix(folder)) for info in archive.infolist()
+               if info.filename.startswith(folder) and not info.is_dir()]
+    for images in scene.images:
+        if not any(name.startswith(images) for _, name in members):
+            raise Damaged(f'found no images in {folder}{images}')
+    return members
 
 
 def unpack(path, scene):
