@@ -534,7 +534,7 @@ def test_any_damage_is_noticed(tmp_path, compression):
     """Random bytes of an archive change; it is refused, or its contents are as they were."""
     (scene,) = download.find_scenes(['lego'], tmp_path / 'data', [])
     files = {name: name.encode() * 20
-             for name in (*scene.files, *(f'{folder}r_0.png' for folder in scene.images))}
+             for name in (*scene.files, *(f'{group[0]}r_0.png' for group in scene.images))}
     data = zip_of(prefixed('lego/', files), compression)
     refused = 0
     for seed in range(150):

@@ -87,7 +87,7 @@ class SceneSet(NamedTuple):
     folder: str          # below --out
     page: str            # for people
     files: tuple         # a scene that has these is complete
-    images: tuple        # its folders of images, each of which an archive must hold
+    images: tuple        # folders of images: of each group an archive must hold one
     scenes: tuple
     archives: tuple      # in the order in which they are tried
 
@@ -111,21 +111,21 @@ NERF_PAGE, MIPNERF360_PAGE = 'https://www.matthewtancik.com/nerf', 'https://jonb
 SETS = {
     'blender': SceneSet(
         'nerf_synthetic', NERF_PAGE, ('transforms_train.json', 'transforms_val.json', 'transforms_test.json'),
-        ('train/', 'val/', 'test/'), BLENDER, (
+        (('train/',), ('val/',), ('test/',)), BLENDER, (
             Archive(NERFBASELINES, 'blender/{scene}.zip'),
             Archive(NERF_AUTHORS, 'nerf_example_data.zip', ('lego', 'fern')),
             Archive(NERFMIRROR, 'nerf_synthetic.zip', BLENDER),
             Archive(YOULIXIYA + '3d80caf405540d16337de4fe3219bb69be7cbaa4/', 'nerf_synthetic.zip', BLENDER))),
     'llff': SceneSet(
         'nerf_llff_data', NERF_PAGE, ('poses_bounds.npy',),
-        ('images/',), LLFF, (
+        (('images/', 'images_8/'),), LLFF, (
             Archive(NERFBASELINES, 'llff/{scene}.zip'),
             Archive(NERF_AUTHORS, 'nerf_example_data.zip', ('lego', 'fern')),
             Archive(NERFMIRROR, 'nerf_llff_data.zip', LLFF),
             Archive(YOULIXIYA + '8bb2c1f48e1ee51a94bce0c1634dd04795f92faa/', 'nerf_llff_data.zip', LLFF))),
     'mipnerf360': SceneSet(
         'mipnerf360', MIPNERF360_PAGE, ('sparse/0/cameras.bin', 'sparse/0/images.bin'),
-        ('images/',), MIPNERF360 + MIPNERF360_EXTRA, (
+        (('images/',),), MIPNERF360 + MIPNERF360_EXTRA, (
             Archive(MIPNERF360_AUTHORS, '360_v2.zip', MIPNERF360),
             Archive(MIPNERF360_AUTHORS, '360_extra_scenes.zip', MIPNERF360_EXTRA),
             Archive(YOULIXIYA + 'c9b5a8bd455757aeac0f3f5bc51d1f957721d070/', '360_v2.zip', MIPNERF360))),
@@ -454,9 +454,9 @@ def scene_members(archive, scene):
     folder = min(folders, key=len)
     members = [(info, info.filename.removeprefix(folder)) for info in archive.infolist()
                if info.filename.startswith(folder) and not info.is_dir()]
-    for images in scene.images:
-        if not any(name.startswith(images) for _, name in members):
-            raise Damaged(f'found no images in {folder}{images}')
+    for group in scene.images:
+        if not any(name.startswith(group) for _, name in members):
+            raise Damaged(f'found no images in {folder}{" or ".join(group)}')
     return members
 
 
@@ -479,7 +479,7 @@ def unpack(path, scene):
         with atomic_folder(scene.folder) as partial, progress_bar(f'{scene.name}: unpacking', total) as bar:
             for info, name in members:
                 unpack_file(archive, info, partial / name, bar)
-    say(f'{scene.name}: {len(members)} files, {size_text(total)}, are in {scene.folder}')
+    say(f'{scene.folder}: {len(members)} files, {size_text(total)}')
 
 
 def unpack_file(archive, info, path, bar):
@@ -521,7 +521,7 @@ def provide(scene, downloads, retries, unreachable):
             continue
         part = Part(downloads, archive)
         try:
-            say(f'{scene.name}: {archive.url}')
+            say(f'{scene.folder}: downloading {archive.url}')
             download(part, 1 / max(1, len(archive.scenes)), retries)
             check_sha256(part, archive.name)
             unpack(part.path, scene)
@@ -552,7 +552,7 @@ def by_hand(scenes, downloads):
     return '\n'.join([
         f'{names}: no source works; run the command again later, or put one of these files into {downloads} '
         'and run it again:',
-        *[f'  {url} ({", ".join(names)})' for url, names in urls.items()],
+        *[f'  {url} ({", ".join(held)})' for url, held in urls.items()],
         f'or unpack an archive from {pages} so that these files exist:',
         *[f'  {scene.folder / scene.files[0]}' for scene in scenes]])
 
@@ -606,7 +606,7 @@ def download_scenes(args):
         for scene in scenes:
             try:
                 if is_complete(scene):
-                    say(f'{scene.name}: {scene.folder} is there')
+                    say(f'{scene.folder}: is there already')
                 elif not provide(scene, downloads, args.retries, unreachable):
                     failed.append(scene)
             except UserError as error:
