@@ -1,6 +1,8 @@
 """Cameras of any kind: lens distortion, several cameras and sizes in one scene, masks, COLMAP models."""
 import json
 import struct
+import subprocess
+import sys
 
 import imageio.v3 as iio
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_loaders import load_blender, options
+from tiny_runs import ROOT, run
 from tiny_scenes import blender_scene, edit_json, noise
 
 from run_nerf_helpers import get_rays
@@ -465,3 +468,26 @@ def test_fox():
     assert len(scene.poses) == 50 and len(set(scene.cameras)) == 1
     camera = scene.cameras[0]
     assert (camera.H, camera.W) == (960, 540) and camera.distortion[0] == 0.0578421
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_a_scene_with_distortion_trains_as_well_as_one_without(tmp_path):
+    """And worse if the distortion is not known."""
+    def psnr_of(name, folder):
+        args = ['--datadir', folder, '--expname', name, '--basedir', tmp_path, '--device', 'cpu']
+        outputs = ['--N_iters', 200, '--i_testset', 200, '--i_video', 1000]
+        assert run('--config', ROOT / 'configs/demo_fast.txt', *args, *outputs) == 0
+        return json.loads((tmp_path / name / 'testset_000200/metrics.json').read_text())['mean']['psnr']
+
+    made = {'straight': [], 'distorted': ['--distortion', 1.2, -0.4, 0, 0, 0.003, -0.002]}
+    for name, distortion in made.items():
+        size = ['--size', 64, '--samples', 1, '--train', 30, '--val', 1, '--test', 4]
+        subprocess.run([sys.executable, ROOT / 'tools/make_demo_scene.py', '--out', tmp_path / 'data' / name,
+                        *map(str, size + distortion)], check=True)
+    found = {name: psnr_of(name, tmp_path / 'data' / name) for name in made}
+    for path in (tmp_path / 'data/distorted').glob('*.json'):
+        edit_json(path, lambda meta: [meta.pop(key) for key in ('k1', 'k2', 'p1', 'p2')])
+    unknown = psnr_of('unknown', tmp_path / 'data/distorted')
+    assert found['distorted'] > found['straight'] - 0.5 and found['distorted'] > unknown + 1, (found, unknown)
