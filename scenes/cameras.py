@@ -1,5 +1,6 @@
 """Cameras: image sizes, intrinsics and lens distortion; and poses, which are c2w matrices in OpenGL axes,
 with columns right, up, back and position."""
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,8 @@ class Camera:
 
     def reduced(self, factor):
         """The camera whose pixels are `factor` times as wide and high."""
+        if factor == 1:
+            return self
         K = self.K / [[factor], [factor], [1]]
         return Camera(self.H // factor, self.W // factor, K, self.distortion, self.fisheye)
 
@@ -72,8 +75,9 @@ class Camera:
             x, y = undistort(x, y, self.distortion)
         return np.stack([x, -y, np.full_like(x, -1.0)], -1)
 
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - few cameras are kept
     def pixel_directions(self, pixel_centers):
-        """The directions of all pixels' corners, or centres: float32 [H * W, 3]."""
+        """The directions of all pixels' corners, or centres: float32 [H * W, 3]. The latest ones are kept."""
         directions = np.empty((self.H * self.W, 3), np.float32)
         for start in range(0, len(directions), PIXELS_AT_ONCE):
             pixels = np.arange(start, min(start + PIXELS_AT_ONCE, len(directions)))
