@@ -22,7 +22,7 @@ from scenes.files import read_json
 from scenes.images import IMAGE_EXTENSIONS
 from scenes.points import read_ply
 from scenes.scene import Scene
-from scenes.views import WrongSize, find_mask, load_images, plan_views, read_view
+from scenes.views import WrongSize, find_mask, load_images, load_masks, plan_views, read_view
 
 # Error messages describe the expected files in these words.
 BLENDER_LAYOUT = ('expected transforms_train.json, transforms_val.json and transforms_test.json, '
@@ -32,10 +32,10 @@ INTRINSICS = ('fl_x', 'fl_y', 'cx', 'cy')
 # These keys of a transforms file give the lens distortion.
 DISTORTION = ('k1', 'k2', 'k3', 'k4', 'p1', 'p2')
 # All keys that describe a camera; those of a frame take precedence over those of the file.
-CAMERA_KEYS = ('camera_angle_x', *INTRINSICS, 'w', 'h', *DISTORTION, 'camera_model', 'is_fisheye')
+CAMERA_KEYS = ('camera_angle_x', *INTRINSICS, 'w', 'h', *DISTORTION, 'k5', 'k6', 'camera_model', 'is_fisheye')
 # These values of "camera_model" are supported.
 CAMERA_MODELS = ('PERSPECTIVE', 'SIMPLE_PINHOLE', 'PINHOLE', 'SIMPLE_RADIAL', 'RADIAL', 'OPENCV',
-                 'OPENCV_FISHEYE')
+                 'SIMPLE_RADIAL_FISHEYE', 'RADIAL_FISHEYE', 'OPENCV_FISHEYE')
 # Sampling along a ray starts at this distance, which suits the synthetic scenes.
 NEAR = 2.0
 # Sampling along a ray ends at this distance, which suits the synthetic scenes.
@@ -61,14 +61,14 @@ def load_blender_scene(args):
       UserError: files are missing, damaged or inconsistent.
     """
     frames = read_frames(args.datadir, args.testskip, args.llffhold)
-    views = plan_frames(frames, args.half_res, args.factor)
-    images, alphas, masks = load_images(views, args.white_bkgd)
+    views = plan_frames(args.datadir, frames, args.half_res, args.factor)
+    images, alphas = load_images(views, args.white_bkgd)
     names = [os.path.relpath(path, args.datadir) for path in frames.paths]
     applied_transform, points = read_extras(frames)
     camera = views[0].camera.undistorted()
     return Scene(images, camera.H, camera.W, frames.poses[:, :3], camera.K, NEAR, FAR,
                  path_of(frames)[:, :3], *frames.i_split, alphas, names,
-                 [view.camera for view in views], masks, applied_transform, points)
+                 [view.camera for view in views], load_masks(views), applied_transform, points)
 
 
 def load_blender_data(basedir, half_res=False, testskip=1, *, llffhold=8):
@@ -90,7 +90,7 @@ def load_blender_data(basedir, half_res=False, testskip=1, *, llffhold=8):
       UserError: files are missing, damaged or inconsistent.
     """
     frames = read_frames(basedir, testskip, llffhold)
-    views = plan_frames(frames, half_res)
+    views = plan_frames(basedir, frames, half_res)
     imgs = [read_view(view) for view in views]
     if any(image.shape[-1] == 4 for image in imgs):
         imgs = [image if image.shape[-1] == 4 else np.dstack([image, np.ones_like(image[..., :1])])
@@ -187,6 +187,9 @@ def read_transforms(path):
         if own:
             check_camera(own, f'{path}: frame {index}')
         frame['camera'] = {**shared, **own}
+        if 'camera_angle_x' in own and 'fl_x' not in own:  # the field of view is the frame's
+            frame['camera'].pop('fl_x', None)
+            frame['camera'].pop('fl_y', None)
     poses = np.stack([frame['transform_matrix'] for frame in frames])
     check_poses(poses, lambda index: f'{path}: frame {index}')
     return meta
@@ -221,6 +224,11 @@ def check_camera(camera, where):
     if camera.get('camera_angle_x', 1) >= np.pi:
         raise UserError(f'{where}: found camera_angle_x = {camera["camera_angle_x"]:g}, '
                         'expected radians less than pi')
+    if camera.get('k5') or camera.get('k6'):
+        raise UserError(f'{where}: found k5 or k6, expected lens distortion by {", ".join(DISTORTION)} alone')
+    if not isinstance(camera.get('is_fisheye', False), bool):
+        raise UserError(f'{where}: found is_fisheye = {str(camera["is_fisheye"])[:40]}, '
+                        'expected true or false')
     if camera.get('camera_model', 'OPENCV') not in CAMERA_MODELS:
         raise UserError(f'{where}: found camera_model = {str(camera["camera_model"])[:40]}, '
                         f'expected {", ".join(CAMERA_MODELS)}')
@@ -241,7 +249,8 @@ def read_extras(frames):
         try:
             rows = np.array(meta.get('applied_transform', np.eye(4)), np.float64)[:3].reshape(3, 4)
             applied_transform = homogeneous(rows * float(meta.get('applied_scale', 1.0)))
-        except (TypeError, ValueError):
+            check_poses(applied_transform[None] / np.cbrt(np.linalg.det(applied_transform)), lambda _: '')
+        except (TypeError, ValueError, FloatingPointError):
             raise UserError(f'{frames.source}: found an "applied_transform" or "applied_scale" that is not '
                             '3 × 4 numbers and a number') from None
     if isinstance(meta.get('ply_file_path'), str):
@@ -286,15 +295,16 @@ def mask_of(basedir, frame, path):
     """The mask of a frame whose image is at `path`, or None. Raises UserError if `mask_path` does not
     exist."""
     if not frame.get('mask_path'):
-        return find_mask(path)
+        return find_mask(basedir, path)
     mask = basedir / str(frame['mask_path'])
     if not mask.is_file():
         raise UserError(f'{mask}: no such mask')
     return mask
 
 
-def plan_frames(frames, half_res=False, factor=1):
-    """The `View`s of `BlenderFrames`. Raises UserError as `plan_views` and `camera_from` do."""
+def plan_frames(basedir, frames, half_res=False, factor=1):
+    """The `View`s of `BlenderFrames` in the folder `basedir`. Raises UserError as `plan_views` and
+    `camera_from` do."""
     cameras = {}
 
     def camera_of(index, H, W):
@@ -302,7 +312,7 @@ def plan_frames(frames, half_res=False, factor=1):
         if key not in cameras:
             cameras[key] = camera_from(frames.cameras[index], H, W, frames.source, frames.paths[index])
         return cameras[key]
-    return plan_views(frames.paths, frames.masks, camera_of, factor, half_res)
+    return plan_views(basedir, frames.paths, frames.masks, camera_of, factor, half_res)
 
 
 def camera_from(keys, H, W, source, path):
@@ -324,7 +334,7 @@ def camera_from(keys, H, W, source, path):
         raise UserError(f'{source}: found no intrinsics, expected "camera_angle_x" or "fl_x"')
     fy, cx, cy = keys.get('fl_y', fx), keys.get('cx', 0.5 * W), keys.get('cy', 0.5 * H)
     distortion = tuple(float(keys.get(key, 0)) for key in DISTORTION)
-    fisheye = bool(keys.get('is_fisheye')) or keys.get('camera_model') == 'OPENCV_FISHEYE'
+    fisheye = keys.get('is_fisheye', False) or keys.get('camera_model', '').endswith('FISHEYE')
     K = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
     return Camera(H, W, K, distortion if any(distortion) else None, fisheye)
 

@@ -4,6 +4,7 @@
                              the nearest and farthest depth in view
     scene/images/            N photos, in the order of their names
     scene/images_<factor>/   the same, downsampled; created on loading if it is missing
+    scene/masks/             optional: only white pixels count
 """
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scenes.cameras import check_poses, focus_point, homogeneous, normalize, viewmatrix
+from scenes.cameras import Camera, check_poses, focus_point, homogeneous, normalize, viewmatrix
 from scenes.errors import UserError
 from scenes.files import PARTIAL, read_array
 from scenes.images import (
@@ -25,6 +26,7 @@ from scenes.images import (
     write_image,
 )
 from scenes.scene import Scene, uses_ndc
+from scenes.views import View, find_mask, load_masks
 
 # Error messages describe the expected files in these words.
 LLFF_LAYOUT = 'expected poses_bounds.npy and images/ or images_<factor>/'
@@ -45,9 +47,13 @@ def load_llff_scene(args):
     views = np.arange(len(images))
     i_test = views[::args.llffhold] if args.llffhold > 0 else np.array([i_central])
     near, far = (0.0, 1.0) if uses_ndc(args) else (float(bds.min()) * 0.9, float(bds.max()))
-    names = [os.path.relpath(path, args.datadir) for path in image_files(args.datadir, args.factor)]
+    paths = image_files(args.datadir, args.factor)
+    camera = Camera(*images.shape[1:3], K)
+    masks = load_masks([View(path, camera, True, find_mask(args.datadir, path), (camera.H, camera.W), None, 1)
+                        for path in paths])
     return Scene(images, *images.shape[1:3], poses[:, :, :4], K, near, far, render_poses[:, :, :4],
-                 np.setdiff1d(views, i_test), i_test, i_test, names=names)
+                 np.setdiff1d(views, i_test), i_test, i_test, masks=masks, cameras=[camera] * len(paths),
+                 names=[os.path.relpath(path, args.datadir) for path in paths])
 
 
 def load_llff_data(basedir, factor=8, recenter=True, bd_factor=.75, spherify=False, path_zflat=False, *,

@@ -25,6 +25,8 @@ MIN_VIEW_FRACTION = 0.25
 PERSPECTIVE_STRETCH = 1.5
 # Lens distortion applies to positions up to this multiple of the distance of the image's corners.
 MAX_OUTSIDE = 1.1
+# Positions beyond are this many times as far from the centre.
+FAR_OUTSIDE = 10
 # This number of cells is projected into a view at once, so that intermediate results stay small.
 CELLS_AT_ONCE = 1 << 16
 
@@ -61,7 +63,8 @@ def find_bounds(scene, ndc, resolution, aabb=None, device='cpu'):
     else:
         box = torch.tensor(aabb, dtype=torch.float32).view(2, 3)
     box = box.to(device)
-    if scene.alphas is None or ndc or any(camera.fisheye for camera in scene.cameras):
+    fisheye = any(camera.fisheye for camera in scene.cameras)
+    if scene.alphas is None or scene.masks is not None or ndc or fisheye:
         return box, None
     if aabb is None:
         # first find a tighter box, then the cells of that box
@@ -152,15 +155,16 @@ def in_visual_hull(scene, centers, half, keep_rarely_seen=False):
     # operations on whole rows of coordinates, [3, N], are several times faster than on columns
     parts = [part.split(CELLS_AT_ONCE, -1)
              for part in (centers.T.contiguous(), num_views, num_opaque, remaining)]
-    axes = torch.tensor([1, -1, -1, 1], device=device)  # y down, z forward
+    axes, lenses = torch.tensor([1, -1, -1, 1], device=device), {}  # y down, z forward
     poses = torch.from_numpy(scene.poses).to(device) * axes
     for view in scene.i_train:
         camera = scene.cameras[view]
+        lens = lenses.setdefault(camera, Lens(camera, device))
         frustum = [[0, 0, scene.near], [camera.W, camera.H, scene.far]]
         first, last = torch.tensor(frustum, dtype=torch.float32, device=device)[..., None]  # [3, 1] each
         sums = summed_area_table(torch.from_numpy(scene.alphas[view]).to(device) > 0)
         for part, part_views, part_opaque, part_remaining in zip(*parts, strict=True):
-            low, high = project_spheres(camera, poses[view], part, radius)
+            low, high = project_spheres(lens, poses[view], part, radius)
             # one comparison of the smallest distance takes less time than six comparisons
             seen = torch.minimum(high - first, last - low).amin(0) > 0
             seen_whole = torch.minimum(low - first, last - high).amin(0) > 0
@@ -175,28 +179,40 @@ def in_visual_hull(scene, centers, half, keep_rarely_seen=False):
     return hull & (num_views > MIN_VIEW_FRACTION * num_views[hull].amax()) if hull.any() else hull
 
 
-def project_spheres(camera, c2w, centers, radius):
+class Lens:
+    """How a `Camera` without fisheye lens projects directions to pixels."""
+
+    def __init__(self, camera, device):
+        K = torch.as_tensor(camera.K, dtype=torch.float32, device=device)
+        self.focal, self.center, self.distortion = K.diagonal()[:2, None], K[:2, 2:], camera.distortion
+        self.stretch = PERSPECTIVE_STRETCH * self.focal.max()
+        if self.distortion is not None:
+            border = directions_to_border(camera)[:, :2]
+            self.limit = MAX_OUTSIDE * np.linalg.norm(border, axis=-1).max()
+            beyond, here = (distort(*(scale * border.T), self.distortion) for scale in (1.001, 1.0))
+            steps = np.subtract(beyond, here)
+            slopes = np.linalg.norm(steps, axis=0) / np.linalg.norm(0.001 * border, axis=-1)
+            self.stretch = self.stretch * max(1.0, slopes.max())
+
+    def project(self, plane):
+        """Pixels of positions in the image plane, [2, N] both."""
+        if self.distortion is not None:
+            # beyond the image the polynomials mean nothing, and positions are moved far away
+            inside = torch.linalg.vector_norm(plane, dim=0) < self.limit
+            plane = torch.where(inside, torch.stack(distort(*plane, self.distortion)), FAR_OUTSIDE * plane)
+        return self.center + self.focal * plane
+
+
+def project_spheres(lens, c2w, centers, radius):
     """Lower and upper bounds [3, N] each of x, y (in pixels) and depth of spheres around `centers` [3, N]. In
     `c2w` [3, 4] y points down and z forward."""
-    K = torch.as_tensor(camera.K, dtype=torch.float32, device=centers.device)
     # not a matrix product, which a GPU may compute with TF32
     in_camera = (c2w[:, :3, None] * (centers - c2w[:, 3:])[:, None]).sum(0)            # [3, N]
-    depth, focal = in_camera[2:], K.diagonal()[:2, None]
+    depth = in_camera[2:]
     nearest, farthest = depth - radius, depth + radius
-    if camera.distortion is None:
-        pixel = K[:2, 2:] + in_camera[:2] * focal / depth.clamp(min=1e-6)              # [2, N]
-    else:
-        pixel = K[:2, 2:] + distort_inside(camera, in_camera[:2] / depth.clamp(min=1e-6)) * focal
-    reach = PERSPECTIVE_STRETCH * focal.max() * radius / nearest.clamp(min=1e-6) + 1
+    pixel = lens.project(in_camera[:2] / depth.clamp(min=1e-6))                        # [2, N]
+    reach = lens.stretch * radius / nearest.clamp(min=1e-6) + 1
     return torch.cat([pixel - reach, nearest]), torch.cat([pixel + reach, farthest])
-
-
-def distort_inside(camera, plane):
-    """Positions [2, N] in the image plane, distorted if they are in or near the image. Elsewhere the
-    polynomials mean nothing, and positions stay outside."""
-    limit = MAX_OUTSIDE * np.linalg.norm(directions_to_border(camera)[:, :2], axis=-1).max()
-    inside = torch.linalg.vector_norm(plane, dim=0) < limit
-    return torch.where(inside, torch.stack(distort(*plane, camera.distortion)), plane)
 
 
 def summed_area_table(mask):

@@ -7,11 +7,13 @@ import numpy as np
 
 from scenes.errors import UserError
 
-# Newton's method stops when the distorted position of every pixel is met up to this, in units of the image
-# plane.
+# Newton's method stops when the distortion of what it has found differs from what it looks for by less than
+# this, in focal lengths.
 UNDISTORT_TOLERANCE = 1e-12
-# It fails after this many steps if a position is missed by more than a thousandth of a pixel or so.
-UNDISTORT_STEPS, MAX_UNDISTORT_ERROR = 50, 1e-6
+# It takes at most this many steps.
+UNDISTORT_STEPS = 50
+# It has failed if the difference is larger than this afterwards.
+MAX_UNDISTORT_ERROR = 1e-6
 # Directions of this many pixels are computed at once.
 PIXELS_AT_ONCE = 2 ** 20
 
@@ -44,14 +46,16 @@ class Camera:
         return self if self.is_pinhole else Camera(self.H, self.W, self.K)
 
     def reduced(self, factor):
-        """The camera whose pixels are `factor` times as wide and high."""
+        """The camera whose pixels are `factor` times as wide and high; the rest of the image is dropped."""
         if factor == 1:
             return self
         K = self.K / [[factor], [factor], [1]]
         return Camera(self.H // factor, self.W // factor, K, self.distortion, self.fisheye)
 
     def resized(self, height, width):
-        """The camera for images of another size."""
+        """The camera for images that were scaled to another size; itself for its own."""
+        if (height, width) == (self.H, self.W):
+            return self
         scale = np.array([[width / self.W], [height / self.H], [1]])
         return Camera(height, width, self.K * scale, self.distortion, self.fisheye)
 
@@ -126,24 +130,25 @@ def undistort(x_distorted, y_distorted, distortion):
     each. Raises UserError if there are none."""
     k1, k2, k3, k4, p1, p2 = distortion
     x, y = x_distorted.copy(), y_distorted.copy()
-    for _ in range(UNDISTORT_STEPS):
-        error_x, error_y = (found - wanted for found, wanted in zip(distort(x, y, distortion),
-                                                                    (x_distorted, y_distorted)))
-        error = max(np.abs(error_x).max(initial=0), np.abs(error_y).max(initial=0))
-        if not error > UNDISTORT_TOLERANCE:
-            break
-        rr = x * x + y * y
-        radial = 1 + rr * (k1 + rr * (k2 + rr * (k3 + rr * k4)))
-        slope = k1 + rr * (2 * k2 + rr * (3 * k3 + rr * 4 * k4))  # of `radial` by rr
-        # the matrix of derivatives is symmetric
-        xx = radial + 2 * x * x * slope + 2 * p1 * y + 6 * p2 * x
-        xy = 2 * x * y * slope + 2 * p1 * x + 2 * p2 * y
-        yy = radial + 2 * y * y * slope + 6 * p1 * y + 2 * p2 * x
-        with np.errstate(all='ignore'):  # checked below
+    with np.errstate(all='ignore'):  # checked below
+        for _ in range(UNDISTORT_STEPS):
+            error_x, error_y = (found - wanted for found, wanted in zip(distort(x, y, distortion),
+                                                                        (x_distorted, y_distorted)))
+            error = max(np.abs(error_x).max(initial=0), np.abs(error_y).max(initial=0))
+            rr = x * x + y * y
+            radial = 1 + rr * (k1 + rr * (k2 + rr * (k3 + rr * k4)))
+            slope = k1 + rr * (2 * k2 + rr * (3 * k3 + rr * 4 * k4))  # of `radial` by rr
+            # the matrix of derivatives is symmetric
+            xx = radial + 2 * x * x * slope + 2 * p1 * y + 6 * p2 * x
+            xy = 2 * x * y * slope + 2 * p1 * x + 2 * p2 * y
+            yy = radial + 2 * y * y * slope + 6 * p1 * y + 2 * p2 * x
             determinant = xx * yy - xy * xy
+            if not error > UNDISTORT_TOLERANCE:
+                break
             x = x - (yy * error_x - xy * error_y) / determinant
             y = y - (xx * error_y - xy * error_x) / determinant
-    check_convergence(error)
+        # beyond the fold of the image there are other solutions
+        check_solution(error, (radial > 0) & (determinant > 0))
     return x, y
 
 
@@ -152,21 +157,23 @@ def undistort_angles(radius, distortion):
     image plane, by Newton's method. Raises UserError if there are none."""
     k1, k2, k3, k4 = distortion[:4]
     angle = np.minimum(radius, np.pi / 2)
-    for _ in range(UNDISTORT_STEPS):
-        tt = angle * angle
-        value = angle * (1 + tt * (k1 + tt * (k2 + tt * (k3 + tt * k4)))) - radius
-        error = np.abs(value).max(initial=0)
-        if not error > UNDISTORT_TOLERANCE:
-            break
-        with np.errstate(all='ignore'):  # checked below
-            angle = angle - value / (1 + tt * (3 * k1 + tt * (5 * k2 + tt * (7 * k3 + tt * 9 * k4))))
-    check_convergence(error)
+    with np.errstate(all='ignore'):  # checked below
+        for _ in range(UNDISTORT_STEPS):
+            tt = angle * angle
+            difference = angle * (1 + tt * (k1 + tt * (k2 + tt * (k3 + tt * k4)))) - radius
+            slope = 1 + tt * (3 * k1 + tt * (5 * k2 + tt * (7 * k3 + tt * 9 * k4)))
+            error = np.abs(difference).max(initial=0)
+            if not error > UNDISTORT_TOLERANCE:
+                break
+            angle = angle - difference / slope
+        check_solution(error, (angle >= 0) & (angle <= np.pi) & (slope > 0))
     return angle
 
 
-def check_convergence(error):
-    """Raise UserError if Newton's method has failed."""
-    if not error < MAX_UNDISTORT_ERROR:
+def check_solution(error, valid):
+    """Raise UserError if Newton's method has failed: its error is too large, or solutions are not `valid`
+    [...]."""
+    if not (error < MAX_UNDISTORT_ERROR and np.all(valid)):
         raise UserError('found a lens distortion (k1, …) that cannot be inverted at the borders of the '
                         'image, expected smaller numbers; crop or undistort the images')
 

@@ -7,6 +7,8 @@
 import os
 import struct
 import warnings
+from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ import numpy as np
 from scenes.cameras import Camera, check_poses, orbit_of_cameras
 from scenes.errors import UserError, first_line
 from scenes.scene import Scene
-from scenes.views import WrongSize, find_mask, load_images, plan_views
+from scenes.views import WrongSize, find_mask, load_images, load_masks, plan_views
 
 # COLMAP's camera models by number: the name, and where in its parameters fx, fy, cx, cy are, and the
 # distortion k1, k2, k3, k4, p1, p2; None stands for 0.
@@ -68,18 +70,17 @@ def load_colmap_scene(args):
                       'are left out', stacklevel=2)
 
     paths = [folder / photo.name for photo in photos]
-    resized = {}
+    resized = {}  # so that equal cameras are one object
 
     def camera_of(index, H, W):
         camera = model.cameras[photos[index].camera]
         if abs(H * camera.W - W * camera.H) > max(camera.H, camera.W):  # more than rounding
             raise WrongSize(f'{paths[index]}: found {W}×{H} pixels, but {camera.W}×{camera.H} in the model')
         key = camera, H, W
-        if key not in resized:
-            resized[key] = camera if (H, W) == (camera.H, camera.W) else camera.resized(H, W)
-        return resized[key]
-    views = plan_views(paths, [find_mask(path) for path in paths], camera_of, args.factor, args.half_res)
-    images, alphas, masks = load_images(views, args.white_bkgd)
+        return resized.setdefault(key, camera.resized(H, W))
+    masks = [find_mask(basedir, path) for path in paths]
+    views = plan_views(basedir, paths, masks, camera_of, args.factor, args.half_res, stored_first=True)
+    images, alphas = load_images(views, args.white_bkgd)
 
     poses = np.stack([photo.c2w for photo in photos]).astype(np.float32)
     check_poses(poses, lambda index: paths[index])
@@ -89,7 +90,7 @@ def load_colmap_scene(args):
     return Scene(images, camera.H, camera.W, poses, camera.K, near, far,
                  orbit_of_cameras(poses)[:, :3], np.setdiff1d(np.arange(len(photos)), i_test), i_test, i_test,
                  alphas, [os.path.relpath(path, basedir) for path in paths], [view.camera for view in views],
-                 masks, points=model.points.astype(np.float32))
+                 load_masks(views), points=model.points.astype(np.float32))
 
 
 def model_folder(basedir):
@@ -103,11 +104,13 @@ def model_folder(basedir):
 
 
 def bounds_of(model, photos):
-    """near and far, in depth, from the points that each photo sees; (0.1, 10) without points."""
+    """near and far in units of rays_d, from the points that each photo sees; (0.1, 10) without points."""
     nearest, farthest = [], []
     for photo in photos:
         seen = model.points[np.searchsorted(model.numbers, photo.points)]
-        depths = (photo.c2w[:, 3] - seen) @ photo.c2w[:, 2]
+        offsets = photo.c2w[:, 3] - seen
+        fisheye = model.cameras[photo.camera].fisheye  # its rays_d have unit length
+        depths = np.linalg.norm(offsets, axis=-1) if fisheye else offsets @ photo.c2w[:, 2]
         depths = depths[depths > 0]
         if len(depths):
             low, high = np.percentile(depths, [OUTLIERS, 100 - OUTLIERS])
@@ -138,8 +141,11 @@ def read_model(folder):
             raise UserError(f'{path}: not a readable file of COLMAP ({first_line(error)})') from None
 
     cameras = read('cameras', cameras_from_bytes, cameras_from_text)
-    photos = sorted(read('images', photos_from_bytes, photos_from_text))
+    photos = sorted(read('images', photos_from_bytes, photos_from_text), key=attrgetter('name'))
     numbers, points = read('points3D', points_from_bytes, points_from_text)
+    repeated = [one.name for one, other in pairwise(photos) if one.name == other.name]
+    if repeated:
+        raise UserError(f'{folder}: found two images called {repeated[0]}, expected different names')
     unknown = [photo.name for photo in photos if photo.camera not in cameras]
     if not photos or unknown:
         problem = f'no camera of {unknown[0]}' if unknown else 'no image'
@@ -153,7 +159,7 @@ def read_model(folder):
 # --- the files ----------------------------------------------------------------------------------------------
 
 class Bytes:
-    """Reads numbers one after another."""
+    """The content of a binary file, and how far it has been read."""
 
     def __init__(self, content):
         self.content, self.at = content, 0
@@ -179,7 +185,8 @@ class Bytes:
 
 
 def camera_of_model(model, width, height, parameters, path):
-    """A `Camera` from a model's number or name."""
+    """A `Camera` from a model's number or name, and its parameters. Raises UserError for a model that is not
+    supported, or numbers that cannot be a camera."""
     names = {name: number for number, (name, _, _) in MODELS.items()}
     model = names.get(model, model)
     if model not in MODELS:
@@ -187,6 +194,9 @@ def camera_of_model(model, width, height, parameters, path):
                         f'{", ".join(names)}; undistort the images with COLMAP')
     name, intrinsics, distortion = MODELS[model]
     fx, fy, cx, cy = (parameters[index] for index in intrinsics)
+    if not (np.isfinite(parameters).all() and min(fx, fy, int(width), int(height)) > 0):
+        raise UserError(f'{path}: found {width}×{height} pixels and parameters {list(parameters)}, '
+                        'expected positive sizes and focal lengths')
     distortion = [0.0 if index is None else parameters[index] for index in distortion]
     distortion = tuple(distortion + [0.0] * (6 - len(distortion)))
     return Camera(int(height), int(width), np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]),
@@ -207,6 +217,9 @@ def cameras_from_bytes(content, path):
     cameras = {}
     for _ in range(*content.numbers('Q')):
         number, model, width, height = content.numbers('iiQQ')
+        if not 0 <= model < len(NUM_PARAMETERS):
+            raise UserError(f'{path}: found camera model {model}, expected one of '
+                            f'{", ".join(name for name, _, _ in MODELS.values())}')
         parameters = content.numbers(f'{NUM_PARAMETERS[model]}d')
         cameras[number] = camera_of_model(model, width, height, parameters, path)
     return cameras
@@ -231,10 +244,12 @@ def photos_from_bytes(content, path):
 
 def photos_from_text(lines, path):
     photos = []
-    for line, seen in zip(lines[::2], [*lines[1::2], '']):  # the second line may be empty
+    while lines and not lines[-1].strip():
+        lines = lines[:-1]
+    for line, seen in zip(lines[::2], [*lines[1::2], '']):  # the second line of an image may be empty
         _, *pose, camera, name = line.split(maxsplit=9)
         pose, points = [float(x) for x in pose], np.array(seen.split()[2::3], np.int64)
-        photos.append(photo_of(name, int(camera), pose[:4], pose[4:], points))
+        photos.append(photo_of(name.strip(), int(camera), pose[:4], pose[4:], points))
     return photos
 
 

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,8 +45,9 @@ def read_array(path):
 
 
 def partial_path(path):
-    """The temporary path beside `path` for content that this process has not completed yet."""
-    return path.with_name(f'.{path.stem}{PARTIAL}{os.getpid()}{path.suffix}')
+    """The temporary path beside `path` for content that this thread has not completed yet."""
+    own = '' if threading.current_thread() is threading.main_thread() else f'-{threading.get_ident()}'
+    return path.with_name(f'.{path.stem}{PARTIAL}{os.getpid()}{own}{path.suffix}')
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 """Images as arrays: read as 8 bit, composite on a background, downsample, write."""
+import os
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -10,8 +11,10 @@ from scenes.files import atomic_write
 
 # Images of scenes have one of these extensions, in lower or upper case.
 IMAGE_EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.heic', '.heif')
-# The EXIF tag that says how the stored pixels are turned, and its values for turns by 90 degrees.
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
+# This EXIF tag says how the stored pixels are turned.
+ORIENTATION = 0x0112
+# These are its values for turns by 90 degrees.
+TURNED = (5, 6, 7, 8)
 # The lowest level of zlib that compresses: twice as fast as the default level, for files an eighth larger.
 PNG_COMPRESSION = 1
 
@@ -29,7 +32,9 @@ class ImageSet:
 
     def __init__(self, sizes, channels=(3,), dtype=np.uint8):
         self.sizes = [(int(height), int(width)) for height, width in sizes]
-        self.ends = np.cumsum([height * width for height, width in self.sizes])
+        areas = [height * width for height, width in self.sizes]
+        self.ends = np.cumsum(areas)
+        self.starts = self.ends - areas
         self.pixels = np.zeros((self.ends[-1] if len(self.ends) else 0, *channels), dtype)
 
     def __len__(self):
@@ -41,7 +46,7 @@ class ImageSet:
 
     def pixels_of(self, first, last):
         """The pixels of the images `first` to `last`, [P, *channels]."""
-        return self.pixels[self.ends[first] - np.prod(self.sizes[first]):self.ends[last]]
+        return self.pixels[self.starts[first]:self.ends[last]]
 
     def stacked(self):
         """The images as an array [N, H, W, *channels] of the same memory if they have one size; otherwise
@@ -58,6 +63,8 @@ def image_sizes(path):
         allow_heif(path)
         with Image.open(path) as image:
             stored, orientation = image.size[::-1], image.getexif().get(ORIENTATION)
+            if image.format == 'TIFF':  # Pillow turns its pixels in any case
+                orientation = None
     except FileNotFoundError:
         raise UserError(f'{path}: no such image') from None
     except Exception as error:  # each codec raises its own type of error for a damaged file
@@ -89,7 +96,9 @@ def read_image(path, upright=True):
         with iio.imopen(path, 'r', plugin='pillow') as file:
             meta = file.metadata()
             mode = None
-            if meta['mode'] == 'CMYK':             # the fourth channel is ink, not alpha
+            if meta['mode'] == '1':                # a mask of one bit
+                mode = 'L'
+            elif meta['mode'] == 'CMYK':           # the fourth channel is ink, not alpha
                 mode = 'RGB'
             elif 'transparency' in meta:           # one colour is transparent; there is no alpha channel
                 mode = 'RGBA'
@@ -144,32 +153,39 @@ def reduced_size(height, width, factor):
     return max(1, round(height / factor)), max(1, round(width / factor))
 
 
-def reduced_folder(path, factor):
-    """Where images of the folder of `path`, downsampled by `factor`, are kept: `<folder>_<factor>` beside
-    it."""
-    return path.parent.with_name(f'{path.parent.name}_{factor}')
+def reduced_path(root, path, factor):
+    """Where the image at `path`, downsampled by `factor`, is kept: in `<folder>_<factor>/` beside its folder
+    of the scene `root`, and in `images_<factor>/` if it is in none."""
+    folder, *rest = Path(os.path.relpath(path, root)).parts
+    if folder == os.pardir or not rest:
+        folder, rest = 'images', [path.name]
+    return Path(root, f'{folder}_{factor}', *rest).with_suffix('.png')
 
 
-def find_reduced(path, factor):
-    """The file of the image at `path` downsampled by `factor`; None if there is none."""
-    files = (reduced_folder(path, factor) / f'{path.stem}{ending}' for ending in ['.png', path.suffix])
+def find_reduced(reduced, path):
+    """The file of a reduced image: `reduced`, or another with the ending of `path`; None if there is none."""
+    files = (reduced, reduced.with_suffix(path.suffix))
     return next((file for file in files if file.is_file()), None)
 
 
-def read_reduced(path, factor, upright=True):
-    """`read_image` downsampled by `factor` with an area filter, and kept in its `reduced_folder` if that can
-    be written."""
-    if factor <= 1:
-        return read_image(path, upright)
-    reduced = find_reduced(path, factor)
-    if reduced is not None:
-        return read_image(reduced, upright)
+def read_reduced(path, reduced, factor, upright=True):
+    """`read_image` of `path` downsampled by `factor` with an area filter; it is kept in the file `reduced`,
+    and read from there if it exists."""
+    existing = find_reduced(reduced, path)
+    if existing is not None:
+        return read_image(existing, upright)
     image = read_image(path, upright)
-    image = np.round(resize_area(image, *reduced_size(*image.shape[:2], factor))).astype(np.uint8)
+    size = reduced_size(*image.shape[:2], factor)
+    if image.shape[-1] == 4:  # transparent pixels have no colour
+        alpha = resize_area(image[..., 3:], *size)
+        color = resize_area(image[..., :3] * (image[..., 3:] / np.float32(255)), *size)
+        image = np.concatenate([color / np.maximum(alpha / 255, 1e-6), alpha], -1)
+    else:
+        image = resize_area(image, *size)
+    image = np.round(image).astype(np.uint8)
     try:
-        cached = reduced_folder(path, factor) / f'{path.stem}.png'
-        cached.parent.mkdir(exist_ok=True)
-        write_image(cached, image)
+        reduced.parent.mkdir(parents=True, exist_ok=True)
+        write_image(reduced, image)
     except OSError:  # a read-only folder; it takes longer each time
         pass
     return image

@@ -20,9 +20,8 @@ def read_ply(path):
       UserError: it cannot be read as such.
     """
     try:
-        content = path.read_bytes()
-        header, _, body = content.partition(b'end_header\n')
-        header = header.decode('ascii')
+        header, end, body = re.split(rb'(end_header\r?\n)', path.read_bytes(), maxsplit=1)
+        header = header.decode('ascii').replace('\r', '')
         order = FORMATS[re.search(r'^format (\w+)', header, re.M)[1]]
         elements = re.split(r'^element ', header, flags=re.M)
         name, count = elements[1].split()[:2]

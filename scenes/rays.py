@@ -41,7 +41,8 @@ class RaySampler:
 
     def __init__(self, scene, N_rand, no_batching, precrop_iters, precrop_frac, pixel_centers, device,
                  with_alpha=False, N_rand_samples=None, expected_samples=None):
-        self.views = TrainingViews(scene, precrop_frac, pixel_centers, device, with_alpha)
+        centre = precrop_frac if precrop_iters > 0 else None
+        self.views = TrainingViews(scene, centre, pixel_centers, device, with_alpha)
         self.N_rand, self.no_batching = N_rand, no_batching
         self.precrop_iters = precrop_iters
         self.N_rand_samples, self.expected_samples = N_rand_samples, expected_samples

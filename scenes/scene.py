@@ -6,7 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scenes.cameras import Camera, camera_table, cameras_from_table, check_poses, focus_point
+from scenes.cameras import (
+    Camera,
+    camera_table,
+    cameras_from_table,
+    check_poses,
+    focus_point,
+    homogeneous,
+)
 from scenes.errors import UserError
 from scenes.files import read_array, read_json
 from scenes.images import ImageSet
@@ -21,10 +28,11 @@ class Scene:
     # uint8 [N, H, W, 3] on the background, or an `ImageSet` if sizes differ; None if from a checkpoint
     images: np.ndarray | ImageSet | None
     H: int                            # height of the frames along the path in pixels
-    W: int                            # their width
+    W: int                            # width of these frames
     poses: np.ndarray                 # c2w, float32 [N, 3, 4]
-    K: np.ndarray                     # their intrinsics in pixels, float64 [3, 3]
-    near: float                       # where sampling along a ray starts, in units of rays_d
+    K: np.ndarray                     # intrinsics of these frames in pixels, float64 [3, 3]
+    near: float                       # where sampling along a ray starts, in units of rays_d: depth, or
+                                      # distance from a fisheye camera
     far: float                        # where it ends
     render_poses: np.ndarray          # c2w along the path of the video, float32 [M, 3, 4]
     i_train: np.ndarray               # indices of the training views
@@ -64,8 +72,13 @@ class Scene:
         if 'poses' not in saved:
             return True
         own = self.checkpoint_fields()
-        return all(np.shape(saved[key]) == np.shape(own[key]) and np.allclose(saved[key], own[key], atol=1e-4)
-                   for key in ('H', 'W', 'K', 'poses', 'view_cameras') if key in saved)
+        if 'view_cameras' not in saved:  # of an older version, which had one camera without distortion
+            camera = Camera(saved['H'], saved['W'], np.asarray(saved['K']))
+            saved = {**saved, 'view_cameras': camera_table([camera] * len(saved['poses']))}
+        tolerances = {'H': 0, 'W': 0, 'K': 1e-4, 'poses': 1e-4, 'view_cameras': 1e-6}
+        return all(np.shape(saved[key]) == np.shape(own[key])
+                   and np.allclose(saved[key], own[key], rtol=1e-5, atol=tolerance)
+                   for key, tolerance in tolerances.items())
 
 
 def scene_from_checkpoint(args, saved):
@@ -103,7 +116,7 @@ def apply_options(args, scene):
     if args.far is not None:
         scene.far = args.far
     if args.render_poses:
-        scene.render_poses = read_render_poses(args.render_poses)
+        scene.render_poses = read_render_poses(args.render_poses, scene.applied_transform)
     if scene.near >= scene.far:
         raise UserError(f'{args.datadir}: found near {scene.near:g} and far {scene.far:g}, '
                         'expected near < far')
@@ -139,21 +152,26 @@ def warn_of_mismatches(args, scene):
                       stacklevel=2)
 
 
-def read_render_poses(path):
+def read_render_poses(path, applied_transform=None):
     """Read a camera path from a .npy file, a .json list of c2w matrices, or the frames of a transforms file.
 
-    The poses are in the coordinates of the loaded scene; an llff scene is recentred and scaled on loading.
+    The poses are in the coordinates of the loaded scene; an llff scene is recentred and scaled on loading. A
+    transforms file with "coordinates": "input" has them in those of the input, such as COLMAP's.
 
+    Args:
+      path: of the file.
+      applied_transform: from the input's coordinates to the scene's, [4, 4], or None.
     Returns:
       float32 [N, 3, 4], c2w.
     Raises:
       UserError: the file cannot be read, or does not hold finite c2w matrices [N, 3 or 4, 4].
     """
-    path = Path(path)
+    path, transform = Path(path), None
     if path.suffix.lower() == '.json':
         poses = read_json(path)
         try:
             if isinstance(poses, dict):
+                transform = applied_transform if poses.get('coordinates') == 'input' else None
                 poses = [frame['transform_matrix'] for frame in poses['frames']]
             poses = np.array(poses, np.float64)
         except (TypeError, KeyError, ValueError, OverflowError):
@@ -164,4 +182,7 @@ def read_render_poses(path):
         raise UserError(f'{path}: found an array of shape {list(poses.shape)}, '
                         'expected c2w matrices [N, 3 or 4, 4]')
     check_poses(poses, lambda index: f'{path}: pose {index}')
+    if transform is not None:
+        poses = transform @ homogeneous(poses)
+        poses[:, :3, :3] /= np.cbrt(np.linalg.det(transform[:3, :3]))  # positions alone are scaled
     return poses[:, :3].astype(np.float32)

@@ -1,4 +1,4 @@
-"""The training views on the device: random pixels of them, their colours, and the rays through them."""
+"""Random pixels of the training views: their colours, and the rays through them."""
 import numpy as np
 import torch
 
@@ -8,12 +8,13 @@ from scenes.images import ImageSet
 
 
 class TrainingViews:
-    """The images stay 8 bit on the device; on a CPU they share memory with the scene. Random numbers come
-    from torch's global generator of the device.
+    """The pixels of the training views on the device. Images stay 8 bit; on a CPU they share memory with the
+    scene. Random numbers come from torch's global generator of the device.
 
     Args:
       scene: a `Scene` with images.
-      precrop_frac: fraction of each image side that the centre of an image covers.
+      precrop_frac: fraction of each image side that the centre of an image covers; None if `draw` is never
+        called with `centre`.
       pixel_centers: put rays through pixel centres rather than corners.
       device: where everything is kept.
       with_alpha: add the alpha of its pixel to each colour, if the scene has alphas.
@@ -37,12 +38,13 @@ class TrainingViews:
         views, self.unmasked = np.asarray(scene.i_train) - first, None
         if scene.masks is not None:
             masks = [scene.masks[view] for view in range(first, last + 1)]
-            self.unmasked = {centre: self.list_pixels(masks, centre) for centre in (False, True)}
-            views = views[self.unmasked[True][2][views].cpu().numpy() > 0]
+            self.unmasked = {centre: self.list_pixels(masks, centre)
+                             for centre in ([False] if precrop_frac is None else [False, True])}
+            views = views[[masks[view].any() for view in views]]
             if not len(views):
                 raise UserError('found no training view with white pixels in its mask, expected some')
         self.views = torch.from_numpy(views).to(device)                                # [N_views]
-        self.prepare_directions(cameras, pixel_centers)
+        self.prepare_directions(cameras, sorted(views), pixel_centers)
 
     def on_device(self, images, first, last):
         """Images `first` to `last` of an array or an `ImageSet` as a tensor [V, H, W, …] or [P, …]."""
@@ -67,7 +69,7 @@ class TrainingViews:
             return torch.randint(low, high, (count,), device=self.device)
 
         def below(limits):
-            return (torch.rand(count, dtype=torch.float64, device=self.device) * limits).long()
+            return random(0, 2 ** 62) % limits
 
         N_views = len(self.views)
         view = self.views[random(0, N_views, 1).expand(count) if one_view else random(0, N_views)]
@@ -95,18 +97,19 @@ class TrainingViews:
         return max(0, first), min(side, end)
 
     def list_pixels(self, masks, centre):
-        """The pixels that `masks` [H, W] leave, of the images or their centres: y * W + x of all views [A],
-        where each view's begin [V], and how many there are [V]."""
+        """The pixels that are white in `masks` [H, W], of the images or their centres; of the whole image
+        where the centre has none. Returns y * W + x of all views [A], where each view's begin [V], and how
+        many there are [V]."""
         lists = []
         for mask in masks:
             (top, bottom), (left, right) = (self.limits(side, centre) for side in mask.shape)
-            kept = np.zeros_like(mask)
-            kept[top:bottom, left:right] = mask[top:bottom, left:right]
-            lists.append(np.flatnonzero(kept).astype(np.int32))
+            white = np.zeros_like(mask)
+            white[top:bottom, left:right] = mask[top:bottom, left:right]
+            lists.append(np.flatnonzero(white if white.any() else mask).astype(np.int32))
         counts = torch.tensor([len(pixels) for pixels in lists], device=self.device)
         return torch.from_numpy(np.concatenate(lists)).to(self.device), exclusive_sum(counts), counts
 
-    # --- what is there ---
+    # --- colours and rays ---
 
     def colors(self, view, y, x):
         """Colours of pixels [count, 3 or 4], uint8; arguments as returned by `draw`."""
@@ -118,9 +121,10 @@ class TrainingViews:
         """Origins and directions [2, count, 3] of the rays through pixels."""
         return torch.stack(cast_rays(self.directions(view, y, x), self.poses[view]))
 
-    def prepare_directions(self, cameras, pixel_centers):
+    def prepare_directions(self, cameras, views, pixel_centers):
         """Compute what `directions` needs: intrinsics of pinhole cameras, [4] if all views share one,
-        otherwise [V, 4]; or the directions of all pixels of each camera, if there is lens distortion."""
+        otherwise [V, 4]; or the directions of all pixels of each camera of `views`, if there is lens
+        distortion."""
         self.table = None
         if all(camera.is_pinhole for camera in cameras):
             shift = 0.5 if pixel_centers else 0.0  # integer pixels then stand for their centres
@@ -129,12 +133,15 @@ class TrainingViews:
             self.intrinsics = intrinsics[0] if shared else torch.tensor(
                 intrinsics, dtype=torch.float32, device=self.device)
             return
-        distinct = list(dict.fromkeys(cameras))
-        table = np.concatenate([camera.pixel_directions(pixel_centers) for camera in distinct])
-        ends = np.cumsum([camera.H * camera.W for camera in distinct])
-        starts = {camera: end - camera.H * camera.W for camera, end in zip(distinct, ends)}
-        self.table = torch.from_numpy(table).to(self.device)                           # [P, 3]
-        self.first_directions = torch.tensor([starts[camera] for camera in cameras], device=self.device)
+        starts, end = {}, 0
+        for camera in dict.fromkeys(cameras[view] for view in views):
+            starts[camera], end = end, end + camera.H * camera.W
+        self.table = torch.empty(end, 3, device=self.device)                           # [P, 3]
+        for camera, start in starts.items():
+            directions = torch.from_numpy(camera.pixel_directions(pixel_centers))
+            self.table[start:start + len(directions)] = directions.to(self.device)
+        first = [starts.get(camera, 0) for camera in cameras]
+        self.first_directions = torch.tensor(first, device=self.device)                # [V]
 
     def directions(self, view, y, x):
         """Directions [count, 3] of the rays through pixels, in their cameras' axes."""

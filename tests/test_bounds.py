@@ -34,7 +34,7 @@ def ball_scene(radius=0.5, views=20, size=64, alpha=True):
         in_front = torch.linalg.vector_norm(to_ray, dim=-1) < radius
         alphas.append(in_front.cpu().numpy().astype(np.uint8) * 255)
     return SimpleNamespace(poses=poses, near=2.0, far=6.0, i_train=np.arange(views),
-                           cameras=[Camera(size, size, K)] * views,
+                           cameras=[Camera(size, size, K)] * views, masks=None,
                            alphas=np.stack(alphas) if alpha else None)
 
 

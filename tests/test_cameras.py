@@ -12,15 +12,16 @@ from conftest import DATA, needs_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_loaders import load_blender, options
+from test_loaders import load_blender, load_llff, options
 from tiny_runs import ROOT, run
-from tiny_scenes import blender_scene, edit_json, noise
+from tiny_scenes import blender_scene, edit_json, llff_scene, noise
 
 from run_nerf_helpers import get_rays
+from scenes.bounds import Lens
 from scenes.cameras import Camera, camera_table, cameras_from_table, sizes_of
 from scenes.colmap import load_colmap_scene
 from scenes.errors import UserError
-from scenes.images import ImageSet, image_sizes, read_image
+from scenes.images import ImageSet, image_sizes, read_image, resize_area
 from scenes.points import read_ply
 from scenes.rays import RaySampler, camera_rays
 from scenes.scene import finish_scene, scene_from_checkpoint
@@ -93,6 +94,31 @@ def test_small_distortions_are_inverted(distortion):
 def test_a_distortion_that_folds_the_image_is_an_error():
     with pytest.raises(UserError, match='cannot be inverted'):
         Camera(60, 90, K, (-5.0, 0, 0, 0, 0, 0)).pixel_directions(False)
+
+
+@pytest.mark.parametrize('distortion, focal, fisheye', [
+    ((-0.4, 0.12, -0.01, 0, 0, 0), 120.0, False), (None, 40.0, True)])
+def test_directions_on_the_other_side_are_an_error(distortion, focal, fisheye):
+    """Newton's method may find a solution that no light takes, beyond the fold of the image or behind the
+    camera."""
+    camera = Camera(200, 200, np.array([[focal, 0, 100], [0, focal, 100], [0, 0, 1]]), distortion, fisheye)
+    with pytest.raises(UserError, match='cannot be inverted'):
+        camera.pixel_directions(True)
+
+
+@pytest.mark.parametrize('k1', [-0.2, 0.1, 0.5])
+def test_projection_with_distortion_for_the_visual_hull(k1):
+    """What is in the image is projected exactly; what is outside stays outside."""
+    camera = Camera(60, 90, K, (k1, 0, 0, 0, 0.001, 0))
+    plane = np.random.RandomState(0).uniform(-3, 3, (2, 5000))
+    x, y = Lens(camera, 'cpu').project(torch.from_numpy(plane)).numpy()
+    true_x, true_y = distorted(camera, np.stack([plane[0], -plane[1], -np.ones(5000)], -1))
+    farthest = np.linalg.norm(camera.directions(*grid_of(camera))[:, :2], axis=-1).max()
+    seen = np.linalg.norm(plane, axis=0) < farthest
+    inside = seen & (true_x > 0) & (true_x < 90) & (true_y > 0) & (true_y < 60)
+    assert inside.sum() > 100
+    np.testing.assert_allclose([x[inside], y[inside]], [true_x[inside], true_y[inside]], atol=1e-3)
+    assert ((x[~inside] <= 0) | (x[~inside] >= 90) | (y[~inside] <= 0) | (y[~inside] >= 60)).all()
 
 
 def test_a_fisheye_camera_sees_behind_itself():
@@ -219,9 +245,23 @@ def test_a_checkpoint_has_the_cameras_of_all_views(tmp_path):
     assert scene.has_cameras_of(saved)
     restored.cameras = [camera.undistorted() for camera in restored.cameras]
     assert not restored.has_cameras_of(saved)
+    older = {key: value for key, value in saved.items() if key != 'view_cameras'}  # one camera, no distortion
+    assert not scene.has_cameras_of(older)
+    scene.cameras = [Camera(scene.H, scene.W, scene.K)] * 4
+    assert scene.has_cameras_of(older)
+
+
+def test_a_field_of_view_of_a_frame_replaces_the_focal_length_of_the_file(tmp_path):
+    folder = mixed_scene(tmp_path / 'scene', fl_x=50.0, fl_y=60.0)
+    edit_json(folder / 'transforms.json', lambda meta: (meta['frames'][1].pop('fl_x'),
+                                                        meta['frames'][1].update(camera_angle_x=np.pi / 2)))
+    camera = load_blender(folder).cameras[1]
+    assert camera.K[0, 0] == camera.K[1, 1] == pytest.approx(3)
 
 
 @pytest.mark.parametrize('change, problem', [
+    ({'k5': 0.1}, 'frame 1: found k5 or k6'),
+    ({'is_fisheye': []}, r'found is_fisheye = \[\], expected true or false'),
     ({'camera_model': 'EQUIRECTANGULAR'}, 'frame 1: found camera_model = EQUIRECTANGULAR'),
     ({'k1': 'much'}, 'frame 1: found k1 = much, expected a number'),
     ({'fl_x': -3}, 'frame 1: found fl_x = -3, expected a positive number'),
@@ -269,6 +309,44 @@ def test_reduced_images_are_kept_beside_the_images(tmp_path):
     assert (again.images[1] == 7).all() and np.array_equal(again.images[0], scene.images[0])
 
 
+def test_reduced_images_of_nested_folders_and_of_the_scene_itself(tmp_path):
+    """They are under images_2/, and nothing else is taken for them."""
+    folder = mixed_scene(tmp_path / 'scene')
+    for name in ('images/a', 'images/a_2'):
+        (folder / name).mkdir()
+    names = ['images/a/0.png', 'images/a_2/0.png', '0.png', 'images/3.png']
+    for index, name in enumerate(names):
+        iio.imwrite(folder / name, np.full((*SIZES[index], 3), 10 * index, np.uint8))
+    edit_json(folder / 'transforms.json', lambda meta: [frame.update(file_path=name)
+                                                        for frame, name in zip(meta['frames'], names)])
+    for _ in range(2):
+        scene = load_blender(folder, '--factor', 2)
+        assert [image[0, 0, 0] for image in scene.images] == [0, 10, 20, 30]
+    reduced = sorted(str(path.relative_to(folder)) for path in (folder / 'images_2').rglob('*.png'))
+    assert reduced == ['images_2/0.png', 'images_2/3.png', 'images_2/a/0.png', 'images_2/a_2/0.png']
+    twin = {'file_path': 'images/0.png', 'w': 10, 'h': 8}
+    edit_json(folder / 'transforms.json', lambda meta: meta['frames'][3].update(twin))
+    with pytest.raises(UserError, match='expected different names: both are .*images_2.0.png'):
+        load_blender(folder, '--factor', 2)
+
+
+def test_a_reduced_image_of_another_size_is_refused(tmp_path):
+    folder = mixed_scene(tmp_path / 'scene')
+    (folder / 'images_2').mkdir()
+    iio.imwrite(folder / 'images_2/0.png', noise(4, 9, 3, seed=0))
+    with pytest.raises(UserError, match=r'images_2/0\.png: found 9×4 pixels, expected 10×8 / 2'):
+        load_blender(folder, '--factor', 2)
+
+
+def test_transparent_pixels_have_no_colour_in_reduced_images(tmp_path):
+    folder = mixed_scene(tmp_path / 'scene')
+    image = np.zeros((8, 10, 4), np.uint8)
+    image[:, ::2] = 200, 100, 50, 255  # every second column
+    iio.imwrite(folder / 'images/0.png', image)
+    scene = load_blender(folder, '--factor', 2, '--white_bkgd')
+    assert abs(scene.images[0].astype(int) - [228, 178, 153]).max() <= 1
+
+
 @pytest.mark.parametrize('name', ['0.webp', '0.tif', '0.tiff', '0.jpg'])
 def test_other_formats(tmp_path, name):
     folder = mixed_scene(tmp_path / 'scene')
@@ -278,17 +356,20 @@ def test_other_formats(tmp_path, name):
     np.testing.assert_allclose(load_blender(folder).images[0].astype(int), image, atol=2)
 
 
+@pytest.mark.parametrize('ending', ['.png', '.tif'])
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_photos_are_turned_as_their_exif_says(tmp_path, orientation):
+def test_photos_are_turned_as_their_exif_says(tmp_path, orientation, ending):
     from PIL import ImageOps
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / 'photo.png'
+    path = tmp_path / f'photo{ending}'
     Image.fromarray(noise(6, 9, 3, seed=1)).save(path, exif=exif)
     with Image.open(path) as image:
         expected = np.asarray(ImageOps.exif_transpose(image))
     assert np.array_equal(read_image(path), expected)
-    assert image_sizes(path) == (expected.shape[:2], (6, 9))
+    seen, stored = image_sizes(path)
+    assert seen == expected.shape[:2] and read_image(path, upright=False).shape[:2] == stored
+    assert stored == (6, 9) or ending == '.tif'  # Pillow always turns TIFF
 
 
 @pytest.mark.parametrize('size, turned', [((10, 8), True), ((8, 10), False)])
@@ -316,6 +397,13 @@ def test_the_applied_transform_and_sparse_points(tmp_path):
         assert scene.points.tolist() == [[1, 2, 3], [4, 5, 6]]
     moved = scene.applied_transform @ [10, 20, 30, 1]
     assert moved.tolist() == [2 * (10 + 1), 2 * (30 + 2), 2 * (-20 + 3), 1]
+    pose = np.eye(4)
+    pose[:3, 3] = 10, 20, 30
+    path = {'coordinates': 'input', 'frames': [{'transform_matrix': pose.tolist()}]}
+    (tmp_path / 'path.json').write_text(json.dumps(path))
+    (found,) = load_blender(folder, '--render_poses', tmp_path / 'path.json').render_poses
+    np.testing.assert_allclose(found[:, 3], moved[:3])
+    np.testing.assert_allclose(found[:, :3], [[1, 0, 0], [0, 0, 1], [0, -1, 0]], atol=1e-6)
     (folder / 'points.ply').write_bytes(b'ply\nformat ascii 1.0\nelement vertex 2\nend_header\n')
     with pytest.raises(UserError, match='not a readable PLY file'):
         read_ply(folder / 'points.ply')
@@ -333,6 +421,7 @@ def add_masks(folder):
         iio.imwrite(folder / f'masks/{index}.png', mask)
 
 
+@pytest.mark.filterwarnings('ignore:1 of 4 images have no mask')
 def test_masked_pixels_are_not_drawn(tmp_path):
     folder = mixed_scene(tmp_path / 'scene')
     add_masks(folder)
@@ -343,7 +432,9 @@ def test_masked_pixels_are_not_drawn(tmp_path):
     x, y = masked[:, 0] * camera.K[0, 0] + camera.K[0, 2], camera.K[1, 2] - masked[:, 1] * camera.K[1, 1]
     assert {*map(tuple, np.round(np.stack([x, y], -1)).astype(int))} == {(x, y) for x in range(5)
                                                                         for y in range(4, 8)}
+    scene.masks[3][1:] = False  # nothing is left of the centre of this view, so all that is left is drawn
     centre, _ = sampled(scene, 8000, precrop_iters=2)
+    assert len(np.unique(centre[centre[:, 0] == 3], axis=0)) == SIZES[3][1]
     assert len(np.unique(centre[centre[:, 0] == 2], axis=0)) == 2 * 2  # of 4 × 4 pixels in the centre
     scene.masks.pixels[:] = False
     with pytest.raises(UserError, match='white pixels in its mask'):
@@ -357,13 +448,12 @@ def test_masked_pixels_do_not_count_in_metrics():
     other = np.where(mask[..., None], image, 0)
     cropped = image[5:25, 5:20], target[5:25, 5:20]
     assert psnr(image, target, mask) == psnr(*cropped) == psnr(other, target, mask)
-    inner = np.zeros_like(mask)
-    inner[10:20, 10:15] = True  # windows inside the part that is equal
-    assert ssim(image, target, mask=inner) == pytest.approx(ssim(*cropped), abs=1e-9)
-    assert ssim(image, target, mask=np.zeros_like(mask)) is None
+    assert ssim(image, target, mask=mask) == ssim(other, target, mask=mask)
+    assert psnr(image, target, np.zeros_like(mask)) is ssim(image, target, mask=np.zeros_like(mask)) is None
     assert ssim(image, target, mask=np.ones_like(mask)) == pytest.approx(ssim(image, target), abs=1e-12)
 
 
+@pytest.mark.filterwarnings('ignore:1 of 4 images have no mask')
 def test_masks_are_reduced_with_their_images(tmp_path):
     folder = mixed_scene(tmp_path / 'scene')
     add_masks(folder)
@@ -373,6 +463,21 @@ def test_masks_are_reduced_with_their_images(tmp_path):
     Image.fromarray(np.zeros((9, 20), np.uint8)).save(folder / 'masks/0.png')
     with pytest.raises(UserError, match=r'masks/0\.png: found a mask of 20×9 pixels, expected the shape'):
         load_blender(folder)
+
+
+def test_a_mask_of_one_bit_and_one_of_an_llff_scene(tmp_path):
+    folder = llff_scene(tmp_path / 'scene')
+    (folder / 'masks').mkdir()
+    white = np.zeros((16, 24), bool)
+    white[4:8] = True
+    for index in range(3):
+        Image.fromarray(white).save(folder / f'masks/{index}.png')
+    scene = load_llff(folder, '--factor', 2)
+    assert scene.masks.shape == (3, 8, 12)
+    assert (scene.masks == resize_area(white[..., None], 8, 12)[..., 0]).all()
+    (folder / 'masks/1.png').unlink()
+    with pytest.warns(UserWarning, match=r'1 of 3 images have no mask, such as 1\.png'):
+        assert load_llff(folder, '--factor', 2).masks[1].all()
 
 
 # --- COLMAP -------------------------------------------------------------------------------------------------
@@ -442,7 +547,29 @@ def test_a_colmap_model_with_smaller_images_and_missing_ones(tmp_path):
         load_colmap(folder)
 
 
+@pytest.mark.filterwarnings('ignore:the cameras look at')
+def test_colmap_poses_are_of_photos_as_stored(tmp_path):
+    folder = colmap_scene(tmp_path / 'scene', True)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(noise(8, 10, 3, seed=5)).save(folder / 'images/1.png', exif=exif)
+    assert np.array_equal(load_colmap(folder).images[1], noise(8, 10, 3, seed=5))
+
+
+@pytest.mark.filterwarnings('ignore:the cameras look at')
+def test_odd_lines_of_a_colmap_text_model(tmp_path):
+    folder = colmap_scene(tmp_path / 'scene', False)
+    path = folder / 'sparse/0/images.txt'
+    path.write_text(path.read_text().replace('0.png\n', '0.png \n') + '\n\n')
+    assert len(load_colmap(folder).poses) == 3
+    path.write_text(path.read_text().replace('1.png', '0.png'))
+    with pytest.raises(UserError, match=r'found two images called 0\.png'):
+        load_colmap(folder)
+
+
 @pytest.mark.parametrize('name, content, problem', [
+    ('cameras.bin', struct.pack('<QiiQQ8d', 1, 7, 11, 10, 8, *range(8)), 'found camera model 11, expected'),
+    ('cameras.bin', struct.pack('<QiiQQ3d', 1, 7, 0, 10, 8, 0, 5, 4), 'expected positive sizes and focal'),
     ('cameras.bin', struct.pack('<QiiQQ12d', 1, 7, 6, 10, 8, *range(12)), 'found camera model FULL_OPENCV'),
     ('cameras.bin', b'\1', r'cameras\.bin: not a readable file of COLMAP'),
     ('images.bin', struct.pack('<Q', 0), 'found no image in the model'),
@@ -490,4 +617,4 @@ def test_a_scene_with_distortion_trains_as_well_as_one_without(tmp_path):
     for path in (tmp_path / 'data/distorted').glob('*.json'):
         edit_json(path, lambda meta: [meta.pop(key) for key in ('k1', 'k2', 'p1', 'p2')])
     unknown = psnr_of('unknown', tmp_path / 'data/distorted')
-    assert found['distorted'] > found['straight'] - 0.5 and found['distorted'] > unknown + 1, (found, unknown)
+    assert found['distorted'] > found['straight'] - 0.2 and found['distorted'] > unknown + 1, (found, unknown)

@@ -137,7 +137,7 @@ class Evaluator:
         frame = self.frames.render_view(scene.poses[view], stride, camera)
         colors = {'coarse': frame.rgb} if frame.rgb0 is None else {'coarse': frame.rgb0, 'fine': frame.rgb}
         psnrs = {f'psnr/held-out {name}': psnr(to8b(rgb), target, mask) for name, rgb in colors.items()}
-        logger.scalars(step, psnrs)
+        logger.scalars(step, {name: value for name, value in psnrs.items() if value is not None})
         logger.image(step, IMAGE_NAME, comparison_image(frame, target / 255))
 
     @cached_property
@@ -162,14 +162,15 @@ class Evaluator:
             rows.append({'view': int(view), 'image': scene.names[view] if scene.names else None,
                          'psnr': psnr(image, target, mask), 'ssim': ssim(image, target, device, mask),
                          'lpips': lpips(image, target, mask) if lpips else None, 'seconds': frame.seconds})
-        sizes = sizes_of(cameras)
-        about = {'step': step, 'width': cameras[0].W, 'height': cameras[0].H, 'views': len(rows),
+        one_size = len({(camera.H, camera.W) for camera in cameras}) == 1
+        about = {'step': step, 'width': cameras[0].W if one_size else None,
+                 'height': cameras[0].H if one_size else None, 'views': len(rows),
                  'background': 'white' if args.white_bkgd else 'black',
                  'device': device_name(self.frames.device), 'seed': args.seed}
         means = write_metrics(folder, rows, about)
-        measured = [f'PSNR {means["psnr"]:.2f} dB']
+        measured = [] if means['psnr'] is None else [f'PSNR {means["psnr"]:.2f} dB']
         measured += [f'{key.upper()} {means[key]:.4f}' for key in ('ssim', 'lpips') if means[key] is not None]
-        views = f'{len(rows)} test views of {sizes}'
+        views = f'{len(rows)} test views of {sizes_of(cameras)}'
         self.say(f'step {step}: held-out {", ".join(measured)}, mean of {views}')
         return means
 
@@ -182,7 +183,9 @@ class Evaluator:
         if self.args.render_only and store.reused:
             self.say(f'reusing {store.reused} frames in {folder}; --overwrite renders them again')
         yield from self.frames.render_path(poses, store, cameras)
-        video = video and len({(camera.H, camera.W) for camera in cameras or ()}) <= 1
+        if video and len({(camera.H, camera.W) for camera in cameras or ()}) > 1:
+            self.say(f'{folder}: no video written (its frames have several sizes)')
+            return
         try:
             for stem, images in (('video', store.colors), ('video_disp', store.disparities)) if video else ():
                 with open_video(Path(folder, stem), self.encoder) as add:
@@ -213,12 +216,13 @@ class Evaluator:
           UserError: there are no test views, or the images are smaller than --render_factor.
         """
         args, scene = self.args, self.scene
-        if min(scene.H, scene.W) < args.render_factor:
-            raise UserError(f'--render_factor: found {args.render_factor}, expected at most the images\' '
-                            f'{scene.W}×{scene.H}')
-        poses, cameras = scene.render_poses, None
+        poses, cameras, (H, W) = scene.render_poses, None, (scene.H, scene.W)
         if args.render_test:
             poses, cameras = scene.poses[scene.i_test], [scene.cameras[view] for view in scene.i_test]
+            H, W = (min(sides, default=1) for sides in ([c.H for c in cameras], [c.W for c in cameras]))
+        if min(H, W) < args.render_factor:
+            raise UserError(f'--render_factor: found {args.render_factor}, expected at most the images\' '
+                            f'{W}×{H}')
         if len(poses) == 0:
             raise UserError(f'{args.datadir}: found no test views for --render_test')
         if not self.processes.is_main:

@@ -26,9 +26,11 @@ SSIM_K2 = 0.03
 
 def psnr(image, target, mask=None):
     """Peak signal-to-noise ratio in dB of two uint8 images [H, W, C], over the pixels in `mask` [H, W] if
-    given; infinite if they are equal."""
+    given; infinite if they are equal, None if there is no pixel."""
     if mask is not None:
         image, target = image[mask], target[mask]
+    if image.size == 0:
+        return None
     mse = np.mean((image.astype(np.float64) - target.astype(np.float64)) ** 2) / 255 ** 2
     return float('inf') if mse == 0 else float(-10 * np.log10(mse))
 
@@ -56,7 +58,10 @@ def similarity(x, y):
 
 def ssim(image, target, device='cpu', mask=None):
     """Mean structural similarity of two uint8 images [H, W, C], over the windows whose centre is in `mask`
-    [H, W] if given, computed on `device`, which needs float64; None if there is no window."""
+    [H, W] if given, computed on `device`, which needs float64; None if there is no window. Pixels that are
+    not in `mask` count as equal."""
+    if mask is not None:
+        image = np.where(mask[..., None], image, target)
     margin = SSIM_WINDOW // 2
     inner = None if mask is None else torch.from_numpy(mask[margin:-margin, margin:-margin]).to(device)
     if min(image.shape[:2]) < SSIM_WINDOW or (inner is not None and not inner.any()):
