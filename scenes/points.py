@@ -20,7 +20,7 @@ def read_ply(path):
       UserError: it cannot be read as such.
     """
     try:
-        header, end, body = re.split(rb'(end_header\r?\n)', path.read_bytes(), maxsplit=1)
+        header, body = re.split(rb'end_header\r?\n', path.read_bytes(), maxsplit=1)
         header = header.decode('ascii').replace('\r', '')
         order = FORMATS[re.search(r'^format (\w+)', header, re.M)[1]]
         elements = re.split(r'^element ', header, flags=re.M)
