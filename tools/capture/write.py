@@ -121,8 +121,8 @@ def write_config(path, datadir, placement, factor, llff_error=None):
     head = f'# Scene type: {placement.scene_type}.\n#   python run_nerf.py --config {config}\n'
     if llff_error is not None:
         head += ('# Uses poses_bounds.npy and images/, with normalised device coordinates. That layout has\n'
-                 f'# no lens distortion: cameras were fitted without it (mean error {llff_error:.2f} pixels). '
-                 'transforms.json\n# has it.\n')
+                 '# no lens distortion: cameras were fitted without it, with a mean reprojection error of\n'
+                 f'# {llff_error:.2f} pixels. transforms.json has it.\n')
         data = f'dataset_type = llff\nfactor = {factor}\nllffhold = 8'
         options = dict(log2_hashmap_size=18, finest_res=256, N_samples=128, N_iters=3200, lrate_decay=2)
     else:
