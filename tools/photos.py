@@ -192,8 +192,6 @@ def check_paths(args):
 
 def run(args, stop):
     """Run the steps, and move the results to their places when all are complete; returns the summary."""
-    check_paths(args)
-    import_pycolmap()
     capture = Capture(args)
     staging = partial_path(capture.work / 'result')
     staging.mkdir()
@@ -210,6 +208,8 @@ def main(argv=None):
     """Run the program; returns 0, 2 for errors that the user can fix, 128 + n for signal n."""
     args = parse_args(argv)
     try:
+        check_paths(args)
+        import_pycolmap()  # first, because it takes over SIGTERM
         with StopRequest(say) as stop:
             summary = run(args, stop)
     except Stopped as stopped:

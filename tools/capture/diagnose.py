@@ -85,7 +85,7 @@ def advice_for(photos):
     """One line of advice that fits why photos have no camera."""
     reasons = [photo.reason or '' for photo in photos]
     features = [photo.features for photo in photos if photo.features is not None]
-    if sum('blurred' in reason for reason in reasons) > len(photos) / 4:
+    if sum(reason.startswith('blurred') for reason in reasons) > len(photos) / 4:
         return 'Less blur: hold the camera still, with more light.'
     if features and np.median(features) < FEW_FEATURES:
         return 'More texture: include surroundings with texture, such as newspapers below a plain object.'

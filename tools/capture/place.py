@@ -23,7 +23,9 @@ BACKGROUND_PERCENTILE = 90
 # ... is further from the focus than this multiple of the cameras' distance.
 BACKGROUND_DISTANCE = 1.5
 # Depths and boxes leave out this percentage of what is observed at each end, which may be wrong matches.
-OUTLIER_PERCENT = 0.5
+OUTLIER_PERCENT = 1.0
+# This percentage of the cameras sees nothing beyond far.
+FAR_PERCENTILE = 95
 # Near and far leave this fraction of the depth free before and behind what is observed.
 DEPTH_MARGIN = 0.15
 # The box is wider than what is observed by this fraction on each side, ...
@@ -156,9 +158,10 @@ def view_bounds(poses, points, seen):
 
 
 def find_bounds(poses, points, seen):
-    """Near and far: what any camera sees lies between them, but for outliers."""
-    bounds = view_bounds(poses, points, seen)
-    return float(bounds[:, 0].min() * (1 - DEPTH_MARGIN)), float(bounds[:, 1].max() * (1 + DEPTH_MARGIN))
+    """Near and far: what the cameras see lies between them, but for outliers. A few cameras may see farther,
+    because points that are far away are often wrong."""
+    near, far = view_bounds(poses, points, seen).T
+    return float(near.min() * (1 - DEPTH_MARGIN)), float(np.percentile(far, FAR_PERCENTILE) * (1 + DEPTH_MARGIN))
 
 
 def find_box(scene_type, poses, points, seen):

@@ -68,10 +68,7 @@ class Prepared:
         source = [str(path.resolve()), status.st_size, status.st_mtime_ns, self.max_size, num_frames]
         photos = self.known_frames(path, source)
         if not photos:
-            def progress(frames, total):
-                return tqdm(frames, 'video frames', total, disable=None)
-            photos = []
-            for photo, image in sharpest_frames(path, num_frames, progress):
+            for photo, image in sharpest_frames(path, num_frames):
                 self.changed |= photo.name in self.known
                 self.write(photo, image)
                 photos.append(photo)

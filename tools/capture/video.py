@@ -2,20 +2,21 @@
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from scenes.errors import UserError, first_line
 from tools.capture.collect import Photo
 from tools.capture.quality import measure
 
 
-def sharpest_frames(path, num_frames, progress=iter):
+def sharpest_frames(path, num_frames):
     """The sharpest frame of each of `num_frames` windows of equal length; all frames if there are no more.
 
     Only one frame of a window is in memory at a time.
 
     Args:
       path: of the video.
-      progress: wraps the iterator over all frames, for a progress bar; it gets `total`.
+      num_frames: as above.
     Yields:
       `Photo`, and the frame as a Pillow image. Names count the frames of the video.
     Raises:
@@ -24,7 +25,7 @@ def sharpest_frames(path, num_frames, progress=iter):
     from PIL import Image
     total = count_frames(path)
     best, best_sharpness, window = None, -1.0, 0
-    for index, frame in enumerate(progress(read_frames(path), total=total)):
+    for index, frame in enumerate(tqdm(read_frames(path), 'video frames', total, disable=None)):
         image = Image.fromarray(frame)
         quality = measure(image)
         current = index * num_frames // total if total > num_frames else index
