@@ -161,7 +161,8 @@ def find_bounds(poses, points, seen):
     """Near and far: what the cameras see lies between them, but for outliers. A few cameras may see farther,
     because points that are far away are often wrong."""
     near, far = view_bounds(poses, points, seen).T
-    return float(near.min() * (1 - DEPTH_MARGIN)), float(np.percentile(far, FAR_PERCENTILE) * (1 + DEPTH_MARGIN))
+    last = np.percentile(far, FAR_PERCENTILE)
+    return float(near.min() * (1 - DEPTH_MARGIN)), float(last * (1 + DEPTH_MARGIN))
 
 
 def find_box(scene_type, poses, points, seen):
