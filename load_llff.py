@@ -16,7 +16,14 @@ import numpy as np
 from scenes.cameras import check_poses, focus_point, homogeneous, normalize, viewmatrix
 from scenes.errors import UserError
 from scenes.files import PARTIAL, read_array
-from scenes.images import IMAGE_EXTENSIONS, composite_on_bkgd, read_image, resize_area, write_image
+from scenes.images import (
+    IMAGE_EXTENSIONS,
+    composite_on_bkgd,
+    read_image,
+    reduced_size,
+    resize_area,
+    write_image,
+)
 from scenes.scene import Scene, uses_ndc
 
 # Error messages describe the expected files in these words.
@@ -132,8 +139,7 @@ def downsample_images(basedir, factor):
 
     def downsample(path):
         image = read_image(path)
-        height, width = (max(1, round(side / factor)) for side in image.shape[:2])
-        small = np.round(resize_area(image, height, width)).astype(np.uint8)
+        small = np.round(resize_area(image, *reduced_size(*image.shape[:2], factor))).astype(np.uint8)
         write_image(partial / f'{path.stem}.png', small)
 
     try:

@@ -46,7 +46,10 @@ from run_nerf_helpers import (  # noqa: F401 - batchify and run_network are name
     stratified_samples,
 )
 from scenes.bounds import box_of_rays, fit_bounds
+from scenes.cameras import Camera
+from scenes.colmap import load_colmap_scene
 from scenes.errors import UserError
+from scenes.rays import camera_rays
 from scenes.scene import finish_scene, scene_from_checkpoint, uses_ndc
 from training.checkpoints import (
     changed_options,
@@ -66,13 +69,13 @@ from training.outputs import Frame, FrameFolder
 from training.processes import Processes, ProcessLost
 from training.safeguards import Measures, TrainingFailed
 from training.signals import Stopped, StopRequest
-from training.start import start_run
+from training.start import report_on_scene, start_run
 from training.threads import yield_when_busy
 
 # The interval behind the last sample of a ray has this length, so that any density there is opaque.
 LAST_INTERVAL = 1e10
 # Loaders by --dataset_type: functions of the options that return a `Scene`.
-SCENE_LOADERS = {'blender': load_blender_scene, 'llff': load_llff_scene}
+SCENE_LOADERS = {'blender': load_blender_scene, 'llff': load_llff_scene, 'colmap': load_colmap_scene}
 
 
 # --- volume rendering (Sec. 4) ------------------------------------------------------------------------------
@@ -225,7 +228,7 @@ def render(H, W, K, chunk=1024 * 32, rays=None, c2w=None, ndc=True, near=0., far
 # --- frames -------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def render_frame(pose, hwf, K, chunk, render_kwargs, render_factor=0, stride=1):
+def render_frame(pose, hwf, K, chunk, render_kwargs, render_factor=0, stride=1, camera=None):
     """Render the image of one camera into a `Frame`.
 
     Args:
@@ -233,16 +236,15 @@ def render_frame(pose, hwf, K, chunk, render_kwargs, render_factor=0, stride=1):
       chunk: rays to render at once; render_kwargs: for `render`.
       render_factor: divides image size and intrinsics (0 as 1).
       stride: render only every `stride`-th pixel of both axes.
+      camera: a `Camera`, which may have lens distortion, in place of hwf and K.
     """
-    H, W, K = int(hwf[0]), int(hwf[1]), np.array(K, np.float64)
-    if render_factor > 1:
-        H, W, K[:2] = H // render_factor, W // render_factor, K[:2] / render_factor
+    camera = (camera or Camera(*map(int, hwf[:2]), np.array(K, np.float64))).reduced(max(render_factor, 1))
     device = next(render_kwargs['network_fn'].parameters()).device
     c2w = torch.as_tensor(pose, dtype=torch.float32, device=device)[:3, :4]
     started = time.perf_counter()
-    rays = get_rays(H, W, K, c2w, render_kwargs.get('pixel_centers', False))
+    rays = camera_rays(camera, c2w, render_kwargs.get('pixel_centers', False))
     rays = [part[::stride, ::stride] for part in rays]
-    rgb, disp, acc, extras = render(H, W, K, chunk=chunk, rays=rays, **render_kwargs)
+    rgb, disp, acc, extras = render(camera.H, camera.W, camera.K, chunk=chunk, rays=rays, **render_kwargs)
     maps = [None if part is None else part.cpu().numpy() for part in (rgb, disp, acc, extras.get('rgb0'))]
     return Frame(*maps, seconds=time.perf_counter() - started)
 
@@ -373,7 +375,7 @@ def frame_renderer(args, scene, kwargs_train, kwargs_test, processes, stop, say)
     view_kwargs = {**kwargs_test, 'network_query_fn': query}
     render_factor = args.render_factor if args.render_only else 0
     if kwargs_test['renderer'].dense and not args.exact_render:
-        aabb = box_of_rays(scene, kwargs_test['ndc'], scene.poses)
+        aabb = box_of_rays(scene, kwargs_test['ndc'], np.arange(len(scene.poses)))
         queries = [query, exact_query] if query.precision != exact_query.precision else [exact_query]
         renderer = FastRenderer(kwargs_test['renderer'], queries, aabb, say)
         kwargs_test = {**kwargs_test, 'renderer': renderer}
@@ -488,7 +490,8 @@ def main(argv=None):
         args = config_parser().parse_args(argv)
         try:
             with yield_when_busy():
-                return train(args, console)
+                return (report_on_scene(args, load_scene(args), console.say) if args.check_data
+                        else train(args, console))
         except (UserError, OSError, TrainingFailed, ProcessLost, torch.OutOfMemoryError, Stopped) as error:
             return console.fail(error)
 

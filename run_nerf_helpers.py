@@ -408,8 +408,18 @@ def pixel_rays(x, y, K, c2w):
     Returns:
       rays_o, rays_d: [..., 3] each, in world space.
     """
-    dirs = [(x - K[0][2]) / K[0][0], (K[1][2] - y) / K[1][1]]
-    dirs = torch.stack([*dirs, torch.full_like(dirs[0], -1.0)], -1)                    # [..., 3]
+    return cast_rays(pinhole_directions(x, y, K[0][0], K[1][1], K[0][2], K[1][2]), c2w)
+
+
+def pinhole_directions(x, y, fx, fy, cx, cy):
+    """Directions [..., 3] in the camera's axes, with z = -1, to points x, y [...] of the image plane; focal
+    lengths and principal point are numbers or [...], in pixels."""
+    dirs = [(x - cx) / fx, (cy - y) / fy]
+    return torch.stack([*dirs, torch.full_like(dirs[0], -1.0)], -1)
+
+
+def cast_rays(dirs, c2w):
+    """Rays from directions [..., 3] in the camera's axes; see `pixel_rays`."""
     rays_d = torch.sum(dirs[..., None, :] * c2w[..., :3, :3], -1)  # the camera's axes are the columns of c2w
     return c2w[..., :3, 3].expand(rays_d.shape), rays_d
 

@@ -3,10 +3,12 @@
 A box is a tensor [2, 3]: lowest and highest corner. Cells divide each side of a box into `resolution`
 intervals.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from run_nerf_helpers import BoundedModule, ndc_rays, pixel_rays
+from run_nerf_helpers import BoundedModule, cast_rays, ndc_rays
+from scenes.cameras import distort
 
 # A box is widened by this fraction of its extent on each side.
 BOX_MARGIN = 0.01
@@ -21,6 +23,8 @@ MIN_VIEW_FRACTION = 0.25
 # A sphere reaches at most this much farther from its centre's pixel than focal length * radius / depth, up to
 # about 48 degrees off the optical axis.
 PERSPECTIVE_STRETCH = 1.5
+# Lens distortion applies to positions up to this multiple of the distance of the image's corners.
+MAX_OUTSIDE = 1.1
 # This number of cells is projected into a view at once, so that intermediate results stay small.
 CELLS_AT_ONCE = 1 << 16
 
@@ -53,11 +57,11 @@ def find_bounds(scene, ndc, resolution, aabb=None, device='cpu'):
       possible: cells that may contain something, bool [G, G, G]; None for all.
     """
     if aabb is None:
-        box = box_of_rays(scene, ndc, scene.poses[scene.i_train])
+        box = box_of_rays(scene, ndc, scene.i_train)
     else:
         box = torch.tensor(aabb, dtype=torch.float32).view(2, 3)
     box = box.to(device)
-    if scene.alphas is None or ndc:
+    if scene.alphas is None or ndc or any(camera.fisheye for camera in scene.cameras):
         return box, None
     if aabb is None:
         # first find a tighter box, then the cells of that box
@@ -73,18 +77,25 @@ def find_bounds(scene, ndc, resolution, aabb=None, device='cpu'):
     return box, possible
 
 
-def box_of_rays(scene, ndc, poses):
-    """The box [2, 3] around everything that cameras `poses` [N, 3, 4] see between near and far.
+def box_of_rays(scene, ndc, views):
+    """The box [2, 3] around everything that `views` [N] see between near and far.
 
     With `ndc` the box is in normalised device coordinates.
     """
-    c2w = torch.from_numpy(poses)[:, None, None]
-    x, y = torch.meshgrid(*(c2w.new_tensor([0.0, side]) for side in (scene.W, scene.H)), indexing='xy')
-    rays_o, rays_d = pixel_rays(x.expand(len(c2w), 2, 2), y.expand(len(c2w), 2, 2), scene.K, c2w)
+    borders = {camera: directions_to_border(camera) for camera in dict.fromkeys(scene.cameras)}
+    dirs = torch.from_numpy(np.stack([borders[scene.cameras[view]] for view in views])).float()  # [N, 8, 3]
+    rays_o, rays_d = cast_rays(dirs, torch.from_numpy(scene.poses[views])[:, None])
     if ndc:
         rays_o, rays_d = ndc_rays(scene.H, scene.W, scene.K[0, 0], 1.0, rays_o, rays_d)
     ends = torch.cat([(rays_o + t * rays_d).reshape(-1, 3) for t in (scene.near, scene.far)])
     return add_margin(ends.amin(0), ends.amax(0))
+
+
+def directions_to_border(camera):
+    """Directions [8, 3] to the corners of a camera's image and the middles of its sides."""
+    x, y = np.meshgrid([0, camera.W / 2, camera.W], [0, camera.H / 2, camera.H])
+    border = np.arange(9) != 4
+    return camera.directions(x.flatten()[border], y.flatten()[border])
 
 
 def add_margin(low, high):
@@ -141,15 +152,15 @@ def in_visual_hull(scene, centers, half, keep_rarely_seen=False):
     # operations on whole rows of coordinates, [3, N], are several times faster than on columns
     parts = [part.split(CELLS_AT_ONCE, -1)
              for part in (centers.T.contiguous(), num_views, num_opaque, remaining)]
-    frustum = [[0, 0, scene.near], [scene.W, scene.H, scene.far]]
-    first, last = torch.tensor(frustum, dtype=torch.float32, device=device)[..., None]  # [3, 1] each
-    K = torch.as_tensor(scene.K, dtype=torch.float32, device=device)
     axes = torch.tensor([1, -1, -1, 1], device=device)  # y down, z forward
     poses = torch.from_numpy(scene.poses).to(device) * axes
     for view in scene.i_train:
+        camera = scene.cameras[view]
+        frustum = [[0, 0, scene.near], [camera.W, camera.H, scene.far]]
+        first, last = torch.tensor(frustum, dtype=torch.float32, device=device)[..., None]  # [3, 1] each
         sums = summed_area_table(torch.from_numpy(scene.alphas[view]).to(device) > 0)
         for part, part_views, part_opaque, part_remaining in zip(*parts, strict=True):
-            low, high = project_spheres(K, poses[view], part, radius)
+            low, high = project_spheres(camera, poses[view], part, radius)
             # one comparison of the smallest distance takes less time than six comparisons
             seen = torch.minimum(high - first, last - low).amin(0) > 0
             seen_whole = torch.minimum(low - first, last - high).amin(0) > 0
@@ -164,16 +175,28 @@ def in_visual_hull(scene, centers, half, keep_rarely_seen=False):
     return hull & (num_views > MIN_VIEW_FRACTION * num_views[hull].amax()) if hull.any() else hull
 
 
-def project_spheres(K, c2w, centers, radius):
+def project_spheres(camera, c2w, centers, radius):
     """Lower and upper bounds [3, N] each of x, y (in pixels) and depth of spheres around `centers` [3, N]. In
     `c2w` [3, 4] y points down and z forward."""
+    K = torch.as_tensor(camera.K, dtype=torch.float32, device=centers.device)
     # not a matrix product, which a GPU may compute with TF32
     in_camera = (c2w[:, :3, None] * (centers - c2w[:, 3:])[:, None]).sum(0)            # [3, N]
     depth, focal = in_camera[2:], K.diagonal()[:2, None]
     nearest, farthest = depth - radius, depth + radius
-    pixel = K[:2, 2:] + in_camera[:2] * focal / depth.clamp(min=1e-6)                  # [2, N]
+    if camera.distortion is None:
+        pixel = K[:2, 2:] + in_camera[:2] * focal / depth.clamp(min=1e-6)              # [2, N]
+    else:
+        pixel = K[:2, 2:] + distort_inside(camera, in_camera[:2] / depth.clamp(min=1e-6)) * focal
     reach = PERSPECTIVE_STRETCH * focal.max() * radius / nearest.clamp(min=1e-6) + 1
     return torch.cat([pixel - reach, nearest]), torch.cat([pixel + reach, farthest])
+
+
+def distort_inside(camera, plane):
+    """Positions [2, N] in the image plane, distorted if they are in or near the image. Elsewhere the
+    polynomials mean nothing, and positions stay outside."""
+    limit = MAX_OUTSIDE * np.linalg.norm(directions_to_border(camera)[:, :2], axis=-1).max()
+    inside = torch.linalg.vector_norm(plane, dim=0) < limit
+    return torch.where(inside, torch.stack(distort(*plane, camera.distortion)), plane)
 
 
 def summed_area_table(mask):

@@ -1,7 +1,170 @@
-"""Camera poses: c2w matrices in OpenGL axes, with columns right, up, back and position."""
+"""Cameras: image sizes, intrinsics and lens distortion; and poses, which are c2w matrices in OpenGL axes,
+with columns right, up, back and position."""
+from dataclasses import dataclass
+
 import numpy as np
 
 from scenes.errors import UserError
+
+# Newton's method stops when the distorted position of every pixel is met up to this, in units of the image
+# plane.
+UNDISTORT_TOLERANCE = 1e-12
+# It fails after this many steps if a position is missed by more than a thousandth of a pixel or so.
+UNDISTORT_STEPS, MAX_UNDISTORT_ERROR = 50, 1e-6
+# Directions of this many pixels are computed at once.
+PIXELS_AT_ONCE = 2 ** 20
+
+
+@dataclass(frozen=True, eq=False)
+class Camera:
+    """A camera model. Views that are taken with the same camera share one object.
+
+    Attributes:
+      H, W: image size in pixels.
+      K: intrinsics in pixels, float64 [3, 3]; the upper left corner of the image is at (0, 0).
+      distortion: k1, k2, k3, k4, p1, p2 as in a transforms file; None if there is no distortion. The radial
+        part is 1 + k1 r² + k2 r⁴ + k3 r⁶ + k4 r⁸; p1 and p2 are OpenCV's.
+      fisheye: r is the angle to the optical axis rather than its tangent (OpenCV's fisheye model, without p1
+        and p2).
+    """
+    H: int
+    W: int
+    K: np.ndarray
+    distortion: tuple | None = None
+    fisheye: bool = False
+
+    @property
+    def is_pinhole(self):
+        """Whether straight lines are straight in the image."""
+        return self.distortion is None and not self.fisheye
+
+    def undistorted(self):
+        """The pinhole camera of the same size and intrinsics."""
+        return self if self.is_pinhole else Camera(self.H, self.W, self.K)
+
+    def reduced(self, factor):
+        """The camera whose pixels are `factor` times as wide and high."""
+        K = self.K / [[factor], [factor], [1]]
+        return Camera(self.H // factor, self.W // factor, K, self.distortion, self.fisheye)
+
+    def resized(self, height, width):
+        """The camera for images of another size."""
+        scale = np.array([[width / self.W], [height / self.H], [1]])
+        return Camera(height, width, self.K * scale, self.distortion, self.fisheye)
+
+    def directions(self, x, y):
+        """Directions of rays in the camera's axes.
+
+        Args:
+          x, y: image coordinates in pixels [...].
+        Returns:
+          float64 [..., 3]: with z = -1, or of unit length for a fisheye camera.
+        Raises:
+          UserError: no direction leads to one of the positions, because the distortion is too strong there.
+        """
+        x, y = (x - self.K[0, 2]) / self.K[0, 0], (y - self.K[1, 2]) / self.K[1, 1]
+        if self.fisheye:
+            radius = np.hypot(x, y)
+            angle = undistort_angles(radius, self.distortion or (0,) * 6)
+            scale = np.divide(np.sin(angle), radius, out=np.ones_like(radius), where=radius > 0)
+            return np.stack([x * scale, -y * scale, -np.cos(angle)], -1)
+        if self.distortion is not None:
+            x, y = undistort(x, y, self.distortion)
+        return np.stack([x, -y, np.full_like(x, -1.0)], -1)
+
+    def pixel_directions(self, pixel_centers):
+        """The directions of all pixels' corners, or centres: float32 [H * W, 3]."""
+        directions = np.empty((self.H * self.W, 3), np.float32)
+        for start in range(0, len(directions), PIXELS_AT_ONCE):
+            pixels = np.arange(start, min(start + PIXELS_AT_ONCE, len(directions)))
+            x, y = pixels % self.W + 0.5 * pixel_centers, pixels // self.W + 0.5 * pixel_centers
+            directions[pixels] = self.directions(x, y)
+        return directions
+
+
+def sizes_of(cameras):
+    """The image sizes of cameras in words."""
+    sizes = sorted({(camera.W, camera.H) for camera in cameras})
+    text = [f'{width}×{height}' for width, height in (sizes[0], sizes[-1])]
+    return text[0] if len(sizes) == 1 else f'{len(sizes)} sizes, {text[0]} to {text[1]}'
+
+
+def camera_table(cameras):
+    """Cameras as numbers, float64 [N, 13]: H, W, fx, fy, cx, cy, distortion, fisheye."""
+    rows = [[camera.H, camera.W, *camera.K[(0, 1, 0, 1), (0, 1, 2, 2)], *(camera.distortion or [0] * 6),
+             camera.fisheye] for camera in cameras]
+    return np.array(rows, np.float64).reshape(-1, 13)
+
+
+def cameras_from_table(table):
+    """The cameras of a `camera_table`; equal rows share an object."""
+    cameras = {}
+    for row in map(tuple, table.tolist()):
+        H, W, fx, fy, cx, cy, *distortion, fisheye = row
+        if row not in cameras:
+            cameras[row] = Camera(int(H), int(W), np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]),
+                                  tuple(distortion) if any(distortion) else None, bool(fisheye))
+    return [cameras[tuple(row)] for row in table.tolist()]
+
+
+def distort(x, y, distortion):
+    """Positions [...] in the image plane of a pinhole camera to those of one with lens distortion; NumPy
+    arrays or tensors."""
+    k1, k2, k3, k4, p1, p2 = distortion
+    rr = x * x + y * y
+    radial = 1 + rr * (k1 + rr * (k2 + rr * (k3 + rr * k4)))
+    return (x * radial + 2 * p1 * x * y + p2 * (rr + 2 * x * x),
+            y * radial + p1 * (rr + 2 * y * y) + 2 * p2 * x * y)
+
+
+def undistort(x_distorted, y_distorted, distortion):
+    """The positions in the image plane whose distortion leads to the given ones, by Newton's method; [...]
+    each. Raises UserError if there are none."""
+    k1, k2, k3, k4, p1, p2 = distortion
+    x, y = x_distorted.copy(), y_distorted.copy()
+    for _ in range(UNDISTORT_STEPS):
+        error_x, error_y = (found - wanted for found, wanted in zip(distort(x, y, distortion),
+                                                                    (x_distorted, y_distorted)))
+        error = max(np.abs(error_x).max(initial=0), np.abs(error_y).max(initial=0))
+        if not error > UNDISTORT_TOLERANCE:
+            break
+        rr = x * x + y * y
+        radial = 1 + rr * (k1 + rr * (k2 + rr * (k3 + rr * k4)))
+        slope = k1 + rr * (2 * k2 + rr * (3 * k3 + rr * 4 * k4))  # of `radial` by rr
+        # the matrix of derivatives is symmetric
+        xx = radial + 2 * x * x * slope + 2 * p1 * y + 6 * p2 * x
+        xy = 2 * x * y * slope + 2 * p1 * x + 2 * p2 * y
+        yy = radial + 2 * y * y * slope + 6 * p1 * y + 2 * p2 * x
+        with np.errstate(all='ignore'):  # checked below
+            determinant = xx * yy - xy * xy
+            x = x - (yy * error_x - xy * error_y) / determinant
+            y = y - (xx * error_y - xy * error_x) / determinant
+    check_convergence(error)
+    return x, y
+
+
+def undistort_angles(radius, distortion):
+    """The angles to the optical axis of a fisheye camera at distances `radius` [...] from its centre in the
+    image plane, by Newton's method. Raises UserError if there are none."""
+    k1, k2, k3, k4 = distortion[:4]
+    angle = np.minimum(radius, np.pi / 2)
+    for _ in range(UNDISTORT_STEPS):
+        tt = angle * angle
+        value = angle * (1 + tt * (k1 + tt * (k2 + tt * (k3 + tt * k4)))) - radius
+        error = np.abs(value).max(initial=0)
+        if not error > UNDISTORT_TOLERANCE:
+            break
+        with np.errstate(all='ignore'):  # checked below
+            angle = angle - value / (1 + tt * (3 * k1 + tt * (5 * k2 + tt * (7 * k3 + tt * 9 * k4))))
+    check_convergence(error)
+    return angle
+
+
+def check_convergence(error):
+    """Raise UserError if Newton's method has failed."""
+    if not error < MAX_UNDISTORT_ERROR:
+        raise UserError('found a lens distortion (k1, …) that cannot be inverted at the borders of the '
+                        'image, expected smaller numbers; crop or undistort the images')
 
 
 def normalize(x):
@@ -50,3 +213,21 @@ def focus_point(poses):
     project = np.eye(3) - axes * np.transpose(axes, (0, 2, 1))  # onto the plane perpendicular to each axis
     normal = np.transpose(project, (0, 2, 1)) @ project
     return (np.linalg.pinv(normal.mean(0)) @ (project @ origins).mean(0))[:, 0]
+
+
+def orbit_of_cameras(poses, count=40):
+    """A circle around the point that the cameras look at, at their mean height and mean distance from the
+    vertical axis through it; [count, 4, 4] float32."""
+    poses = poses.astype(np.float64)
+    up, focus = normalize(poses[:, :3, 1].sum(0)), focus_point(poses)
+    arms = poses[:, :3, 3] - focus
+    height = (arms @ up).mean()
+    radius = np.linalg.norm(arms - (arms @ up)[:, None] * up, axis=-1).mean()
+    across = normalize(np.cross(up, np.eye(3)[np.argmin(np.abs(up))]))  # any direction perpendicular to up
+    path = []
+    for angle in np.linspace(0, 2 * np.pi, count + 1)[:-1]:
+        arm = radius * (np.cos(angle) * across + np.sin(angle) * np.cross(up, across)) + height * up
+        path.append(homogeneous(viewmatrix(arm, up, focus + arm)))
+    if not np.isfinite(path).all():
+        raise UserError('found cameras that are all in one place, expected cameras around a scene')
+    return np.stack(path).astype(np.float32)

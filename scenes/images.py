@@ -3,23 +3,89 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+from PIL import Image
 
 from scenes.errors import UserError, first_line
 from scenes.files import atomic_write
 
 # Images of scenes have one of these extensions, in lower or upper case.
-IMAGE_EXTENSIONS = ('.png', '.jpg', '.jpeg')
+IMAGE_EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.heic', '.heif')
+# The EXIF tag that says how the stored pixels are turned, and its values for turns by 90 degrees.
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
 # The lowest level of zlib that compresses: twice as fast as the default level, for files an eighth larger.
 PNG_COMPRESSION = 1
 
 
-def read_image(path):
+class ImageSet:
+    """8-bit images, or masks, of several sizes in one buffer; `images[i]` is a view of it.
+
+    Args:
+      sizes: height and width of each image, N pairs.
+      channels: shape of a pixel, such as (3,) or ().
+      dtype: of the buffer.
+    Attributes:
+      pixels: [P, *channels], those of all images, one after another; zero at first.
+    """
+
+    def __init__(self, sizes, channels=(3,), dtype=np.uint8):
+        self.sizes = [(int(height), int(width)) for height, width in sizes]
+        self.ends = np.cumsum([height * width for height, width in self.sizes])
+        self.pixels = np.zeros((self.ends[-1] if len(self.ends) else 0, *channels), dtype)
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]
+        return self.pixels_of(index, index).reshape(*self.sizes[index], *self.pixels.shape[1:])
+
+    def pixels_of(self, first, last):
+        """The pixels of the images `first` to `last`, [P, *channels]."""
+        return self.pixels[self.ends[first] - np.prod(self.sizes[first]):self.ends[last]]
+
+    def stacked(self):
+        """The images as an array [N, H, W, *channels] of the same memory if they have one size; otherwise
+        itself."""
+        if len(set(self.sizes)) != 1:
+            return self
+        return self.pixels.reshape(len(self), *self.sizes[0], *self.pixels.shape[1:])
+
+
+def image_sizes(path):
+    """The size of the image at `path` from its header: (H, W) as it is seen, and (H, W) as it is stored,
+    which differ if EXIF says that it is turned by 90 degrees. Raises UserError as `read_image` does."""
+    try:
+        allow_heif(path)
+        with Image.open(path) as image:
+            stored, orientation = image.size[::-1], image.getexif().get(ORIENTATION)
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such image') from None
+    except Exception as error:  # each codec raises its own type of error for a damaged file
+        raise UserError(f'{path}: not a readable image ({first_line(error)})') from None
+    return stored[::-1] if orientation in TURNED else stored, stored
+
+
+def allow_heif(path):
+    """Have Pillow read HEIC files, if `path` is one. Raises ImportError if the package for that is
+    missing."""
+    if Path(path).suffix.lower() in ('.heic', '.heif'):
+        try:
+            import pillow_heif
+        except ImportError:
+            raise ImportError('pip install pillow-heif to read it') from None
+        pillow_heif.register_heif_opener()
+
+
+def read_image(path, upright=True):
     """The image at `path` as uint8 [H, W, 3], or [H, W, 4] with straight alpha if the file has transparency.
 
+    Args:
+      upright: turn it as its EXIF orientation says.
     Raises:
       UserError: the file is missing or damaged, or its pixels are not 8 bit.
     """
     try:
+        allow_heif(path)
         with iio.imopen(path, 'r', plugin='pillow') as file:
             meta = file.metadata()
             mode = None
@@ -27,7 +93,7 @@ def read_image(path):
                 mode = 'RGB'
             elif 'transparency' in meta:           # one colour is transparent; there is no alpha channel
                 mode = 'RGBA'
-            image = np.asarray(file.read(index=0, mode=mode))
+            image = np.asarray(file.read(index=0, mode=mode, rotate=upright))
     except FileNotFoundError:
         raise UserError(f'{path}: no such image') from None
     except Exception as error:  # each codec raises its own type of error for a damaged file
@@ -71,3 +137,39 @@ def resize_area(image, height, width):
         return image.reshape(height, H // height, width, W // width, C).mean((1, 3))
     rows, columns = area_weights(H, height), area_weights(W, width)
     return np.einsum('hi,ijc,wj->hwc', rows, image, columns, optimize=True).astype(np.float32)
+
+
+def reduced_size(height, width, factor):
+    """The size of an image of height × width pixels that is downsampled by `factor`."""
+    return max(1, round(height / factor)), max(1, round(width / factor))
+
+
+def reduced_folder(path, factor):
+    """Where images of the folder of `path`, downsampled by `factor`, are kept: `<folder>_<factor>` beside
+    it."""
+    return path.parent.with_name(f'{path.parent.name}_{factor}')
+
+
+def find_reduced(path, factor):
+    """The file of the image at `path` downsampled by `factor`; None if there is none."""
+    files = (reduced_folder(path, factor) / f'{path.stem}{ending}' for ending in ['.png', path.suffix])
+    return next((file for file in files if file.is_file()), None)
+
+
+def read_reduced(path, factor, upright=True):
+    """`read_image` downsampled by `factor` with an area filter, and kept in its `reduced_folder` if that can
+    be written."""
+    if factor <= 1:
+        return read_image(path, upright)
+    reduced = find_reduced(path, factor)
+    if reduced is not None:
+        return read_image(reduced, upright)
+    image = read_image(path, upright)
+    image = np.round(resize_area(image, *reduced_size(*image.shape[:2], factor))).astype(np.uint8)
+    try:
+        cached = reduced_folder(path, factor) / f'{path.stem}.png'
+        cached.parent.mkdir(exist_ok=True)
+        write_image(cached, image)
+    except OSError:  # a read-only folder; it takes longer each time
+        pass
+    return image

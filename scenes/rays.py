@@ -1,11 +1,11 @@
 """Random rays for training: `sampler.sample(step)` gives a `Batch` of rays and the colours of their
-pixels."""
+pixels. And the rays of all pixels of a camera."""
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from run_nerf_helpers import pixel_rays
+from run_nerf_helpers import cast_rays, get_rays
+from scenes.training_views import TrainingViews
 
 
 class Batch(NamedTuple):
@@ -41,39 +41,16 @@ class RaySampler:
 
     def __init__(self, scene, N_rand, no_batching, precrop_iters, precrop_frac, pixel_centers, device,
                  with_alpha=False, N_rand_samples=None, expected_samples=None):
-        first, last = min(scene.i_train), max(scene.i_train)  # a slice shares memory on a CPU
-        self.images = torch.from_numpy(scene.images[first:last + 1]).to(device)        # [., H, W, 3] uint8
-        self.poses = torch.from_numpy(scene.poses[first:last + 1]).to(device)          # [., 3, 4]
-        if with_alpha and scene.alphas is not None:
-            alphas = torch.from_numpy(scene.alphas[first:last + 1]).to(device)
-            self.images = torch.cat([self.images, alphas[..., None]], -1)              # [., H, W, 4]
-        self.views = torch.from_numpy(np.asarray(scene.i_train) - first).to(device)    # [N_views]
-        self.K, self.device = scene.K.copy(), device
-        self.K[:2, 2] -= 0.5 if pixel_centers else 0.0  # integer pixels then stand for their centres
+        self.views = TrainingViews(scene, precrop_frac, pixel_centers, device, with_alpha)
         self.N_rand, self.no_batching = N_rand, no_batching
-        self.precrop_iters, self.precrop_frac = precrop_iters, precrop_frac
+        self.precrop_iters = precrop_iters
         self.N_rand_samples, self.expected_samples = N_rand_samples, expected_samples
         self.mean_samples = None  # samples per ray in the last step
 
     def sample(self, step):
         """The `Batch` of training step `step` ≥ 1."""
-        N_rays = self.num_rays()
-
-        def random(low, high, count=N_rays):
-            return torch.randint(low, high, (count,), device=self.device)
-
-        N_views, (H, W) = len(self.views), self.images.shape[1:3]
-        view = self.views[random(0, N_views, 1).expand(N_rays) if self.no_batching else random(0, N_views)]
-        y, x = random(*self.sampled_range(H, step)), random(*self.sampled_range(W, step))  # [N_rays]
-        rays = pixel_rays(x, y, self.K, self.poses[view])
-        return Batch(torch.stack(rays), self.images[view, y, x] / 255)
-
-    def sampled_range(self, side, step):
-        """The range of pixels along an image side that is sampled at `step`."""
-        if step >= self.precrop_iters:
-            return 0, side
-        half = max(1, int(side // 2 * self.precrop_frac))
-        return max(0, side // 2 - half), min(side, side // 2 + half)
+        pixels = self.views.draw(self.num_rays(), step < self.precrop_iters, self.no_batching)
+        return Batch(self.views.rays(*pixels), self.views.colors(*pixels) / 255)
 
     def num_rays(self):
         """Number of rays in the next batch."""
@@ -97,3 +74,12 @@ class RaySampler:
 
     def load_state_dict(self, state):
         self.mean_samples = state['mean_samples']
+
+
+def camera_rays(camera, c2w, pixel_centers=False):
+    """Rays through all pixels of a `Camera`, with its lens distortion: rays_o, rays_d [H, W, 3] on the device
+    of `c2w` [3, 4]. Arguments as those of `get_rays`."""
+    if camera.is_pinhole:
+        return get_rays(camera.H, camera.W, camera.K, c2w, pixel_centers)
+    directions = torch.from_numpy(camera.pixel_directions(pixel_centers)).to(c2w)
+    return cast_rays(directions.view(camera.H, camera.W, 3), c2w)

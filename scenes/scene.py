@@ -6,30 +6,43 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scenes.cameras import check_poses, focus_point
+from scenes.cameras import Camera, camera_table, cameras_from_table, check_poses, focus_point
 from scenes.errors import UserError
 from scenes.files import read_array, read_json
+from scenes.images import ImageSet
 
 # These fields of a `Scene` are not stored in a checkpoint.
-NOT_IN_CHECKPOINT = ('images', 'alphas', 'names')
+NOT_IN_CHECKPOINT = ('images', 'alphas', 'names', 'cameras', 'masks', 'points')
 
 
 @dataclass
 class Scene:
     """What training and rendering need to know about a scene of N views."""
-    images: np.ndarray | None         # uint8 [N, H, W, 3] on the background; None if from a checkpoint
-    H: int                            # height of the images in pixels
-    W: int                            # width of the images in pixels
+    # uint8 [N, H, W, 3] on the background, or an `ImageSet` if sizes differ; None if from a checkpoint
+    images: np.ndarray | ImageSet | None
+    H: int                            # height of the frames along the path in pixels
+    W: int                            # their width
     poses: np.ndarray                 # c2w, float32 [N, 3, 4]
-    K: np.ndarray                     # intrinsics in pixels, float64 [3, 3]
+    K: np.ndarray                     # their intrinsics in pixels, float64 [3, 3]
     near: float                       # where sampling along a ray starts, in units of rays_d
     far: float                        # where it ends
     render_poses: np.ndarray          # c2w along the path of the video, float32 [M, 3, 4]
     i_train: np.ndarray               # indices of the training views
     i_val: np.ndarray                 # indices of the validation views
     i_test: np.ndarray                # indices of the test views
-    alphas: np.ndarray | None = None  # uint8 [N, H, W]; None if the loader found or kept no transparency
+    # uint8 [N, H, W], or an `ImageSet`; None if the loader found or kept no transparency
+    alphas: np.ndarray | ImageSet | None = None
     names: list[str] | None = None    # path of each image within the scene's folder; None if not known
+    # the camera of each view; None for the pinhole camera of the path
+    cameras: list[Camera] | None = None
+    # which pixels count, bool [N, H, W] or an `ImageSet`; None if all do
+    masks: np.ndarray | ImageSet | None = None
+    applied_transform: np.ndarray | None = None  # from the input's frame to that of `poses`, [4, 4]
+    points: np.ndarray | None = None  # sparse points, float32 [M, 3]
+
+    def __post_init__(self):
+        if self.cameras is None:
+            self.cameras = [Camera(self.H, self.W, self.K)] * len(self.poses)
 
     @property
     def hwf(self):
@@ -39,6 +52,7 @@ class Scene:
     def checkpoint_fields(self):
         """Everything but the images, as plain numbers and tensors for a checkpoint."""
         plain = {key: value for key, value in vars(self).items() if key not in NOT_IN_CHECKPOINT}
+        plain['view_cameras'] = camera_table(self.cameras)
         for key, value in plain.items():
             if isinstance(value, (np.ndarray, np.generic)):
                 plain[key] = torch.from_numpy(value) if value.ndim else value.item()
@@ -51,13 +65,15 @@ class Scene:
             return True
         own = self.checkpoint_fields()
         return all(np.shape(saved[key]) == np.shape(own[key]) and np.allclose(saved[key], own[key], atol=1e-4)
-                   for key in ('H', 'W', 'K', 'poses'))
+                   for key in ('H', 'W', 'K', 'poses', 'view_cameras') if key in saved)
 
 
 def scene_from_checkpoint(args, saved):
     """The scene whose `checkpoint_fields` a checkpoint holds: enough to render a camera path. Raises
     UserError as `apply_options` does."""
-    known = {field.name: saved[field.name] for field in fields(Scene) if field.name not in NOT_IN_CHECKPOINT}
+    known = {field.name: saved[field.name] for field in fields(Scene) if field.name in saved}
+    if 'view_cameras' in saved:
+        known['cameras'] = cameras_from_table(saved['view_cameras'].numpy())
     known = {key: value.numpy() if torch.is_tensor(value) else value for key, value in known.items()}
     return apply_options(args, Scene(images=None, **known))
 

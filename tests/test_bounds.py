@@ -8,6 +8,7 @@ from tiny_devices import DEVICE, Random
 
 from run_nerf_helpers import pixel_rays
 from scenes.bounds import box_of_rays, find_bounds, num_true, summed_area_table
+from scenes.cameras import Camera
 
 # Centre of the ball in the test scene.
 BALL = torch.tensor([0.2, 0, 0])
@@ -32,7 +33,8 @@ def ball_scene(radius=0.5, views=20, size=64, alpha=True):
         to_ray = to_ball - (to_ball * viewdirs).sum(-1, keepdim=True) * viewdirs
         in_front = torch.linalg.vector_norm(to_ray, dim=-1) < radius
         alphas.append(in_front.cpu().numpy().astype(np.uint8) * 255)
-    return SimpleNamespace(H=size, W=size, K=K, poses=poses, near=2.0, far=6.0, i_train=np.arange(views),
+    return SimpleNamespace(poses=poses, near=2.0, far=6.0, i_train=np.arange(views),
+                           cameras=[Camera(size, size, K)] * views,
                            alphas=np.stack(alphas) if alpha else None)
 
 
@@ -81,11 +83,11 @@ def test_a_gpu_finds_the_same_bounds():
 def test_without_alpha_the_box_holds_everything_in_view():
     scene = ball_scene(alpha=False)
     aabb, possible = find_bounds(scene, False, 16, device=DEVICE)
-    assert possible is None and aabb.equal(box_of_rays(scene, False, scene.poses).to(DEVICE))
+    assert possible is None and aabb.equal(box_of_rays(scene, False, scene.i_train).to(DEVICE))
     x, y = torch.rand(2, 20) * 64
     for t in (2.0, 6.0):
         for pose in torch.from_numpy(scene.poses).to(DEVICE):
-            rays_o, rays_d = pixel_rays(x, y, scene.K, pose)
+            rays_o, rays_d = pixel_rays(x, y, scene.cameras[0].K, pose)
             assert ((rays_o + t * rays_d > aabb[0]) & (rays_o + t * rays_d < aabb[1])).all()
 
 
@@ -98,7 +100,7 @@ def test_a_given_box_keeps_cells_that_few_views_see():
     """An object in the corner of one image, where no other camera looks."""
     scene = ball_scene()
     scene.alphas[0][:6, :6] = 255
-    rays_o, rays_d = pixel_rays(torch.tensor(2.5), torch.tensor(2.5), scene.K,
+    rays_o, rays_d = pixel_rays(torch.tensor(2.5), torch.tensor(2.5), scene.cameras[0].K,
                                 torch.from_numpy(scene.poses[0]).to(DEVICE))
     points = rays_o + torch.linspace(2.5, 5.5, 50)[:, None] * rays_d
     assert is_possible(points, *find_bounds(scene, False, 32, [-4, -4, -4, 4, 4, 4], DEVICE)).any()
@@ -108,4 +110,4 @@ def test_a_given_box_keeps_cells_that_few_views_see():
 def test_fully_transparent_images_leave_the_box_of_the_cameras():
     scene = ball_scene(radius=0.0)
     aabb, possible = find_bounds(scene, False, 16)
-    assert possible is None and aabb.equal(box_of_rays(scene, False, scene.poses))
+    assert possible is None and aabb.equal(box_of_rays(scene, False, scene.i_train))

@@ -22,6 +22,7 @@ from run_nerf_helpers import (
     sample_pdf,
     to8b,
 )
+from scenes.cameras import Camera
 from training.metrics import psnr
 from training.options import config_parser
 from training.outputs import Frame
@@ -255,7 +256,7 @@ def test_a_nerf_pytorch_checkpoint_renders_the_same(nerf_pytorch_checkpoint):
     recorded, K, (H, W) = recorded_view()
     imgs, poses, _, _, i_split = load_blender_data(DATA / 'nerf_synthetic/lego', half_res=True, testskip=8)
     scene = SimpleNamespace(H=H, W=W, K=K, poses=poses[:, :3, :4].astype(np.float32), near=2.0, far=6.0,
-                            hwf=recorded['hwf'])
+                            hwf=recorded['hwf'], cameras=[Camera(H, W, K)] * len(poses))
     frames = frame_renderer(args, scene, kwargs_train, kwargs_test, Processes(1), None, print)
     frame = frames.render(recorded['c2w'])
     assert_equals_recorded(Frame(frame.rgb[::2, ::2], frame.disp[::2, ::2], frame.acc[::2, ::2]), recorded, 1)

@@ -15,6 +15,7 @@ from accel.occupancy import OccupancyGrid
 from accel.packed import MIN_TRANSMITTANCE
 from run_nerf import ImageRenderer, batchify_rays, loss_and_gradient, nerf_losses, render
 from run_nerf_helpers import RadianceField
+from scenes.cameras import Camera
 from scenes.rays import Batch, RaySampler
 
 both_implementations = pytest.mark.usefixtures('each_implementation')
@@ -293,8 +294,8 @@ def test_batches_reach_the_number_of_samples():
     """A `RaySampler` that follows the samples per ray."""
     pose = np.concatenate([np.eye(3), [[0.2], [0.1], [4]]], -1).astype(np.float32)
     K = np.array([[60.0, 0, 32], [0, 60, 32], [0, 0, 1]])
-    scene = SimpleNamespace(images=np.zeros([1, 64, 64, 3], np.uint8), poses=pose[None], alphas=None, K=K,
-                            i_train=np.array([0]))
+    scene = SimpleNamespace(images=np.zeros([1, 64, 64, 3], np.uint8), poses=pose[None], alphas=None,
+                            masks=None, cameras=[Camera(64, 64, K)], i_train=np.array([0]))
     sampler = RaySampler(scene, 20000, False, 0, 0.5, False, DEVICE, N_rand_samples=5000,
                          expected_samples=N_SAMPLES / 4)
     kwargs = training_kwargs(Fog(2.0), GridRenderer(occupied_grid(0.3)))

@@ -184,13 +184,6 @@ def test_near_and_far_that_miss_the_scene_give_a_warning(tmp_path):
         load_blender(folder, '--near', 0.1, '--far', 1)
 
 
-def test_lens_distortion_gives_a_warning(tmp_path):
-    folder = single_file_scene(tmp_path / 'scene')
-    edit_json(folder / 'transforms.json', lambda meta: meta.update(k1=0.1))
-    with pytest.warns(UserWarning, match='distortion'):
-        load_blender(folder)
-
-
 def test_the_demo_scene_is_complete():
     scene = load_blender(ROOT / 'data/demo', '--white_bkgd')
     assert [len(part) for part in (scene.i_train, scene.i_val, scene.i_test)] == [80, 2, 8]

@@ -4,12 +4,14 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from scenes.cameras import Camera
 from training import logger as logger_module
 from training.console import Console
 from training.logger import Logger, TensorBoard
@@ -228,7 +230,8 @@ def test_a_lost_process_is_reported(tmp_path, capsys):
 
 
 def test_the_header_of_a_run(tmp_path):
-    scene = SimpleNamespace(i_train=[0, 1], i_val=[2], i_test=[3], W=40, H=30, near=2.0, far=6.0)
+    scene = SimpleNamespace(i_train=[0, 1], i_val=[2], i_test=[3], near=2.0, far=6.0,
+                            cameras=[Camera(30, 40, np.eye(3))] * 4)
     networks = {'coarse': torch.nn.Linear(3, 1000), 'fine': torch.nn.Linear(3, 2)}
     header = describe_run(options(tmp_path), scene, CPU, networks, tmp_path, 0)
     assert 'a new run' in header and 'coarse 4,000 + fine 8 parameters' in header

@@ -20,9 +20,9 @@ NERF_PYTORCH = {
     'no_ndc': False, 'lindisp': False, 'spherify': False, 'llffhold': 8, 'i_print': 100, 'i_img': 500,
     'i_weights': 10000, 'i_testset': 50000, 'i_video': 50000,
 }
-OURS = {'N_iters': 200000, 'seed': 0, 'device': 'auto', 'near': None, 'far': None, 'pixel_centers': False,
-        'render_poses': None, 'no_restart': False, 'save_minutes': 10.0, 'precision': 'auto',
-        'backward': 'auto', 'i_embed_views': None, 'n_levels': 16, 'n_features': 2,
+OURS = {'N_iters': 200000, 'check_data': False, 'seed': 0, 'device': 'auto', 'near': None, 'far': None,
+        'pixel_centers': False, 'render_poses': None, 'no_restart': False, 'save_minutes': 10.0,
+        'precision': 'auto', 'backward': 'auto', 'i_embed_views': None, 'n_levels': 16, 'n_features': 2,
         'log2_hashmap_size': 19, 'finest_res': 2048, 'occupancy_grid': False, 'N_rand_samples': 2 ** 18,
         'aabb': None, 'random_bkgd': False, 'exact_render': False, 'overwrite': False}
 BLENDER = ['chair', 'drums', 'ficus', 'hotdog', 'lego', 'materials', 'mic', 'ship']

@@ -19,6 +19,7 @@ from accel.network_query import NetworkQuery
 from accel.renderer import Renderer
 from run_nerf import EXACT, ImageRenderer, create_nerf, render_frame, render_path
 from run_nerf_helpers import to8b
+from scenes.cameras import Camera
 from scenes.errors import UserError
 from training import outputs
 from training.evaluation import Evaluator
@@ -331,7 +332,7 @@ class Frames:
     def __init__(self):
         self.calls = []
 
-    def render_path(self, poses, store=None):
+    def render_path(self, poses, store=None, cameras=None):
         self.calls.append(len(poses))
         for index in range(len(poses)):
             frame = store and store.load(index)
@@ -341,7 +342,7 @@ class Frames:
                     store.save(index, frame)
             yield frame
 
-    def render_view(self, pose, stride):
+    def render_view(self, pose, stride, camera):
         self.calls.append('view')
         return some_frame(0, 12 // stride, 12 // stride)
 
@@ -351,7 +352,7 @@ class Frames:
     def drop_cache(self):
         pass
 
-    def fingerprint(self, poses):
+    def fingerprint(self, poses, cameras=None):
         return 'fingerprint'
 
 
@@ -386,7 +387,8 @@ def evaluator(tmp_path, is_main=True, **options):
     poses = camera_path(5).astype(np.float32)
     scene = SimpleNamespace(H=12, W=12, far=6.0, poses=poses, render_poses=poses[:3],
                             images=np.zeros((5, 12, 12, 3), np.uint8), names=[f'r_{i}.png' for i in range(5)],
-                            i_train=[0, 1], i_val=[2], i_test=np.array([3, 4]))
+                            i_train=[0, 1], i_val=[2], i_test=np.array([3, 4]), masks=None,
+                            cameras=[Camera(12, 12, np.eye(3))] * 5)
     lines = []
     return Evaluator(args, scene, Frames(), Processes(is_main), lines.append), lines
 

@@ -42,6 +42,12 @@ def copy_of(folder, basedir):
 
 # --- training -----------------------------------------------------------------------------------------------
 
+def test_check_data_writes_a_report_and_does_not_train(tmp_path, capsys):
+    assert run(*TINY, '--basedir', tmp_path, '--check_data') == 0
+    assert 'good: No problem found in' in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / 'demo').iterdir()) == ['report.html', 'report.json']
+
+
 def test_psnr_rises(demo_run):
     found, _ = scalars(demo_run[0])
     losses = found['train/loss']

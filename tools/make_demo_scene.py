@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from scenes.cameras import homogeneous, viewmatrix
+from scenes.cameras import Camera, homogeneous, viewmatrix
 from scenes.images import write_image
 
 # Cameras have this horizontal field of view in radians, as in the NeRF synthetic scenes.
@@ -350,12 +350,12 @@ def shade(p, directions):
     return np.clip(linear, 0, 1) ** (1 / 2.2)
 
 
-def render_view(c2w, size, samples):
+def render_view(c2w, size, samples, distortion=None):
     """Render RGBA uint8 [size, size, 4], straight alpha, from `samples`² rays spread over each pixel."""
     focal = 0.5 * size / np.tan(0.5 * CAMERA_ANGLE_X)
+    K = np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
     grid = (np.arange(size * samples) + 0.5) / samples
-    x, y = np.meshgrid(grid, grid)
-    d = np.stack([(x - size / 2) / focal, -(y - size / 2) / focal, -np.ones_like(x)], -1).reshape(-1, 3)
+    d = Camera(size, size, K, distortion).directions(*np.meshgrid(grid, grid)).reshape(-1, 3)
     d = d @ c2w[:3, :3].T
     d /= np.linalg.norm(d, axis=-1, keepdims=True)
     o = np.broadcast_to(c2w[:3, 3], d.shape)
@@ -390,17 +390,18 @@ def hemisphere(count, offset):
     return [look_at_origin(a, e) for a, e in zip(azimuth, elevation)]
 
 
-def write_split(out, split, poses, size, samples):
+def write_split(out, split, poses, size, samples, distortion):
     """Render the images of a split and write them with their `transforms_<split>.json`."""
     (out / split).mkdir(parents=True, exist_ok=True)
     frames = []
     with ProcessPoolExecutor() as pool:
-        images = pool.map(partial(render_view, size=size, samples=samples), poses)
+        images = pool.map(partial(render_view, size=size, samples=samples, distortion=distortion), poses)
         progress = tqdm(images, desc=split, total=len(poses), disable=None)
         for index, (c2w, image) in enumerate(zip(poses, progress)):
             write_image(out / split / f'r_{index}.png', image)
             frames.append({'file_path': f'./{split}/r_{index}', 'transform_matrix': c2w.round(9).tolist()})
-    text = json.dumps({'camera_angle_x': CAMERA_ANGLE_X, 'frames': frames}, indent=1)
+    keys = dict(zip(('k1', 'k2', 'k3', 'k4', 'p1', 'p2'), distortion or ()))
+    text = json.dumps({'camera_angle_x': CAMERA_ANGLE_X, **keys, 'frames': frames}, indent=1)
     (out / f'transforms_{split}.json').write_text(text + '\n', encoding='utf-8')
 
 
@@ -413,9 +414,12 @@ def main():
     parser.add_argument('--train', type=int, default=80, help='number of training views')
     parser.add_argument('--val', type=int, default=2, help='number of validation views')
     parser.add_argument('--test', type=int, default=8, help='number of test views')
+    parser.add_argument('--distortion', type=float, nargs=6, metavar=('K1', 'K2', 'K3', 'K4', 'P1', 'P2'),
+                        help='of the lens; none by default')
     args = parser.parse_args()
     for split, offset in (('train', 0.0), ('val', 0.37), ('test', 0.71)):
-        write_split(args.out, split, hemisphere(getattr(args, split), offset), args.size, args.samples)
+        write_split(args.out, split, hemisphere(getattr(args, split), offset), args.size, args.samples,
+                    args.distortion and tuple(args.distortion))
 
 
 if __name__ == '__main__':

@@ -75,6 +75,8 @@ def read_checkpoint(path):
                         'it was written by a newer version of this code')
     for key in ('args', 'camera'):
         state[key] = state[key] if isinstance(state.get(key), dict) else {}
+    if state['args'].get('dataset_type') == 'blender' and 'check_data' not in state['args']:
+        state['args']['factor'] = 1  # it had no effect in older versions
     state['steps_done'] = state['global_step'] + (0 if 'format' in state else 1)
     return state if state.get('format') == FORMAT else convert_older(state)
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from run_nerf_helpers import to8b
+from scenes.cameras import sizes_of
 from scenes.errors import UserError, first_line
 from training.metrics import load_lpips, psnr, ssim, write_metrics
 from training.outputs import (
@@ -129,11 +130,13 @@ class Evaluator:
         scene = self.scene
         view = [*scene.i_val, *scene.i_test, *scene.i_train][0]
         affordable_rays = VIEW_FRACTION / RENDER_COST * self.args.i_img * self.args.N_rand
-        stride = math.ceil(math.sqrt(scene.H * scene.W / affordable_rays))
+        camera = scene.cameras[view]
+        stride = math.ceil(math.sqrt(camera.H * camera.W / affordable_rays))
         target = scene.images[view][::stride, ::stride]
-        frame = self.frames.render_view(scene.poses[view], stride)
+        mask = None if scene.masks is None else scene.masks[view][::stride, ::stride]
+        frame = self.frames.render_view(scene.poses[view], stride, camera)
         colors = {'coarse': frame.rgb} if frame.rgb0 is None else {'coarse': frame.rgb0, 'fine': frame.rgb}
-        psnrs = {f'psnr/held-out {name}': psnr(to8b(rgb), target) for name, rgb in colors.items()}
+        psnrs = {f'psnr/held-out {name}': psnr(to8b(rgb), target, mask) for name, rgb in colors.items()}
         logger.scalars(step, psnrs)
         logger.image(step, IMAGE_NAME, comparison_image(frame, target / 255))
 
@@ -151,29 +154,35 @@ class Evaluator:
         means."""
         args, scene, rows, lpips = self.args, self.scene, [], self.lpips
         device = self.frames.device if self.frames.device.type == 'cuda' else 'cpu'  # others may lack float64
-        frames = self.write_frames(scene.poses[scene.i_test], folder, video)
+        cameras = [scene.cameras[view] for view in scene.i_test]
+        frames = self.write_frames(scene.poses[scene.i_test], folder, video, cameras)
         for frame, view in zip(frames, scene.i_test, strict=True):
             image, target = to8b(frame.rgb), scene.images[view]
+            mask = None if scene.masks is None else scene.masks[view]
             rows.append({'view': int(view), 'image': scene.names[view] if scene.names else None,
-                         'psnr': psnr(image, target), 'ssim': ssim(image, target, device),
-                         'lpips': lpips(image, target) if lpips else None, 'seconds': frame.seconds})
-        about = {'step': step, 'width': scene.W, 'height': scene.H, 'views': len(rows),
+                         'psnr': psnr(image, target, mask), 'ssim': ssim(image, target, device, mask),
+                         'lpips': lpips(image, target, mask) if lpips else None, 'seconds': frame.seconds})
+        sizes = sizes_of(cameras)
+        about = {'step': step, 'width': cameras[0].W, 'height': cameras[0].H, 'views': len(rows),
                  'background': 'white' if args.white_bkgd else 'black',
                  'device': device_name(self.frames.device), 'seed': args.seed}
         means = write_metrics(folder, rows, about)
         measured = [f'PSNR {means["psnr"]:.2f} dB']
         measured += [f'{key.upper()} {means[key]:.4f}' for key in ('ssim', 'lpips') if means[key] is not None]
-        views = f'{len(rows)} test views of {scene.W}×{scene.H}'
+        views = f'{len(rows)} test views of {sizes}'
         self.say(f'step {step}: held-out {", ".join(measured)}, mean of {views}')
         return means
 
-    def write_frames(self, poses, folder, video=True):
-        """Render the cameras `poses` to `folder`, reusing equal frames that are there, and write `video.mp4`
-        and `video_disp.mp4` after the last one. Yields the frames. A video that fails is only reported."""
-        store = FrameFolder(folder, self.frames.fingerprint(poses), self.scene.far, self.args.overwrite)
+    def write_frames(self, poses, folder, video=True, cameras=None):
+        """Render `poses` with the camera of the path, or with `cameras`, to `folder`, reusing equal frames
+        that are there, and write `video.mp4` and `video_disp.mp4` after the last one, unless frames have
+        several sizes. Yields the frames. A video that fails is only reported."""
+        fingerprint = self.frames.fingerprint(poses, cameras)
+        store = FrameFolder(folder, fingerprint, self.scene.far, self.args.overwrite)
         if self.args.render_only and store.reused:
             self.say(f'reusing {store.reused} frames in {folder}; --overwrite renders them again')
-        yield from self.frames.render_path(poses, store)
+        yield from self.frames.render_path(poses, store, cameras)
+        video = video and len({(camera.H, camera.W) for camera in cameras or ()}) <= 1
         try:
             for stem, images in (('video', store.colors), ('video_disp', store.disparities)) if video else ():
                 with open_video(Path(folder, stem), self.encoder) as add:
@@ -207,7 +216,9 @@ class Evaluator:
         if min(scene.H, scene.W) < args.render_factor:
             raise UserError(f'--render_factor: found {args.render_factor}, expected at most the images\' '
                             f'{scene.W}×{scene.H}')
-        poses = scene.poses[scene.i_test] if args.render_test else scene.render_poses
+        poses, cameras = scene.render_poses, None
+        if args.render_test:
+            poses, cameras = scene.poses[scene.i_test], [scene.cameras[view] for view in scene.i_test]
         if len(poses) == 0:
             raise UserError(f'{args.datadir}: found no test views for --render_test')
         if not self.processes.is_main:
@@ -222,7 +233,7 @@ class Evaluator:
             else:
                 if args.render_test:
                     self.say('no metrics with --render_factor: the test images are larger than the frames')
-                frames = self.write_frames(poses, folder)
+                frames = self.write_frames(poses, folder, cameras=cameras)
                 seconds = [frame.seconds for frame in frames if frame.seconds is not None]
                 rate = f', {np.mean(seconds):.2f} s each' if seconds else ''
                 self.say(f'{len(seconds)} frames rendered{rate}')

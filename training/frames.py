@@ -4,6 +4,7 @@ import contextlib
 import torch
 from tqdm import tqdm
 
+from scenes.cameras import camera_table
 from training.devices import MemoryLimit
 from training.outputs import code_version, frames_fingerprint
 from training.processes import Processes
@@ -33,42 +34,54 @@ class FrameRenderer:
         self.device = next(render_kwargs['network_fn'].parameters()).device
         self.code_version = code_version()  # now: the files may be edited while they run
 
-    def render_frame(self, pose, hwf, K, chunk, render_kwargs, render_factor, stride):
-        """The `Frame` of the camera `pose`, c2w; every `stride`-th pixel of both axes."""
+    def render_frame(self, pose, hwf, K, chunk, render_kwargs, render_factor, stride, camera):
+        """The `Frame` of a camera at `pose`, c2w; every `stride`-th pixel of both axes. `camera` takes the
+        place of hwf and K unless it is None."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def render(self, pose, stride=1, render_kwargs=None):
-        """The `Frame` of one camera; every `stride`-th pixel of both axes."""
+    def render(self, pose, stride=1, render_kwargs=None, camera=None):
+        """The `Frame` of one pose; every `stride`-th pixel of both axes. `camera` is a `Camera`; that of the
+        path if not given."""
         render_kwargs = render_kwargs or self.render_kwargs
 
         def render(chunk):
-            return self.render_frame(pose, self.hwf, self.K, chunk, render_kwargs, self.render_factor, stride)
+            return self.render_frame(pose, self.hwf, self.K, chunk, render_kwargs, self.render_factor, stride,
+                                     camera)
+        H, W = (camera.H, camera.W) if camera else self.hwf[:2]
         with self.stop.interruptible() if self.stop else contextlib.nullcontext():
-            return self.memory.fit(render, self.max_rays(render_kwargs))
+            return self.memory.fit(render, self.max_rays(render_kwargs, H * W))
 
-    def max_rays(self, render_kwargs):
-        """The most rays of a frame that the renderer takes at once."""
-        renderer, all_rays = render_kwargs.get('renderer'), self.hwf[0] * self.hwf[1]
+    def max_rays(self, render_kwargs, all_rays):
+        """The most rays of a frame of `all_rays` that the renderer takes at once."""
+        renderer = render_kwargs.get('renderer')
         return min(all_rays, renderer.max_rays(self.device, **render_kwargs)) if renderer else all_rays
 
-    def render_view(self, pose, stride=1):
-        """The `Frame` of one camera with the arguments `view_kwargs`."""
-        return self.render(pose, stride, self.view_kwargs)
+    def render_view(self, pose, stride=1, camera=None):
+        """The `Frame` of one pose with the arguments `view_kwargs`."""
+        return self.render(pose, stride, self.view_kwargs, camera)
 
-    def render_path(self, poses, store=None):
-        """Render camera after camera: yields one `Frame` at a time and keeps none.
+    def render_item(self, item):
+        """The `Frame` of a pair of pose and camera."""
+        pose, camera = item
+        return self.render(pose, camera=camera)
+
+    def render_path(self, poses, store=None, cameras=None):
+        """Render pose after pose: yields one `Frame` at a time and keeps none.
 
         Args:
           poses: c2w matrices [N, 3 or 4, 4 or more].
           store: a `FrameFolder`: its frames are not rendered again, and new ones are saved there.
+          cameras: the `Camera` of each pose; that of the path if not given.
         """
-        progress = tqdm(poses, desc='frames', unit='frame', disable=None, leave=False, dynamic_ncols=True)
+        items = list(zip(poses, cameras or [None] * len(poses)))
+        progress = tqdm(items, desc='frames', unit='frame', disable=None, leave=False, dynamic_ncols=True)
         rendered = []  # by the processes together, one frame each, and not yielded yet
         for index, _ in enumerate(progress):
             stored = store.load(index) if store and not rendered else None
             if stored is None and not rendered:
-                rendered = self.processes.render_all(self.render, poses[index:index + self.processes.size])
+                rendered = self.processes.render_all(self.render_item,
+                                                     items[index:index + self.processes.size])
             frame = stored or rendered.pop(0)
             if store and stored is None:
                 store.save(index, frame)
@@ -80,10 +93,11 @@ class FrameRenderer:
 
     def serve(self):
         """Render what rank 0 hands out, on the other ranks, until it is done."""
-        self.processes.serve(self.render)
+        self.processes.serve(self.render_item)
 
-    def fingerprint(self, poses):
-        """A string that is equal for equal frames: it depends on cameras, weights, settings and code."""
+    def fingerprint(self, poses, cameras=None):
+        """A string that is equal for equal frames: it depends on cameras, weights, settings and code.
+        Arguments as those of `render_path`."""
         modules = {name: self.render_kwargs.get(name) for name in ('network_fn', 'network_fine', 'renderer')}
         state = {name: module.state_dict() for name, module in modules.items() if module is not None}
         plain = {key: self.render_kwargs[key] for key in self.render_kwargs
@@ -91,4 +105,6 @@ class FrameRenderer:
         settings = {**self.settings, **plain, 'render_factor': self.render_factor, 'device': self.device.type,
                     'code': self.code_version, 'renderer': type(modules['renderer']).__name__,
                     'query': repr(self.render_kwargs['network_query_fn'])}
+        if cameras is not None:
+            settings['cameras'] = camera_table(cameras).tolist()
         return frames_fingerprint(poses, self.hwf, self.K, state, settings)

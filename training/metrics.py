@@ -24,8 +24,11 @@ SSIM_K1 = 0.01
 SSIM_K2 = 0.03
 
 
-def psnr(image, target):
-    """Peak signal-to-noise ratio in dB of two uint8 images of the same shape; infinite if they are equal."""
+def psnr(image, target, mask=None):
+    """Peak signal-to-noise ratio in dB of two uint8 images [H, W, C], over the pixels in `mask` [H, W] if
+    given; infinite if they are equal."""
+    if mask is not None:
+        image, target = image[mask], target[mask]
     mse = np.mean((image.astype(np.float64) - target.astype(np.float64)) ** 2) / 255 ** 2
     return float('inf') if mse == 0 else float(-10 * np.log10(mse))
 
@@ -43,29 +46,33 @@ def blur(x):
 
 
 def similarity(x, y):
-    """Mean structural similarity of two float images [H, W] in [0, 1]."""
+    """Structural similarity of two float images [H, W] in [0, 1], of each window [H - 10, W - 10]."""
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = blur(torch.stack([x, y, x * x, y * y, x * y]))
     var_x, var_y, covariance = mean_xx - mean_x ** 2, mean_yy - mean_y ** 2, mean_xy - mean_x * mean_y
     c1, c2 = SSIM_K1 ** 2, SSIM_K2 ** 2
     return ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-            / ((mean_x ** 2 + mean_y ** 2 + c1) * (var_x + var_y + c2))).mean()
+            / ((mean_x ** 2 + mean_y ** 2 + c1) * (var_x + var_y + c2)))
 
 
-def ssim(image, target, device='cpu'):
-    """Mean structural similarity of two uint8 images [H, W, C], computed on `device`, which needs float64;
-    None if they are smaller than the window."""
-    if min(image.shape[:2]) < SSIM_WINDOW:
+def ssim(image, target, device='cpu', mask=None):
+    """Mean structural similarity of two uint8 images [H, W, C], over the windows whose centre is in `mask`
+    [H, W] if given, computed on `device`, which needs float64; None if there is no window."""
+    margin = SSIM_WINDOW // 2
+    inner = None if mask is None else torch.from_numpy(mask[margin:-margin, margin:-margin]).to(device)
+    if min(image.shape[:2]) < SSIM_WINDOW or (inner is not None and not inner.any()):
         return None
     channels = torch.from_numpy(np.stack([image, target])).to(device).unbind(-1)       # [2, H, W] each
     # one after another: a processor's caches hold the intermediate results of one channel
-    return torch.stack([similarity(*pair.double() / 255) for pair in channels]).mean().item()
+    maps = (similarity(*pair.double() / 255) for pair in channels)
+    return torch.stack([(part if inner is None else part[inner]).mean() for part in maps]).mean().item()
 
 
 def load_lpips(device):
     """Load LPIPS-VGG.
 
     Returns:
-      distance: a function of two uint8 images [H, W, 3], or None if LPIPS is not available.
+      distance: a function of two uint8 images [H, W, 3] and a mask [H, W] or None; None if LPIPS is not
+        available.
       problem: why it is not available, or None.
     """
     if importlib.util.find_spec('lpips') is None:
@@ -77,7 +84,9 @@ def load_lpips(device):
         return None, f'LPIPS is not measured: its weights are not available ({first_line(error)})'
 
     @torch.no_grad()
-    def distance(image, target):
+    def distance(image, target, mask=None):
+        if mask is not None:  # other pixels do not differ
+            image = np.where(mask[..., None], image, target)
         pair = torch.from_numpy(np.stack([image, target])).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         return float(network(pair[:1], pair[1:]))
     return distance, None

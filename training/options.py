@@ -90,6 +90,8 @@ class OptionParser(configargparse.ArgumentParser):
             self.error(f'unknown option {" ".join(unknown)}; --help lists the options')
         self.check(known)
         known.given = frozenset(given)
+        if 'factor' not in given and known.dataset_type != 'llff':
+            known.factor = 1  # nerf-pytorch's default is for llff alone
         return known
 
     def check(self, args):
@@ -184,6 +186,8 @@ def _run_options(parser):
     add('--expname', affects='source', help='name of the experiment')
     add('--basedir', affects='nothing', default='./logs/', help='outputs go to <basedir>/<expname>')
     add('--datadir', affects='source', default='./data/llff/fern', help='folder of the scene')
+    add('--check_data', affects='nothing', action=BooleanSwitch, default=False,
+        help='do not train: check the scene, and write report.html to <basedir>/<expname>')
     add('--seed', affects='training', type=integer(0), default=0, help='random seed')
     add('--device', affects='nothing', default='auto',
         help='auto (CUDA if there is a GPU), cpu, cuda, cuda:1, …')
@@ -192,15 +196,15 @@ def _run_options(parser):
 def _data_options(parser):
     add = parser.add_options('data')
     add('--dataset_type', affects='scene', default='llff',
-        help='layout of the scene on disk: blender or llff')
+        help='layout of the scene on disk: blender, llff or colmap')
     add('--testskip', affects='source', type=integer(0), default=8,
         help='blender: load every n-th image of val and test; 0 for all')
     add('--white_bkgd', affects='networks', action=BooleanSwitch, default=False,
         help='composite onto white instead of black')
     add('--half_res', affects='scene', action=BooleanSwitch, default=False,
-        help='blender: load the images at half resolution')
+        help='blender and colmap: load the images at half resolution')
     add('--factor', affects='scene', type=integer(0), default=8,
-        help='llff: downsample the images by this factor; 0 or 1 for full size')
+        help='downsample the images by this factor; 0 or 1 for full size (default of blender and colmap: 1)')
     add('--no_ndc', affects='scene', action=BooleanSwitch, default=False,
         help='llff: do not use normalised device coordinates (for scenes that are not forward-facing)')
     add('--lindisp', affects='networks', action=BooleanSwitch, default=False,
@@ -208,7 +212,7 @@ def _data_options(parser):
     add('--spherify', affects='scene', action=BooleanSwitch, default=False,
         help='llff: the cameras look inwards from all around')
     add('--llffhold', affects='scene', type=integer(0), default=8,
-        help='llff and transforms.json: hold out every n-th image as a test view')
+        help='llff, colmap and transforms.json: hold out every n-th image as a test view')
     add('--near', affects='networks', type=number(least=0),
         help='near bound in units of rays_d; taken from the data by default')
     add('--far', affects='networks', type=number(above=0),

@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from scenes.cameras import sizes_of
+from scenes.checks import check_scene
 from scenes.errors import UserError
 from scenes.files import make_folder, remove_partial_files, write_text
 from scenes.rays import RaySampler
+from scenes.report import text_report, write_report
+from scenes.scene import uses_ndc
 from training.checkpoints import Checkpoints, checkpoint_parts, networks_of, restore
 from training.logger import Logger
 from training.options import plain_options
@@ -58,6 +62,16 @@ def start_run(args, scene, checkpoint, render_kwargs, optimizer, start, console,
     return logger, rays, safeguards, checkpoints
 
 
+def report_on_scene(args, scene, say):
+    """`--check_data`: check a `Scene`, print what was found, and write `report.html` and `report.json` to the
+    folder of the run; returns the exit code, 1 if there is an error."""
+    folder = make_folder(Path(args.basedir, args.expname))
+    report = check_scene(scene, args.expname, uses_ndc(args))
+    write_report(report, folder)
+    say(f'{text_report(report)}\nThe report is {folder / "report.html"}')
+    return int(any(finding['level'] == 'error' for finding in report['findings']))
+
+
 def ray_sampler(args, scene, pixel_centers, device, processes):
     """The `RaySampler` that draws this process's rays of each step."""
     N_rand = processes.own_rays(args.N_rand)
@@ -89,7 +103,7 @@ def describe_run(args, scene, device, networks, folder, start, num_processes=1):
         rays = f'{args.N_rand_samples} samples a step, up to {args.N_rand} rays'
     lines = {
         'scene': f'{args.datadir} ({args.dataset_type})',
-        'images': f'{views}, {scene.W}×{scene.H}, near {scene.near:.3g}, far {scene.far:.3g}',
+        'images': f'{views}, {sizes_of(scene.cameras)}, near {scene.near:.3g}, far {scene.far:.3g}',
         'rays': f'{rays} from {"one image" if args.no_batching else "all images"}, {samples}',
         'networks': ' + '.join(f'{name} {size:,}' for name, size in sizes.items()) + ' parameters',
         'device': str(device) if num_processes == 1 else f'{num_processes} processes, {device.type} each',
