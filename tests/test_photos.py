@@ -31,7 +31,7 @@ from tools.capture.place import (
     robust_focus,
     view_bounds,
 )
-from tools.capture.poses import SEQUENCE_OVERLAP, plan_matching
+from tools.capture.poses import MAX_KEYFRAMES, SEQUENCE_OVERLAP, plan_matching
 from tools.capture.prepare import Prepared
 from tools.capture.quality import find_faults, measure
 from tools.capture.video import sharpest_frames
@@ -186,7 +186,9 @@ def test_the_sharpest_frame_of_each_window_is_taken(tmp_path):
 @pytest.mark.parametrize('count', [3, 30, 400])
 def test_planned_pairs_of_a_video_are_counted(count):
     near = {step for step in range(1, SEQUENCE_OVERLAP + 1)} | {2 ** k for k in range(SEQUENCE_OVERLAP)}
-    pairs = sum(other - index in near for index in range(count) for other in range(index + 1, count))
+    step = -(-count // MAX_KEYFRAMES)
+    pairs = sum(other - index in near or index % step == other % step == 0
+                for index in range(count) for other in range(index + 1, count))
     assert plan_matching(count, True) == ('sequential', pairs)
 
 

@@ -20,7 +20,7 @@ from tools.capture.collect import VIDEO_EXTENSIONS, find_photos, group_cameras
 from tools.capture.diagnose import advice_for, explain_unplaced, findings_of, make_report
 from tools.capture.model import arrays_of
 from tools.capture.place import FORWARD_FACING, place_scene, view_bounds
-from tools.capture.poses import MIN_PHOTOS, PoseEstimation, import_pycolmap, without_distortion
+from tools.capture.poses import MIN_PHOTOS, PoseEstimation, import_pycolmap, refine_as
 from tools.capture.prepare import Prepared
 from tools.capture.quality import find_faults
 from tools.capture.write import (
@@ -146,7 +146,7 @@ class Capture:
         """
         if placement.scene_type != FORWARD_FACING or model.num_cameras() != 1:
             return None
-        arrays = arrays_of(without_distortion(model, self.args.num_threads))
+        arrays = arrays_of(refine_as('SIMPLE_PINHOLE', model, False, self.args.num_threads)[0])
         if arrays.error / factor > MAX_PINHOLE_ERROR:
             return None
         placed = place_scene(arrays.poses, arrays.points, arrays.seen)

@@ -28,8 +28,8 @@ OUTLIER_PERCENT = 1.0
 FAR_PERCENTILE = 95
 # Near and far leave this fraction of the depth free before and behind what is observed.
 DEPTH_MARGIN = 0.15
-# The box is wider than what is observed by this fraction on each side, ...
-BOX_MARGIN = 0.1
+# The box is wider than what is observed by this fraction on each side, because plain surfaces have no points,
+BOX_MARGIN = 0.25
 # ... but its faces are no further from the origin than this, because cells would be too large.
 MAX_BOX = 6.0
 # The right axes of level cameras lie in a plane; it is known if they spread in it by at least this much.

@@ -6,37 +6,49 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations
 
 import numpy as np
 from tqdm import tqdm
 
 from scenes.errors import UserError
+from scenes.files import write_text
 
 # Up to this number of photos every photo is matched with every other.
 MAX_EXHAUSTIVE = 150
 # Frames of a video are matched with this number of frames after them, and with some at greater distances.
 SEQUENCE_OVERLAP = 10
+# Of a video this number of frames is also matched with each other, so that loops close.
+MAX_KEYFRAMES = 40
 # With a vocabulary tree each photo is matched with this number of photos that look alike.
 SIMILAR_PHOTOS = 40
 # Words of the vocabulary that is built from the photos' own features ...
 VOCABULARY_WORDS = 4096
-# ... from this number of features.
-VOCABULARY_FEATURES = 150_000
+# ... from this number of features, with at least this number for each word.
+VOCABULARY_FEATURES = 200_000
+FEATURES_PER_WORD = 40
 # Features are found in photos reduced to this length of their longer side, in pixels.
 FEATURE_IMAGE_SIZE = 1600
 # At most this number of features of a photo is kept.
 MAX_FEATURES = 8192
-# Two photos whose rays meet at this angle in degrees can start a reconstruction; photos that all face the
-# same way have no larger ones.
-INITIAL_ANGLE = 4.0
+# Two photos whose rays meet at this angle in degrees can start a reconstruction. Large angles are better, but
+# photos that all face the same way have none.
+INITIAL_ANGLES = (16.0, 4.0)
 # A reconstruction has at least this number of photos.
 MIN_PHOTOS = 3
 # Global mapping is tried if incremental mapping places less than this fraction of the photos.
 ENOUGH_PLACED = 0.8
 # The intrinsics of a camera are refined if at least this number of its photos are placed.
 MIN_PHOTOS_TO_REFINE = 6
-# Observations with more than this reprojection error in pixels are dropped before the last refinement.
-MAX_ERROR = 2.0
+# Observations with more than these reprojection errors are dropped in the course of refinement, in pixels of
+# photos whose longer side has ERRORS_SIZE or more.
+MAX_ERRORS = (4.0, 2.0)
+ERRORS_SIZE = 1000
+# Camera models that are refined, from simple to detailed, and whether with the principal point.
+CAMERA_MODELS = (('SIMPLE_PINHOLE', False), ('SIMPLE_RADIAL', False), ('RADIAL', True), ('OPENCV', True))
+# A more detailed camera model is taken if it reduces the error to less than this fraction.
+MIN_GAIN = 0.99
 # Points whose rays meet at less than this angle in degrees are dropped.
 MIN_ANGLE = 1.5
 # A refined camera is plausible if its principal point is this close to the centre (in widths, heights), ...
@@ -87,10 +99,17 @@ def plan_matching(count, is_video):
     """
     if is_video:
         steps = {*range(1, SEQUENCE_OVERLAP + 1), *(2 ** k for k in range(SEQUENCE_OVERLAP))}
-        return 'sequential', sum(max(0, count - step) for step in steps)
+        loops = combinations(keyframes(range(count)), 2)
+        return 'sequential', (sum(max(0, count - step) for step in steps)
+                              + sum(b - a not in steps for a, b in loops))
     if count <= MAX_EXHAUSTIVE:
         return 'exhaustive', count * (count - 1) // 2
     return 'vocabulary tree', count * SIMILAR_PHOTOS
+
+
+def keyframes(frames):
+    """At most MAX_KEYFRAMES of a sequence, evenly spread."""
+    return frames[::-(-len(frames) // MAX_KEYFRAMES)]
 
 
 class PoseEstimation:
@@ -119,10 +138,12 @@ class PoseEstimation:
         self.extract()
         self.match(is_video)
         poses = self.statistics()
-        models = self.map_incrementally()
-        best = largest(models)
-        if best is None or best.num_reg_images() < ENOUGH_PLACED * len(self.names):
-            models += self.map_globally()
+        models = []
+        attempts = [partial(self.map_incrementally, angle) for angle in INITIAL_ANGLES] + [self.map_globally]
+        for work in attempts:
+            best = largest(models)
+            if best is None or best.num_reg_images() < ENOUGH_PLACED * len(self.names):
+                models += work()
         best = largest(models)
         if best is not None and best.num_reg_images() >= MIN_PHOTOS:
             for model in sorted(models, key=lambda model: model.num_reg_images()):
@@ -167,6 +188,11 @@ class PoseEstimation:
             if method != 'exhaustive':  # neighbours in the order of their names
                 self.pycolmap.match_sequential(self.database, pairing_options={'overlap': SEQUENCE_OVERLAP},
                                                cancellation_token=token, **options)
+            if method == 'sequential':  # where the video comes back to an earlier place
+                pairs = self.folder / 'pairs.txt'
+                write_text(pairs, ''.join(f'{a} {b}\n' for a, b in combinations(keyframes(self.names), 2)))
+                self.pycolmap.match_image_pairs(self.database, pairing_options={'match_list_path': pairs},
+                                                cancellation_token=token, **options)
         self.step(f'matches ({method})', work, total=pairs, count=self.count_pairs)
 
     def vocabulary(self):
@@ -181,13 +207,15 @@ class PoseEstimation:
         chosen = [random.permutation(part.data)[:share] for part in descriptors]
         sample = self.pycolmap.FeatureDescriptors(type=descriptors[0].type, data=np.concatenate(chosen))
         index = self.pycolmap.VisualIndex.create(128, 64)
-        index.build({'num_visual_words': VOCABULARY_WORDS, 'num_iterations': 10, 'num_rounds': 1,
+        words = min(VOCABULARY_WORDS, len(sample.data) // FEATURES_PER_WORD)
+        index.build({'num_visual_words': words, 'num_iterations': 10, 'num_rounds': 1,
                      'num_threads': self.num_threads}, sample.to_float())
         index.write(path)
         return path
 
-    def map_incrementally(self):
-        """Place one photo after the other; returns the reconstructions."""
+    def map_incrementally(self, initial_angle):
+        """Place one photo after the other, beginning with two whose rays meet at `initial_angle` degrees;
+        returns the reconstructions."""
         placed = []
 
         def work(token):
@@ -197,7 +225,7 @@ class PoseEstimation:
                 next_image_callback=lambda: placed.append(0),
                 options={'random_seed': self.seed, 'num_threads': self.num_threads,
                          'min_model_size': MIN_PHOTOS, 'image_names': self.names,
-                         'mapper': {'init_min_tri_angle': INITIAL_ANGLE}})
+                         'mapper': {'init_min_tri_angle': initial_angle}})
         with tempfile.TemporaryDirectory(dir=self.folder) as output:
             models = self.step('cameras', work, total=len(self.names), count=lambda: len(placed))
         return list(models.values())
@@ -281,22 +309,39 @@ def placed_images(model):
 # --- refinement ---------------------------------------------------------------------------------------------
 
 def refine(model, num_threads, _):
-    """Refine poses, points and cameras together: of cameras with enough photos also the principal point and
-    the distortion. Returns the reconstruction with the most detailed camera model that gives plausible
-    cameras, OPENCV or RADIAL; otherwise as it was."""
+    """Refine poses, points and cameras of a reconstruction together; returns the refined one.
+
+    A camera model with more parameters is taken only if it fits clearly better: parameters that the photos do
+    not determine, such as the distortion near borders that no feature is close to, harm poses.
+    """
+    best, best_cost = None, np.inf
+    for name, refine_principal_point in CAMERA_MODELS:
+        refined, cost = refine_as(name, model, refine_principal_point, num_threads)
+        if best is None or (cost < MIN_GAIN * best_cost and all(map(is_plausible, refined.cameras.values()))):
+            best, best_cost = refined, cost
+    return best
+
+
+def refine_as(name, model, refine_principal_point, num_threads):
+    """Refine a copy of a reconstruction with cameras of the model `name`.
+
+    Returns:
+      the copy, and the mean error of all former observations in pixels; dropped ones count with the largest.
+    """
     import pycolmap
-    for name in ('OPENCV', 'RADIAL'):
-        refined = pycolmap.Reconstruction(model)
-        for camera in refined.cameras.values():
-            f, cx, cy, k = camera.params
-            camera.model = vars(pycolmap.CameraModelId)[name]
-            camera.params = [f, f, cx, cy, k, 0, 0, 0] if name == 'OPENCV' else [f, cx, cy, k, 0]
-        adjust(refined, num_threads)
-        pycolmap.ObservationManager(refined).filter_all_points3D(MAX_ERROR, MIN_ANGLE)
-        adjust(refined, num_threads)
-        if all(is_plausible(camera) for camera in refined.cameras.values()):
-            return refined
-    return model
+    refined = pycolmap.Reconstruction(model)
+    for camera in refined.cameras.values():
+        fx, fy, cx, cy, k1, k2, *_ = opencv_params(camera)
+        camera.model = vars(pycolmap.CameraModelId)[name]
+        camera.params = {'SIMPLE_PINHOLE': [fx, cx, cy], 'SIMPLE_RADIAL': [fx, cx, cy, k1],
+                         'RADIAL': [fx, cx, cy, k1, k2], 'OPENCV': [fx, fy, cx, cy, k1, k2, 0, 0]}[name]
+    size = max(max(camera.width, camera.height) for camera in refined.cameras.values())
+    for limit in np.array(MAX_ERRORS) * min(1.0, size / ERRORS_SIZE):
+        adjust(refined, num_threads, refine_principal_point)
+        pycolmap.ObservationManager(refined).filter_all_points3D(limit, MIN_ANGLE)
+    adjust(refined, num_threads, refine_principal_point)
+    before, after = model.compute_num_observations(), refined.compute_num_observations()
+    return refined, (refined.compute_mean_reprojection_error() * after + limit * (before - after)) / before
 
 
 def adjust(model, num_threads, refine_principal_point=True):
@@ -336,16 +381,3 @@ def opencv_params(camera):
         return np.array(camera.params)
     f, cx, cy, *k = camera.params
     return np.array([f, f, cx, cy, *k, *[0.0] * (4 - len(k))])
-
-
-def without_distortion(model, num_threads):
-    """A copy of a reconstruction whose cameras have neither distortion nor a principal point of their own, as
-    the LLFF layout needs: poses, points and focal lengths are refined to fit."""
-    import pycolmap
-    pinhole = pycolmap.Reconstruction(model)
-    for camera in pinhole.cameras.values():
-        focal = camera.mean_focal_length()
-        camera.model = pycolmap.CameraModelId.SIMPLE_PINHOLE
-        camera.params = [focal, camera.width / 2, camera.height / 2]
-    adjust(pinhole, num_threads, refine_principal_point=False)
-    return pinhole
