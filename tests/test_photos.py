@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import DATA, ROOT, needs_data
 from PIL import Image, ImageFilter
-from tiny_photos import ORIENTATIONS, exif, in_view, look_at, ring, texture, write_video
+from tiny_photos import ORIENTATIONS, exif, in_view, look_at, ring, tangents, texture, write_video
 from tiny_runs import finish, run_python, start, wait_for
 
 from load_blender import load_blender_scene
@@ -133,6 +133,24 @@ def test_transparency_and_16_bit_photos_are_kept(tmp_path):
         assert image.getpixel((3, 3)) == (128, 128, 128)
 
 
+def test_masks_follow_their_photos(tmp_path):
+    for folder in ('in/masks', 'in/more/images', 'in/more/masks'):
+        (tmp_path / folder).mkdir(parents=True)
+    half = Image.new('L', (80, 60))
+    half.paste(255, (0, 0, 40, 60))
+    for name in ('in/a.jpg', 'in/b.jpg', 'in/more/images/c.png'):
+        texture(60, 80).save(tmp_path / name)
+    half.save(tmp_path / 'in/masks/a.png')
+    half.save(tmp_path / 'in/more/masks/c.png')
+    photos, _ = find_photos(tmp_path / 'in')
+    assert [photo.name for photo in photos] == ['a.jpg', 'b.jpg', 'more_images_c.jpg']
+    prepared = Prepared(tmp_path / 'work', 40)
+    prepared.add_photos(photos, 1)
+    assert [prepared.mask_path(photo.name).is_file() for photo in photos] == [True, False, True]
+    with Image.open(prepared.mask_path('a.jpg')) as mask:
+        assert np.array_equal(np.asarray(mask), np.asarray(half)[::2, ::2])
+
+
 def test_cameras_are_grouped_by_make_lens_zoom_and_size(tmp_path):
     kinds = [('A', 26, 80), ('A', 26, 80), ('B', 26, 80), ('A', 52, 80), ('A', 26, 60)]
     for index, (make, focal, width) in enumerate(kinds):
@@ -231,10 +249,10 @@ def moved(poses, points, rotation, translation, scale):
 def test_scenes_are_placed_the_same_in_whatever_coordinates(scene_type):
     poses, points = SCENES[scene_type]
     seen = in_view(poses, points)
-    first = place_scene(poses, points, seen)
+    first = place_scene(poses, points, seen, tangents(poses))
     assert first.scene_type == scene_type
     for seed in range(3):
-        placed = place_scene(*moved(poses, points, *random_similarity(seed)), seen)
+        placed = place_scene(*moved(poses, points, *random_similarity(seed)), seen, tangents(poses))
         assert placed.scene_type == scene_type
         distances = [np.linalg.norm(scene.poses[:, None, :, 3] - scene.poses[None, :, :, 3], axis=-1)
                      for scene in (first, placed)]
@@ -246,7 +264,8 @@ def test_scenes_are_placed_the_same_in_whatever_coordinates(scene_type):
 @pytest.mark.parametrize('scene_type', SCENES)
 def test_up_is_up_and_the_focus_is_the_origin(scene_type):
     poses, points = SCENES[scene_type]
-    placed = place_scene(*moved(poses, points, *random_similarity(4)), in_view(poses, points))
+    seen = in_view(poses, points)
+    placed = place_scene(*moved(poses, points, *random_similarity(4)), seen, tangents(poses))
     assert placed.poses[:, 2, 1].min() > 0.9
     assert np.abs(placed.poses[:, 2, 0]).max() < 0.02   # cameras are level
     distance = np.median(np.linalg.norm(placed.poses[:, :, 3], axis=-1))
@@ -262,9 +281,9 @@ def test_up_is_up_and_the_focus_is_the_origin(scene_type):
 def test_bounds_hold_what_is_seen_but_not_outliers(scene_type):
     poses, points = SCENES[scene_type]
     outliers = np.concatenate([points, 100 * np.random.RandomState(0).randn(2, 3)])
-    placed = place_scene(poses, outliers, in_view(poses, outliers))
+    placed = place_scene(poses, outliers, in_view(poses, outliers), tangents(poses))
     seen = in_view(poses, points)
-    clean = place_scene(poses, points, seen)
+    clean = place_scene(poses, points, seen, tangents(poses))
     assert 0 < placed.near < placed.far < 1.5 * clean.far
     observed = placed.points[np.concatenate(seen)]
     if scene_type != UNBOUNDED:
@@ -288,7 +307,8 @@ def tiny_views(count, **changes):
 
 def tiny_scene(folder, scene_type=AROUND):
     poses, points = SCENES[scene_type]
-    placement = place_scene(*moved(poses, points, *random_similarity(1)), in_view(poses, points))
+    placement = place_scene(*moved(poses, points, *random_similarity(1)), in_view(poses, points),
+                            tangents(poses))
     (folder / 'images').mkdir(parents=True)
     for index in range(len(poses)):
         texture(30, 40, index).save(folder / f'images/{index:02d}.png')
@@ -317,7 +337,7 @@ def test_transforms_and_config_load(tmp_path):
 
 def test_applied_transform_leads_from_the_input_to_the_scene(tmp_path):
     poses, points = moved(*SCENES[AROUND], *random_similarity(2))
-    placement = place_scene(poses, points, in_view(poses, points))
+    placement = place_scene(poses, points, in_view(poses, points), tangents(poses))
     write_transforms(tmp_path / 'transforms.json', tiny_views(len(poses)), placement)
     meta = read_json(tmp_path / 'transforms.json')
     transform = np.array(meta['applied_transform'])
@@ -332,7 +352,8 @@ def test_several_cameras_have_their_intrinsics_in_their_frames(tmp_path):
     poses, points = SCENES[AROUND]
     views = tiny_views(len(poses))
     views[2].params = views[2].params * 1.5
-    write_transforms(tmp_path / 'transforms.json', views, place_scene(poses, points, in_view(poses, points)))
+    placement = place_scene(poses, points, in_view(poses, points), tangents(poses))
+    write_transforms(tmp_path / 'transforms.json', views, placement)
     meta = read_json(tmp_path / 'transforms.json')
     assert 'fl_x' not in meta
     assert [frame['fl_x'] for frame in meta['frames'][1:4]] == [30, 45, 30]
@@ -415,7 +436,7 @@ from tools.capture.place import place_scene
 from tools.capture.poses import plan_matching
 from scenes.report import write_report
 sys.path.insert(0, 'tests')
-from tiny_photos import in_view, look_at, ring
+from tiny_photos import in_view, look_at, ring, tangents
 photos, ignored = find_photos(sys.argv[1])
 groups = group_cameras(photos)
 assert len(photos) == 600 and [len(group.photos) for group in groups] == [600], groups
@@ -426,7 +447,7 @@ seen = in_view(poses, points)
 params = np.array([3e3, 3e3, 2e3, 1.5e3, 0, 0, 0, 0])
 views = [View(photo.name, 0, 4000, 3000, params, 0.5) for photo in photos]
 arrays = Arrays(views, poses, points, np.zeros((2000, 3), np.uint8), seen, 0.5)
-placement = place_scene(poses, points, seen)
+placement = place_scene(poses, points, seen, tangents(poses))
 write_report(make_report('600', photos, ignored, groups, arrays, placement), sys.argv[2])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 '''

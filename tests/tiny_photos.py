@@ -45,10 +45,19 @@ def ring(count, radius, height=0.3, turns=1.0):
     return np.stack([radius * np.cos(angle), radius * np.sin(angle), np.full(count, height)], -1)
 
 
-def in_view(poses, points, tangent=0.7):
-    """For each camera the indices of the points that it sees, within `tangent` of its axis."""
+# Half the width and height of a photo at depth 1.
+TANGENT = 0.7
+
+
+def tangents(poses):
+    """Half the width and height of each photo at depth 1, [N, 2]."""
+    return np.full((len(poses), 2), TANGENT)
+
+
+def in_view(poses, points):
+    """For each camera the indices of the points that it sees, within TANGENT of its axis."""
     seen = []
     for pose in poses:
         x, y, z = ((points - pose[:, 3]) @ pose[:, :3]).T
-        seen.append(np.flatnonzero((z < 0) & (np.maximum(abs(x), abs(y)) < -tangent * z)))
+        seen.append(np.flatnonzero((z < 0) & (np.maximum(abs(x), abs(y)) < -TANGENT * z)))
     return seen

@@ -22,10 +22,10 @@ from tools.capture.model import arrays_of
 from tools.capture.place import FORWARD_FACING, place_scene, view_bounds
 from tools.capture.poses import MIN_PHOTOS, PoseEstimation, import_pycolmap, refine_as
 from tools.capture.prepare import Prepared
-from tools.capture.quality import find_faults
+from tools.capture.quality import find_faults, has_white_background
 from tools.capture.write import (
     MAX_PINHOLE_ERROR,
-    link_images,
+    link_files,
     publish,
     training_factor,
     write_config,
@@ -98,13 +98,16 @@ class Capture:
         if self.prepared.changed:
             (self.work / 'database.db').unlink(missing_ok=True)
             (self.work / 'vocabulary.bin').unlink(missing_ok=True)
-        self.poses = PoseEstimation(self.work, self.prepared.images, self.groups, self.args.num_threads,
-                                    self.args.seed).run(is_video(self.args.input))
+        self.poses = PoseEstimation(self.work, self.prepared.images, self.prepared.masks, self.groups,
+                                    self.args.num_threads, self.args.seed).run(is_video(self.args.input))
         for photo in self.photos:
             photo.features = self.poses.features.get(photo.name)
             photo.matches = self.poses.matches.get(photo.name)
         self.poses.views = arrays_of(self.poses.model).views if self.poses.model else []
         explain_unplaced(self.photos, self.poses)
+        for photo in self.photos:
+            if photo.reason and photo.features is not None:
+                print(f'  {photo.source.name}: {photo.reason}')
         if self.poses.model is None:
             self.fail(f'{self.args.input}: found no cameras for these photos')
         return self.poses.model
@@ -120,17 +123,22 @@ class Capture:
     def write(self, model, staging):
         """Place the scene, and write it."""
         arrays = arrays_of(model)
-        placement = place_scene(arrays.poses, arrays.points, arrays.seen)
+        placement = place_scene(arrays.poses, arrays.points, arrays.seen, arrays.tangents())
         for photo in self.photos:
             photo.error = next((view.error for view in arrays.views if view.name == photo.name), None)
-        link_images(self.prepared.images, staging / 'images', [view.name for view in arrays.views])
+        names = [view.name for view in arrays.views]
+        link_files(staging / 'images', {name: self.prepared.images / name for name in names})
+        masks = {f'{Path(name).stem}.png': self.prepared.mask_path(name) for name in names}
+        if any(path.is_file() for path in masks.values()):
+            link_files(staging / 'masks', masks)
         make_folder(staging / 'sparse/0')
         model.write(staging / 'sparse/0')
         write_ply(staging / 'sparse_points.ply', placement.points, arrays.colors)
         write_transforms(staging / 'transforms.json', arrays.views, placement)
         factor = training_factor(arrays.views)
         llff_error = self.write_llff(model, placement, factor, staging)
-        write_config(staging / 'config.txt', self.datadir, placement, factor, llff_error)
+        on_white = has_white_background([self.prepared.qualities[name] for name in names])
+        write_config(staging / 'config.txt', self.datadir, placement, factor, on_white, llff_error)
         title = f'{self.datadir.resolve().name}: {len(arrays.views)} of {len(self.photos)} photos'
         write_report(make_report(title, self.photos, self.ignored, self.groups, arrays, placement,
                                  self.prepared.images,
@@ -149,7 +157,7 @@ class Capture:
         arrays = arrays_of(refine_as('SIMPLE_PINHOLE', model, False, self.args.num_threads)[0])
         if arrays.error / factor > MAX_PINHOLE_ERROR:
             return None
-        placed = place_scene(arrays.poses, arrays.points, arrays.seen)
+        placed = place_scene(arrays.poses, arrays.points, arrays.seen, arrays.tangents())
         bounds = view_bounds(placed.poses, placed.points, arrays.seen)
         write_poses_bounds(staging / 'poses_bounds.npy', placed.poses, bounds, arrays.views[0])
         return arrays.error

@@ -2,6 +2,7 @@
 
 Only headers are read here, so that thousands of large photos need little time and memory.
 """
+import glob
 import math
 import os
 import re
@@ -42,6 +43,7 @@ class Photo:
     camera: tuple = ()               # make, model, lens, focal lengths and zoom as in EXIF
     focal: float | None = None       # focal length in pixels according to EXIF
     as_is: bool = False              # whether the file is an upright JPEG, which can be copied
+    mask: Path | None = None         # its mask, as upright as the photo; white counts
     reason: str | None = None
     sharpness: float | None = None   # variance of the Laplacian
     exposure: float | None = None    # mean grey, 0 to 1
@@ -68,8 +70,8 @@ class CameraGroup:
 def find_photos(folder, skip=None):
     """All photos of a folder and its subfolders, sorted by path.
 
-    Hidden files and folders, and files that are no photos by their extensions, are ignored. Files with the
-    extension of a photo that cannot be opened are listed with the reason.
+    Hidden files and folders, folders of masks, and files that are no photos by their extensions are ignored.
+    Files with the extension of a photo that cannot be opened are listed with the reason.
 
     Args:
       folder: path of the folder.
@@ -86,19 +88,33 @@ def find_photos(folder, skip=None):
         raise UserError(f'{folder}: found no photo among {len(ignored)} other files; {advice}')
     register_heif()
     taken = set()
-    return [read_header(path, unique_name(path.relative_to(folder), taken)) for path in paths], ignored
+    photos = [read_header(path, unique_name(path.relative_to(folder), taken)) for path in paths]
+    for photo in photos:
+        photo.mask = find_mask(photo.source)
+    return photos, ignored
 
 
 def list_files(folder, skip=None):
     """The photos and the other files below a folder, both sorted. Hidden folders are not searched."""
     photos, others = [], []
     for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(('.', '__MACOSX'))
+        folders[:] = sorted(name for name in folders
+                            if not name.startswith(('.', '__MACOSX')) and name != 'masks'
                             and (skip is None or Path(root, name).resolve() != Path(skip).resolve()))
         for name in sorted(files):
             is_photo = Path(name).suffix.lower() in PHOTO_EXTENSIONS and not name.startswith('.')
             (photos if is_photo else others).append(Path(root, name))
     return photos, others
+
+
+def find_mask(photo):
+    """The mask of a photo: an image of the same name without extension in `masks/` in or beside the photo's
+    folder; None if there is none."""
+    for folder in (photo.parent / 'masks', photo.parent.parent / 'masks'):
+        for path in sorted(folder.glob(f'{glob.escape(photo.stem)}.*')):
+            if path.suffix.lower() in PHOTO_EXTENSIONS:
+                return path
+    return None
 
 
 def unique_name(path, taken):

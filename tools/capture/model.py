@@ -37,6 +37,10 @@ class Arrays:
     seen: list            # for each photo the indices of the points that it observes
     error: float          # mean reprojection error of all observations in pixels
 
+    def tangents(self):
+        """For each photo half its width and height at depth 1, [N, 2]."""
+        return np.array([[0.5 * view.width, 0.5 * view.height] / view.params[:2] for view in self.views])
+
 
 def arrays_of(model):
     """The `Arrays` of a pycolmap.Reconstruction."""

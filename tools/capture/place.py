@@ -52,8 +52,9 @@ class Placement:
     aabb: np.ndarray          # [2, 3]
 
 
-def place_scene(poses, points, seen):
-    """The `Placement` of cameras and points from structure from motion."""
+def place_scene(poses, points, seen, tangents):
+    """The `Placement` of cameras and points from structure from motion; `tangents` [N, 2] are half the width
+    and height of each photo at depth 1."""
     scene_type = find_scene_type(poses, points, seen)
     rotation = level(poses)
     focus, unit = find_focus(scene_type, poses, points, seen)
@@ -63,7 +64,7 @@ def place_scene(poses, points, seen):
     moved = scale * (points @ rotation.T + translation)
     near, far = find_bounds(placed, moved, seen)
     return Placement(rotation, translation, scale, placed, moved, scene_type, near, far,
-                     find_box(scene_type, placed, moved, seen))
+                     find_box(scene_type, placed, moved, seen, tangents))
 
 
 def find_scene_type(poses, points, seen):
@@ -165,11 +166,25 @@ def find_bounds(poses, points, seen):
     return float(near.min() * (1 - DEPTH_MARGIN)), float(last * (1 + DEPTH_MARGIN))
 
 
-def find_box(scene_type, poses, points, seen):
-    """The box [2, 3] around what is observed, but for outliers; with the cameras if they look outwards."""
+def find_box(scene_type, poses, points, seen, tangents):
+    """The box [2, 3] around what is observed, but for outliers; with the cameras if they look outwards.
+
+    It also holds what each photo shows at the median depth of its points, so that no ray misses the box.
+    """
     observed = points[np.concatenate(seen)]
     low, high = np.percentile(observed, [OUTLIER_PERCENT, 100 - OUTLIER_PERCENT], axis=0)
+    margin = BOX_MARGIN * (high - low)
+    corners = frustum_corners(poses, depths(poses, points, seen), tangents)
+    low, high = np.minimum(low - margin, corners.min(0)), np.maximum(high + margin, corners.max(0))
     if scene_type in (ALL_AROUND, UNBOUNDED):
         low, high = np.minimum(low, poses[:, :, 3].min(0)), np.maximum(high, poses[:, :, 3].max(0))
-    margin = BOX_MARGIN * (high - low)
-    return np.clip(np.stack([low - margin, high + margin]), -MAX_BOX, MAX_BOX)
+    return np.clip(np.stack([low, high]), -MAX_BOX, MAX_BOX)
+
+
+def frustum_corners(poses, depth, tangents):
+    """The corners [4 N, 3] of what cameras show at the median of their depths."""
+    distance = np.array([np.median(every if len(every) else np.concatenate(depth)) for every in depth])
+    signs = np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]])
+    at_depth_1 = np.concatenate([signs * tangents[:, None], np.full((len(poses), 4, 1), -1.0)], -1)
+    in_camera = at_depth_1 * distance[:, None, None]  # [N, 4, 3]
+    return (in_camera @ poses[:, :, :3].transpose(0, 2, 1) + poses[:, None, :, 3]).reshape(-1, 3)

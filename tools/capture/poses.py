@@ -117,14 +117,14 @@ class PoseEstimation:
 
     Args:
       folder: the work folder.
-      images: the folder of the photos.
+      images, masks: the folders of the photos and of their masks; the latter may not exist.
       groups: list of `CameraGroup`.
       num_threads, seed: as the options.
     """
 
-    def __init__(self, folder, images, groups, num_threads, seed):
+    def __init__(self, folder, images, masks, groups, num_threads, seed):
         self.pycolmap = import_pycolmap()
-        self.folder, self.images, self.groups = folder, images, groups
+        self.folder, self.images, self.masks, self.groups = folder, images, masks, groups
         self.names = sorted(photo.name for group in groups for photo in group.photos)
         self.database, self.num_threads, self.seed = folder / 'database.db', num_threads, seed
         self.pycolmap.set_random_seed(seed)
@@ -159,6 +159,8 @@ class PoseEstimation:
             for group in self.groups:
                 names = [photo.name for photo in group.photos]
                 reader = {'camera_model': 'SIMPLE_RADIAL'}
+                if self.masks.is_dir():
+                    reader['mask_path'] = str(self.masks)
                 camera_id = self.known_camera(names)
                 if camera_id is not None:
                     reader['existing_camera_id'] = camera_id

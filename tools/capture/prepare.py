@@ -1,6 +1,7 @@
 """Photos made ready for pose estimation: upright, not larger than needed, with EXIF, and measured.
 
     colmap/images/         the photos
+    colmap/masks/          their masks, if there are any; named as COLMAP wants it, photo.jpg.png
     colmap/prepared.json   which file each one was made of, and its quality, so that a second run need not
                            read it again
 """
@@ -17,6 +18,8 @@ from tools.capture.collect import Photo, has_alpha
 from tools.capture.quality import Quality, measure
 from tools.capture.video import sharpest_frames
 
+# Photos that were prepared by another version are prepared again.
+VERSION = 1
 # Quality of the JPEG files written, of 100.
 JPEG_QUALITY = 95
 
@@ -34,7 +37,8 @@ class Prepared:
     """
 
     def __init__(self, folder, max_size):
-        self.folder, self.images, self.max_size = folder, folder / 'images', max_size
+        self.folder, self.images, self.masks = folder, folder / 'images', folder / 'masks'
+        self.max_size = max_size
         self.images.mkdir(parents=True, exist_ok=True)
         self.index_file = folder / 'prepared.json'
         self.known = read_json(self.index_file) if self.index_file.is_file() else {}
@@ -53,10 +57,13 @@ class Prepared:
     def add_photo(self, photo):
         """Prepare and measure one photo, unless an earlier run has."""
         status = photo.source.stat()
-        source = [str(photo.source.resolve()), status.st_size, status.st_mtime_ns, self.max_size]
+        source = [VERSION, str(photo.source.resolve()), status.st_size, status.st_mtime_ns, self.max_size]
+        if photo.mask:
+            source += [str(photo.mask.resolve()), photo.mask.stat().st_mtime_ns]
         if not self.reuse(photo, source):
             try:
                 self.write(photo, open_upright(photo.source), photo.as_is)
+                self.write_mask(photo)
             except Exception as error:  # each codec raises its own types of error for a damaged file
                 photo.reason = f'not a readable photo ({first_line(error)})'
                 return
@@ -65,7 +72,7 @@ class Prepared:
     def add_video(self, path, num_frames):
         """Prepare and measure the sharpest frames of a video; returns them as a list of `Photo`."""
         status = path.stat()
-        source = [str(path.resolve()), status.st_size, status.st_mtime_ns, self.max_size, num_frames]
+        source = [VERSION, str(path.resolve()), status.st_size, status.st_mtime_ns, self.max_size, num_frames]
         photos = self.known_frames(path, source)
         if not photos:
             for photo, image in sharpest_frames(path, num_frames):
@@ -110,6 +117,23 @@ class Prepared:
                 shutil.copyfile(photo.source, partial)
             else:
                 save(image, partial)
+
+    def write_mask(self, photo):
+        """Write the mask of a photo, if it has one, in the photo's final size."""
+        from PIL import Image
+        path = self.mask_path(photo.name)
+        path.unlink(missing_ok=True)
+        if photo.mask is None:
+            return
+        self.masks.mkdir(exist_ok=True)
+        mask = open_upright(photo.mask).convert('L')
+        mask = mask.resize((photo.width, photo.height), Image.Resampling.NEAREST)
+        with atomic_write(path) as partial:
+            mask.save(partial)
+
+    def mask_path(self, name):
+        """Where the mask of the photo `name` is, if it has one."""
+        return self.masks / f'{name}.png'
 
     def take(self, photo, source):
         quality = self.qualities[photo.name]

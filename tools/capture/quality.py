@@ -19,6 +19,10 @@ SOFT_FRACTION = 0.35
 DARK_GREY = 0.1
 # A photo is overexposed if hardly any of its pixels is darker than this grey.
 BRIGHT_GREY = 0.95
+# Pixels brighter than this grey are white.
+WHITE_GREY = 0.94
+# A scene has a white background if at least this fraction of its photos' borders is white.
+WHITE_BORDER = 0.8
 # A photo whose grey has less than this standard deviation shows nothing.
 BLANK_DEVIATION = 0.01
 # Photos whose mean grey differs by more than this were taken with different exposures.
@@ -33,6 +37,7 @@ class Quality:
     dark: float         # 1st percentile of grey
     bright: float       # 99th percentile of grey
     deviation: float    # standard deviation of grey
+    white_border: float  # fraction of the pixels at the border that are white
     fingerprint: str    # photos with the same pixels have the same
 
 
@@ -48,8 +53,9 @@ def measure(image):
     fingerprint = hashlib.sha256(grey.tobytes()).hexdigest() + f'{image.width}x{image.height}'
     grey = np.asarray(grey, np.float32) / 255
     dark, bright = np.percentile(grey, [1, 99])
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     return Quality(sharpness(grey), float(grey.mean()), float(dark), float(bright), float(grey.std()),
-                   fingerprint)
+                   float((border > WHITE_GREY).mean()), fingerprint)
 
 
 def sharpness(grey):
@@ -58,6 +64,11 @@ def sharpness(grey):
         return 0.0
     laplacian = grey[1:-1, 2:] + grey[1:-1, :-2] + grey[2:, 1:-1] + grey[:-2, 1:-1] - 4 * grey[1:-1, 1:-1]
     return float(1e4 * laplacian.var())
+
+
+def has_white_background(qualities):
+    """Whether an object is shown on plain white in photos of these qualities."""
+    return bool(np.median([quality.white_border for quality in qualities]) > WHITE_BORDER)
 
 
 def find_faults(qualities):

@@ -17,7 +17,7 @@ TRAINING_SIDE = 1000
 # reprojection error at the size for training, in pixels.
 MAX_PINHOLE_ERROR = 1.0
 # What replaces an earlier result; folders of reduced photos are made anew from the new photos.
-OUTPUTS = re.compile(r'images(_\d+)?|sparse|transforms\.json|sparse_points\.ply|config\.txt|'
+OUTPUTS = re.compile(r'images(_\d+)?|masks|sparse|transforms\.json|sparse_points\.ply|config\.txt|'
                      r'poses_bounds\.npy|report\.(json|html)')
 
 PRESET = '''expname = {name}
@@ -72,6 +72,9 @@ def write_transforms(path, views, placement):
         frame = {'file_path': f'images/{view.name}', 'colmap_im_id': view.image_id}
         if not shared:
             frame.update(view.intrinsics())
+        mask = Path('masks', f'{Path(view.name).stem}.png')
+        if (path.parent / mask).is_file():
+            frame['mask_path'] = mask.as_posix()
         frames.append({**frame, 'transform_matrix': homogeneous(pose).tolist()})
     transform = np.concatenate([placement.rotation, placement.translation[:, None]], 1)
     # instant-ngp's box is [0, 1]³ times this power of 2, around the scene scaled by 0.33
@@ -107,7 +110,7 @@ def write_poses_bounds(path, poses, bounds, view):
     np.save(path, np.concatenate([table, bounds], -1))
 
 
-def write_config(path, datadir, placement, factor, llff_error=None):
+def write_config(path, datadir, placement, factor, white_bkgd=False, llff_error=None):
     """Write config.txt with the fast preset for the type of scene.
 
     Args:
@@ -115,6 +118,7 @@ def write_config(path, datadir, placement, factor, llff_error=None):
       datadir: folder of the scene.
       placement: a `Placement`.
       factor: by how much the photos are reduced.
+      white_bkgd: whether the photos show an object on plain white.
       llff_error: with poses_bounds.npy, its mean reprojection error in pixels; None without.
     """
     config = (datadir / 'config.txt').as_posix()
@@ -135,20 +139,23 @@ def write_config(path, datadir, placement, factor, llff_error=None):
                        N_samples=512 if large else 256)
         if placement.scene_type == FORWARD_FACING:
             options['finest_res'] = 256
+    if white_bkgd:
+        data += '\nwhite_bkgd = True'
     name = re.sub(r'[^\w.-]+', '_', datadir.resolve().name)
     text = PRESET.format(name=name, datadir=datadir.as_posix(), data=data, **options)
     path.write_text(head + text, encoding='utf-8')
 
 
-def link_images(source, target, names):
-    """A folder with the photos `names` of another folder, which take no space of their own where the file
-    system has links."""
-    target.mkdir()
-    for name in names:
-        try:
-            os.link(source / name, target / name)
-        except OSError:
-            shutil.copyfile(source / name, target / name)
+def link_files(folder, files):
+    """A new folder with those `files`, a dict name → path, that exist. They take no space of their own where
+    the file system has links."""
+    folder.mkdir()
+    for name, path in files.items():
+        if path.is_file():
+            try:
+                os.link(path, folder / name)
+            except OSError:
+                shutil.copyfile(path, folder / name)
 
 
 def publish(staging, datadir):
