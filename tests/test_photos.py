@@ -111,9 +111,10 @@ def test_a_second_run_reads_only_photos_that_changed(tmp_path):
     first, known, times = prepare()
     second, known_again, times_again = prepare()
     assert known == known_again and times == times_again and not second.changed
+    (tmp_path / 'work/database.db').write_text('features of a')
     texture(60, 80, seed=5).save(tmp_path / 'in/a.jpg')
     third, _, times_third = prepare()
-    assert third.changed and not first.changed
+    assert third.changed and not first.changed and not (tmp_path / 'work/database.db').exists()
     assert times_third['a.jpg'] > times['a.jpg'] and times_third['b.jpg'] == times['b.jpg']
 
 
@@ -410,6 +411,16 @@ def test_photos_are_not_overwritten(tmp_path):
     done = photos_py(tmp_path, '--datadir', tmp_path)
     assert done.returncode == 2 and 'holds the photos' in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ['a.jpg']
+
+
+def test_a_damaged_database_is_named(tmp_path):
+    (tmp_path / 'in').mkdir()
+    for seed in range(3):
+        texture(60, 80, seed).save(tmp_path / f'in/{seed}.jpg')
+    (tmp_path / 'out/colmap').mkdir(parents=True)
+    (tmp_path / 'out/colmap/database.db').write_text('no database' * 100)
+    done = photos_py(tmp_path / 'in', '--datadir', tmp_path / 'out')
+    assert done.returncode == 2 and 'database.db: not a database' in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize('blur, advice', [(0, 'More overlap'), (9, 'More texture')])

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from scenes.errors import UserError
+from scenes.errors import UserError, first_line
 from scenes.files import make_folder, partial_path, remove_partial_files
 from scenes.report import write_report
 from tools.capture.collect import VIDEO_EXTENSIONS, find_photos, group_cameras
@@ -95,9 +95,6 @@ class Capture:
 
     def estimate(self):
         """The reconstruction with most photos. Photos that it lacks get a reason."""
-        if self.prepared.changed:
-            (self.work / 'database.db').unlink(missing_ok=True)
-            (self.work / 'vocabulary.bin').unlink(missing_ok=True)
         self.poses = PoseEstimation(self.work, self.prepared.images, self.prepared.masks, self.groups,
                                     self.args.num_threads, self.args.seed).run(is_video(self.args.input))
         for photo in self.photos:
@@ -124,9 +121,10 @@ class Capture:
         """Place the scene, and write it."""
         arrays = arrays_of(model)
         placement = place_scene(arrays.poses, arrays.points, arrays.seen, arrays.tangents())
+        errors = {view.name: view.error for view in arrays.views}
         for photo in self.photos:
-            photo.error = next((view.error for view in arrays.views if view.name == photo.name), None)
-        names = [view.name for view in arrays.views]
+            photo.error = errors.get(photo.name)
+        names = list(errors)
         link_files(staging / 'images', {name: self.prepared.images / name for name in names})
         masks = {f'{Path(name).stem}.png': self.prepared.mask_path(name) for name in names}
         if any(path.is_file() for path in masks.values()):
@@ -223,7 +221,9 @@ def main(argv=None):
     except Stopped as stopped:
         return stopped.exit_code
     except (UserError, OSError) as error:
-        problem = f'{error.filename}: {error.strerror}' if isinstance(error, OSError) else error
+        problem = first_line(error)
+        if isinstance(error, OSError) and error.filename:
+            problem = f'{error.filename}: {error.strerror}'
         print(f'photos.py: error: {problem}', file=sys.stderr)
         return 2
     config = args.datadir / 'config.txt'

@@ -131,7 +131,11 @@ class PoseEstimation:
 
     def run(self, is_video):
         """All steps; returns `Poses`."""
-        with closing(self.pycolmap.Database.open(self.database)) as self.reader:
+        try:
+            self.reader = self.pycolmap.Database.open(self.database)
+        except RuntimeError:
+            raise UserError(f'{self.database}: not a database of COLMAP; delete it') from None
+        with closing(self.reader):
             return self.run_steps(is_video)
 
     def run_steps(self, is_video):

@@ -141,7 +141,10 @@ class Prepared:
         self.sources[photo.name] = source, [photo.width, photo.height]
 
     def save(self):
-        """Write the index for the next run."""
+        """Write the index for the next run. Features of photos that have changed are forgotten before."""
+        if self.changed:
+            for path in (*self.folder.glob('database.db*'), *self.folder.glob('vocabulary.bin')):
+                path.unlink()
         index = {name: {'source': source, 'size': size, 'quality': asdict(self.qualities[name])}
                  for name, (source, size) in self.sources.items()}
         write_text(self.index_file, json.dumps(index, indent=1) + '\n')
