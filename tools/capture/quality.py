@@ -1,0 +1,97 @@
+"""How sharp and how well exposed a photo is, and which photos are of no use.
+
+Sharpness is the variance of the Laplacian (Pech-Pacheco et al. 2000) of the grey photo, reduced to
+`MEASURED_SIDE` pixels so that it compares between cameras and is close to the size for training.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+
+# Photos are reduced to this length of their longer side before they are measured, in pixels.
+MEASURED_SIDE = 800
+# A photo is blurred if its sharpness is below this fraction of the median of all photos, ...
+BLURRED_FRACTION = 0.1
+# ... unless its sharpness is above this, which even slightly blurred photos do not reach.
+SHARP_ENOUGH = 6.0
+# A photo is soft if its sharpness is below this fraction of the median.
+SOFT_FRACTION = 0.35
+# A photo is too dark if hardly any of its pixels is brighter than this grey.
+DARK_GREY = 0.1
+# A photo is overexposed if hardly any of its pixels is darker than this grey.
+BRIGHT_GREY = 0.95
+# Pixels brighter than this grey are white.
+WHITE_GREY = 0.94
+# A scene has a white background if at least this fraction of its photos' borders is white.
+WHITE_BORDER = 0.8
+# A photo whose grey has less than this standard deviation shows nothing.
+BLANK_DEVIATION = 0.01
+# Photos whose mean grey differs by more than this were taken with different exposures.
+EXPOSURE_SPREAD = 0.25
+
+
+@dataclass
+class Quality:
+    """Measures of a photo; grey values are 0 to 1."""
+    sharpness: float    # variance of the Laplacian, in units of 1e-4
+    exposure: float     # mean grey
+    dark: float         # 1st percentile of grey
+    bright: float       # 99th percentile of grey
+    deviation: float    # standard deviation of grey
+    white_border: float  # fraction of the pixels at the border that are white
+    fingerprint: str    # photos with the same pixels have the same
+
+
+def measure(image):
+    """The `Quality` of a Pillow image."""
+    import hashlib
+
+    from PIL import Image
+    grey = image.convert('L')
+    scale = MEASURED_SIDE / max(grey.size)
+    if scale < 1:
+        grey = grey.resize([max(1, round(side * scale)) for side in grey.size], Image.Resampling.BOX)
+    fingerprint = hashlib.sha256(grey.tobytes()).hexdigest() + f'{image.width}x{image.height}'
+    grey = np.asarray(grey, np.float32) / 255
+    dark, bright = np.percentile(grey, [1, 99])
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    return Quality(sharpness(grey), float(grey.mean()), float(dark), float(bright), float(grey.std()),
+                   float((border > WHITE_GREY).mean()), fingerprint)
+
+
+def sharpness(grey):
+    """The variance of the Laplacian of `grey` [H, W], 0 to 1, in units of 1e-4; 0 below 3 × 3 pixels."""
+    if min(grey.shape) < 3:
+        return 0.0
+    laplacian = grey[1:-1, 2:] + grey[1:-1, :-2] + grey[2:, 1:-1] + grey[:-2, 1:-1] - 4 * grey[1:-1, 1:-1]
+    return float(1e4 * laplacian.var())
+
+
+def has_white_background(qualities):
+    """Whether an object is shown on plain white in photos of these qualities."""
+    return bool(np.median([quality.white_border for quality in qualities]) > WHITE_BORDER)
+
+
+def find_faults(qualities):
+    """Why photos cannot be used.
+
+    Args:
+      qualities: dict name → `Quality`.
+    Returns:
+      dict name → reason, for those that cannot be used.
+    """
+    reasons, first = {}, {}
+    for name, quality in qualities.items():
+        if quality.bright < DARK_GREY:
+            reasons[name] = f'black or too dark (mean grey {quality.exposure:.2f} of 1)'
+        elif quality.dark > BRIGHT_GREY:
+            reasons[name] = f'overexposed (mean grey {quality.exposure:.2f} of 1)'
+        elif quality.deviation < BLANK_DEVIATION:
+            reasons[name] = 'blank: it shows one colour only'
+        elif first.setdefault(quality.fingerprint, name) != name:
+            reasons[name] = f'duplicate of {first[quality.fingerprint]}'
+    remaining = {name: quality.sharpness for name, quality in qualities.items() if name not in reasons}
+    median = np.median(list(remaining.values())) if remaining else 0.0
+    for name, value in remaining.items():
+        if value < min(BLURRED_FRACTION * median, SHARP_ENOUGH):
+            reasons[name] = f'blurred (sharpness {value:.1f}, half of the photos have more than {median:.1f})'
+    return reasons

@@ -1,0 +1,172 @@
+"""A placed scene on disk, in the formats of this project, nerfstudio, instant-ngp, LLFF and COLMAP."""
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from scenes.cameras import homogeneous
+from scenes.files import PARTIAL
+from tools.capture.place import ALL_AROUND, FORWARD_FACING, UNBOUNDED
+
+# Photos are reduced for training until their longer side has no more than this number of pixels.
+TRAINING_SIDE = 1000
+# A scene is trained in the LLFF layout, which has no lens distortion, if that costs no more than this mean
+# reprojection error at the size for training, in pixels.
+MAX_PINHOLE_ERROR = 1.0
+# What replaces an earlier result; folders of reduced photos are made anew from the new photos.
+OUTPUTS = re.compile(r'images(_\d+)?|masks|sparse|transforms\.json|sparse_points\.ply|config\.txt|'
+                     r'poses_bounds\.npy|report\.(json|html)')
+
+PRESET = '''expname = {name}
+basedir = ./logs
+datadir = {datadir}
+{data}
+pixel_centers = True
+
+use_viewdirs = True
+i_embed = 1
+n_levels = 8
+n_features = 4
+log2_hashmap_size = {log2_hashmap_size}
+finest_res = {finest_res}
+
+occupancy_grid = True
+N_samples = {N_samples}
+N_rand_samples = 131072
+N_rand = 65536
+
+N_iters = {N_iters}
+lrate = 1e-2
+lrate_decay = {lrate_decay}
+
+i_print = 100
+i_img = 500
+i_weights = 1000
+i_testset = {N_iters}
+i_video = {N_iters}
+'''
+
+
+def training_factor(views):
+    """By how much the photos are reduced for training."""
+    return max(1, -(-max(max(view.width, view.height) for view in views) // TRAINING_SIDE))
+
+
+def write_transforms(path, views, placement):
+    """Write transforms.json with the keys of nerfstudio and instant-ngp.
+
+    Args:
+      path: of the file.
+      views: list of `View`, one for each pose of the placement.
+      placement: a `Placement`.
+    """
+    meta = {'camera_model': 'OPENCV'}
+    shared = all(view.intrinsics() == views[0].intrinsics() for view in views)
+    if shared:
+        meta.update(views[0].intrinsics())
+    frames = []
+    for view, pose in zip(views, placement.poses):
+        frame = {'file_path': f'images/{view.name}', 'colmap_im_id': view.image_id}
+        if not shared:
+            frame.update(view.intrinsics())
+        mask = Path('masks', f'{Path(view.name).stem}.png')
+        if (path.parent / mask).is_file():
+            frame['mask_path'] = mask.as_posix()
+        frames.append({**frame, 'transform_matrix': homogeneous(pose).tolist()})
+    transform = np.concatenate([placement.rotation, placement.translation[:, None]], 1)
+    # instant-ngp's box is [0, 1]³ times this power of 2, around the scene scaled by 0.33
+    aabb_scale = 2 ** int(np.ceil(np.log2(max(1.0, 0.66 * np.abs(placement.aabb).max()))))
+    meta.update(applied_transform=transform.tolist(), applied_scale=placement.scale,
+                ply_file_path='sparse_points.ply', aabb=placement.aabb.tolist(), aabb_scale=aabb_scale,
+                near=placement.near, far=placement.far, frames=frames)
+    path.write_text(json.dumps(meta, indent=1) + '\n', encoding='utf-8')
+
+
+def write_ply(path, points, colors):
+    """Write points [M, 3] with colours uint8 [M, 3] as a binary PLY file."""
+    header = ['ply', 'format binary_little_endian 1.0', f'element vertex {len(points)}',
+              *(f'property float {axis}' for axis in 'xyz'),
+              *(f'property uchar {color}' for color in ('red', 'green', 'blue')), 'end_header\n']
+    vertices = np.empty(len(points), [('xyz', '<f4', 3), ('rgb', 'u1', 3)])
+    vertices['xyz'], vertices['rgb'] = points, colors
+    path.write_bytes('\n'.join(header).encode() + vertices.tobytes())
+
+
+def write_poses_bounds(path, poses, bounds, view):
+    """Write LLFF's poses_bounds.npy: [N, 17], axes down, right, back.
+
+    Args:
+      path: of the file.
+      poses: c2w [N, 3, 4] in OpenGL axes.
+      bounds: nearest and farthest depth of each view, [N, 2].
+      view: a `View` with the size and the focal length of all photos.
+    """
+    right, up, back, position = np.moveaxis(poses, -1, 0)
+    hwf = np.broadcast_to([view.height, view.width, view.params[0]], right.shape)
+    table = np.stack([-up, right, back, position, hwf], -1).reshape(len(poses), 15)
+    np.save(path, np.concatenate([table, bounds], -1))
+
+
+def write_config(path, datadir, placement, factor, white_bkgd=False, llff_error=None):
+    """Write config.txt with the fast preset for the type of scene.
+
+    Args:
+      path: of the file.
+      datadir: folder of the scene.
+      placement: a `Placement`.
+      factor: by how much the photos are reduced.
+      white_bkgd: whether the photos show an object on plain white.
+      llff_error: with poses_bounds.npy, its mean reprojection error in pixels; None without.
+    """
+    config = (datadir / 'config.txt').as_posix()
+    head = f'# Scene type: {placement.scene_type}.\n#   python run_nerf.py --config {config}\n'
+    if llff_error is not None:
+        head += ('# Uses poses_bounds.npy and images/, with normalised device coordinates. That layout has\n'
+                 '# no lens distortion: cameras were fitted without it, with a mean reprojection error of\n'
+                 f'# {llff_error:.2f} pixels. transforms.json has it.\n')
+        data = f'dataset_type = llff\nfactor = {factor}\nllffhold = 8'
+        options = dict(log2_hashmap_size=18, finest_res=256, N_samples=128, N_iters=3200, lrate_decay=2)
+    else:
+        head += '# Uses transforms.json, with lens distortion.\n'
+        box = ', '.join(f'{x:.4g}' for x in placement.aabb.ravel())
+        data = (f'dataset_type = blender\nfactor = {factor}\nllffhold = 8\nnear = {placement.near:.4g}\n'
+                f'far = {placement.far:.4g}\naabb = [{box}]')
+        large = placement.scene_type in (ALL_AROUND, UNBOUNDED)
+        options = dict(log2_hashmap_size=19 if large else 18, finest_res=1024, N_iters=4000, lrate_decay=3,
+                       N_samples=512 if large else 256)
+        if placement.scene_type == FORWARD_FACING:
+            options['finest_res'] = 256
+    if white_bkgd:
+        data += '\nwhite_bkgd = True'
+    name = re.sub(r'[^\w.-]+', '_', datadir.resolve().name)
+    text = PRESET.format(name=name, datadir=datadir.as_posix(), data=data, **options)
+    path.write_text(head + text, encoding='utf-8')
+
+
+def link_files(folder, files):
+    """A new folder with those `files`, a dict name → path, that exist. They take no space of their own where
+    the file system has links."""
+    folder.mkdir()
+    for name, path in files.items():
+        if path.is_file():
+            try:
+                os.link(path, folder / name)
+            except OSError:
+                shutil.copyfile(path, folder / name)
+
+
+def publish(staging, datadir):
+    """Move everything in the folder `staging` to `datadir`, in place of the outputs of an earlier run."""
+    old = Path(staging.parent, f'old{PARTIAL}{os.getpid()}')
+    shutil.rmtree(old, ignore_errors=True)
+    old.mkdir()
+    for path in list(datadir.iterdir()):
+        if OUTPUTS.fullmatch(path.name):
+            os.rename(path, old / path.name)
+    for path in list(staging.iterdir()):
+        os.rename(path, datadir / path.name)
+    staging.rmdir()
+    shutil.rmtree(old, ignore_errors=True)
