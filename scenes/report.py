@@ -19,11 +19,11 @@ FORWARD_FACING_SPAN = 75
 MIN_ELEVATION_RANGE = 20
 # Photos taken from above this elevation, in degrees, see the subject from all around.
 MAX_LEVEL = 75
-# A photo is odd if its sharpness, features or matches are below this fraction of the median, ...
+# A photo is odd if its sharpness, features or matches are below this fraction of the median.
 MIN_FRACTION = 0.3
-# ... its mean grey is not between these, ...
+# A photo is odd if its mean grey is not between these.
 MIN_GREY, MAX_GREY = 0.1, 0.9
-# ... or its reprojection error is above this, in pixels, and twice the median.
+# A photo is odd if its reprojection error, in pixels, is above this and above twice the median.
 MIN_ERROR = 1.5
 # Headline of a report whose most serious finding has this level, most serious first.
 VERDICTS = {'error': '✕ Fix this before training', 'warning': '! Can be trained, but look at this first',

@@ -14,23 +14,23 @@ FORWARD_FACING, AROUND, ALL_AROUND, UNBOUNDED = ('forward-facing', 'around an ob
                                                  'unbounded')
 # Cameras are forward-facing if none looks further from their mean direction than this, in degrees.
 FORWARD_ANGLE = 40.0
-# Cameras converge if their axes pass the focus within this fraction of their distance from it (median), ...
+# The axes of cameras that converge pass the focus within this fraction of their distance from it (median).
 CONVERGENCE = 0.3
-# ... and if at least this fraction of them have it in front of them.
+# At least this fraction of cameras that converge have the focus in front of them.
 CONVERGING_FRACTION = 0.8
-# A scene has a background if this percentile of what is observed ...
-BACKGROUND_PERCENTILE = 90
-# ... is further from the focus than this multiple of the cameras' distance.
+# Points that are further from the focus than this multiple of the cameras' distance are background.
 BACKGROUND_DISTANCE = 1.5
+# A scene has a background if not even this percentage of what is observed is nearer.
+BACKGROUND_PERCENTILE = 90
 # Depths and boxes leave out this percentage of what is observed at each end, which may be wrong matches.
 OUTLIER_PERCENT = 1.0
 # This percentage of the cameras sees nothing beyond far.
 FAR_PERCENTILE = 95
 # Near and far leave this fraction of the depth free before and behind what is observed.
 DEPTH_MARGIN = 0.15
-# The box is wider than what is observed by this fraction on each side, because plain surfaces have no points,
+# The box is wider than what is observed by this fraction on each side, because plain surfaces have no points.
 BOX_MARGIN = 0.25
-# ... but its faces are no further from the origin than this, because cells would be too large.
+# The faces of the box are no further from the origin than this, because its cells would be too large.
 MAX_BOX = 6.0
 # The right axes of level cameras lie in a plane; it is known if they spread in it by at least this much.
 LEVEL_SPREAD = 0.17

@@ -23,10 +23,11 @@ SEQUENCE_OVERLAP = 10
 MAX_KEYFRAMES = 40
 # With a vocabulary tree each photo is matched with this number of photos that look alike.
 SIMILAR_PHOTOS = 40
-# Words of the vocabulary that is built from the photos' own features ...
+# The vocabulary that is built from the photos' own features has at most this number of words.
 VOCABULARY_WORDS = 4096
-# ... from this number of features, with at least this number for each word.
+# It is built from this number of features.
 VOCABULARY_FEATURES = 200_000
+# Each word stands for at least this number of features.
 FEATURES_PER_WORD = 40
 # Features are found in photos reduced to this length of their longer side, in pixels.
 FEATURE_IMAGE_SIZE = 1600
@@ -51,13 +52,13 @@ CAMERA_MODELS = (('SIMPLE_PINHOLE', False), ('SIMPLE_RADIAL', False), ('RADIAL',
 MIN_GAIN = 0.99
 # Points whose rays meet at less than this angle in degrees are dropped.
 MIN_ANGLE = 1.5
-# A refined camera is plausible if its principal point is this close to the centre (in widths, heights), ...
+# The principal point of a plausible camera is this close to the centre, in widths and heights.
 MAX_OFF_CENTER = 0.1
-# ... if its focal lengths in x and y differ by less than this fraction, ...
+# Its focal lengths in x and y differ by less than this fraction.
 MAX_STRETCH = 0.01
-# ... if its focal length is between these multiples of the longer side, ...
+# Its focal length is between these multiples of the longer side.
 MIN_FOCAL, MAX_FOCAL = 0.2, 20.0
-# ... and if no coefficient of its distortion exceeds this.
+# No coefficient of its distortion exceeds this.
 MAX_DISTORTION = 1.0
 # The progress is looked up in this interval, in seconds.
 POLL_SECONDS = 0.2

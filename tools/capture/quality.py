@@ -9,9 +9,9 @@ import numpy as np
 
 # Photos are reduced to this length of their longer side before they are measured, in pixels.
 MEASURED_SIDE = 800
-# A photo is blurred if its sharpness is below this fraction of the median of all photos, ...
+# The sharpness of a blurred photo is below this fraction of the median of all photos.
 BLURRED_FRACTION = 0.1
-# ... unless its sharpness is above this, which even slightly blurred photos do not reach.
+# A photo above this sharpness is not blurred in any case.
 SHARP_ENOUGH = 6.0
 # A photo is soft if its sharpness is below this fraction of the median.
 SOFT_FRACTION = 0.35
