@@ -437,15 +437,16 @@ def test_failure_gives_advice_and_a_report(tmp_path, blur, advice):
 
 
 MEMORY = '''
-import resource, sys
-from pathlib import Path
+import sys
 import numpy as np
+import torch
 from tools.capture.collect import find_photos, group_cameras
 from tools.capture.diagnose import make_report
 from tools.capture.model import Arrays, View
 from tools.capture.place import place_scene
 from tools.capture.poses import plan_matching
 from scenes.report import write_report
+from training.logger import memory_gib
 sys.path.insert(0, 'tests')
 from tiny_photos import in_view, look_at, ring, tangents
 photos, ignored = find_photos(sys.argv[1])
@@ -460,7 +461,7 @@ views = [View(photo.name, 0, 4000, 3000, params, 0.5) for photo in photos]
 arrays = Arrays(views, poses, points, np.zeros((2000, 3), np.uint8), seen, 0.5)
 placement = place_scene(poses, points, seen, tangents(poses))
 write_report(make_report('600', photos, ignored, groups, arrays, placement), sys.argv[2])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(int(1024 * memory_gib(torch.device('cpu'))))
 '''
 
 
