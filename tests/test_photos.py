@@ -419,6 +419,7 @@ def test_a_damaged_database_is_named(tmp_path):
         texture(60, 80, seed).save(tmp_path / f'in/{seed}.jpg')
     (tmp_path / 'out/colmap').mkdir(parents=True)
     (tmp_path / 'out/colmap/database.db').write_text('no database' * 100)
+    (tmp_path / 'out/colmap/input.txt').write_text(f'{tmp_path / "in"}\n')
     done = photos_py(tmp_path / 'in', '--datadir', tmp_path / 'out')
     assert done.returncode == 2 and 'database.db: not a database' in done.stderr.splitlines()[-1]
 
@@ -536,7 +537,7 @@ def test_an_interrupted_run_leaves_only_what_it_continues_from(tmp_path, number)
     assert code == 128 + number, output
     assert {path.name for path in tmp_path.iterdir()} == {'colmap'}
     left = {re.sub(r'-(wal|shm)$', '', path.name) for path in (tmp_path / 'colmap').iterdir()}
-    assert left == {'images', 'prepared.json', 'database.db'}
+    assert left == {'images', 'prepared.json', 'database.db', 'input.txt'}
 
 
 # --- real captures ------------------------------------------------------------------------------------------
@@ -596,3 +597,22 @@ def camera_errors(ours, shipped):
     trace = np.einsum('nij,nij->n', rotation @ ours[:, :, :3], shipped[:, :, :3])
     angle = np.degrees(np.arccos(np.clip((trace - 1) / 2, -1, 1)))
     return angle, position / np.linalg.norm(np.ptp(b, axis=0))
+
+
+# --- what is there already ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', ['images', 'transforms.json', 'poses_bounds.npy', 'colmap'])
+def test_another_scene_is_not_replaced(tmp_path, name):
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'out' / name).mkdir(parents=True)
+    done = photos_py(tmp_path / 'in', '--datadir', tmp_path / 'out')
+    assert done.returncode == 2 and 'which holds another scene' in done.stderr
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == [name]
+
+
+def test_a_folder_of_other_photos_is_not_replaced(tmp_path):
+    for name in ('a', 'b'):
+        (tmp_path / name).mkdir()
+    first, again, other = (photos_py(tmp_path / name, '--datadir', tmp_path / 'out') for name in 'aab')
+    assert 'found no photo' in first.stderr and again.stderr == first.stderr
+    assert other.returncode == 2 and f'which is made of {tmp_path / "a"}' in other.stderr

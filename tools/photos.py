@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scenes.errors import UserError, first_line
-from scenes.files import make_folder, partial_path, remove_partial_files
+from scenes.files import make_folder, partial_path, remove_partial_files, write_text
 from scenes.report import write_report
 from tools.capture.collect import VIDEO_EXTENSIONS, find_photos, group_cameras
 from tools.capture.diagnose import advice_for, explain_unplaced, findings_of, make_report
@@ -25,6 +25,7 @@ from tools.capture.prepare import Prepared
 from tools.capture.quality import find_faults, has_white_background
 from tools.capture.write import (
     MAX_PINHOLE_ERROR,
+    OUTPUTS,
     link_files,
     publish,
     training_factor,
@@ -36,6 +37,8 @@ from tools.capture.write import (
 from training.options import integer
 from training.signals import Stopped, StopRequest
 
+# This file of an output folder names the input that it is made of.
+INPUT_NOTE = Path('colmap', 'input.txt')
 RUN_NERF = Path(__file__).resolve().parent.parent / 'run_nerf.py'
 
 
@@ -52,7 +55,8 @@ class Capture:
 
     def __init__(self, args):
         self.args, self.datadir = args, args.datadir
-        self.work = make_folder(args.datadir / 'colmap')
+        self.work = make_folder(args.datadir / INPUT_NOTE.parent)
+        write_text(args.datadir / INPUT_NOTE, f'{args.input.resolve()}\n')
         remove_partial_files(self.work)
         self.prepared = Prepared(self.work, args.max_size)
         self.photos, self.ignored, self.groups = [], [], []
@@ -179,7 +183,8 @@ def parse_args(argv):
     parser.add_argument('--num_threads', type=integer(1), default=os.cpu_count(), help='default: all cores')
     parser.add_argument('--seed', type=integer(0), default=0, help='random seed (default: 0)')
     args = parser.parse_args(argv)
-    args.datadir = args.datadir or Path('data', args.input.resolve().stem)
+    source = args.input.resolve()
+    args.datadir = args.datadir or Path('data', source.stem if is_video(source) else source.name)
     return args
 
 
@@ -194,6 +199,14 @@ def check_paths(args):
     if source.is_dir() and (source == target or target in source.parents):
         raise UserError(f'--datadir: found {args.datadir}, which holds the photos; expected another folder, '
                         'which will be written')
+    note, work = target / INPUT_NOTE, target / INPUT_NOTE.parent
+    if note.is_file():
+        if note.read_text(encoding='utf-8').strip() != str(source):
+            raise UserError(f'--datadir: found {args.datadir}, which is made of '
+                            f'{note.read_text(encoding="utf-8").strip()}; expected another folder')
+    elif work.exists() or any(OUTPUTS.fullmatch(path.name) for path in target.glob('*')):
+        raise UserError(f'--datadir: found {args.datadir}, which holds another scene; expected a new folder, '
+                        'or one that this command has written')
 
 
 def run(args, stop):
