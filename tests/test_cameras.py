@@ -601,7 +601,8 @@ def test_fox():
 
 @pytest.mark.slow
 def test_a_scene_with_distortion_trains_as_well_as_one_without(tmp_path):
-    """And worse if the distortion is not known."""
+    """And worse if the distortion is not known. It is stronger than that of lenses, so that it shows in small
+    images after few steps; the images differ, so the two are only roughly equal."""
     def psnr_of(name, folder):
         args = ['--datadir', folder, '--expname', name, '--basedir', tmp_path, '--device', 'cpu']
         outputs = ['--N_iters', 200, '--i_testset', 200, '--i_video', 1000]
@@ -617,4 +618,4 @@ def test_a_scene_with_distortion_trains_as_well_as_one_without(tmp_path):
     for path in (tmp_path / 'data/distorted').glob('*.json'):
         edit_json(path, lambda meta: [meta.pop(key) for key in ('k1', 'k2', 'p1', 'p2')])
     unknown = psnr_of('unknown', tmp_path / 'data/distorted')
-    assert found['distorted'] > found['straight'] - 0.2 and found['distorted'] > unknown + 1, (found, unknown)
+    assert found['distorted'] > found['straight'] - 1 and found['distorted'] > unknown + 0.7, (found, unknown)
