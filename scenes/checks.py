@@ -14,7 +14,7 @@ MIN_VIEWS = 10
 DISTANCES = 0.01, 100.0
 # Fields of view that lenses have, in degrees; fisheye lenses have up to MAX_FISHEYE_FOV.
 MIN_FOV, MAX_FOV, MAX_FISHEYE_FOV = 5.0, 150.0, 240.0
-# Cameras are in one place if they move by less than this fraction of the nearest distance.
+# Cameras are in one place if they are all within this fraction of the nearest distance.
 MIN_BASELINE = 0.002
 # The optical axes meet if they pass the focus at less than this fraction of their distance from it (median).
 MAX_MISS = 0.3
@@ -30,19 +30,22 @@ MIN_CONTENT = 0.005
 BLANK_MARGIN = 12
 
 
-def check_scene(scene, name, ndc=None):
+def check_scene(scene, name, ndc=None, aabb=None):
     """Check a loaded scene.
 
     Args:
       scene: a `Scene` with `cameras`, and `points` or None.
       name: what the report calls it.
       ndc: whether near and far are in normalised device coordinates; by default if they are 0 and 1.
+      aabb: the box that is trained, as six numbers, lowest corner first; None if it is to be found.
     Returns:
       the report, a dict for `scenes.report`. Its findings are one of level 'good' if nothing is wrong.
     """
     ndc = (scene.near, scene.far) == (0, 1) if ndc is None else ndc
     views = Views(scene, ndc)
-    findings = [*check_counts(scene), *check_placement(views), *check_lenses(views), *check_images(views)]
+    aabb = None if aabb is None or ndc else np.reshape(aabb, [2, 3])
+    findings = [*check_counts(scene), *check_placement(views), *check_box(views, aabb), *check_lenses(views),
+                *check_images(views)]
     if not findings:
         findings = [finding('good', f'No problem found in {len(views.names)} cameras, their bounds and their '
                             'images.')]
@@ -58,7 +61,7 @@ def check_scene(scene, name, ndc=None):
                     f'Rays are sampled {bounds}.', *([distance] if views.converge else [])],
         'findings': findings,
         'scene': {'type': None, 'near': float(scene.near), 'far': float(scene.far), 'ndc': bool(ndc),
-                  'aabb': None, 'up': upward(views).tolist()},
+                  'aabb': aabb if aabb is None else aabb.tolist(), 'up': upward(views).tolist()},
         'cameras': [{'name': views.names[i], 'position': views.position[i].tolist(),
                      'forward': views.forward[i].tolist(), 'up': views.up[i].tolist(),
                      'split': splits[i], 'fov': views.fov[i].tolist()} for i in range(len(views.names))],
@@ -79,7 +82,8 @@ class Views:
         self.fov = np.array([field_of_view(camera) for camera in scene.cameras])  # [N, 2] degrees
         points = np.zeros([0, 3]) if scene.points is None else np.asarray(scene.points, np.float64)
         self.points = points[::-(-len(points) // MAX_POINTS) or 1]
-        arms = focus_point(poses) - self.position
+        self.focus = focus_point(poses)
+        arms = self.focus - self.position
         self.depths = (arms * self.forward).sum(-1)  # of the focus, along the optical axes
         distance = np.linalg.norm(arms, axis=-1)
         miss = np.sqrt(np.maximum(distance ** 2 - self.depths ** 2, 0))
@@ -206,7 +210,7 @@ def check_axes(views):
                       'each transform_matrix.')
     elif against.any():
         count, names = views.some(against)
-        yield finding('warning', f'{count} cameras are upside down against the others: {names}.',
+        yield finding('warning', f'{count} cameras are upside down relative to the others: {names}.',
                       'If the photos are not, negate the first two columns of their transform_matrix.')
 
 
@@ -239,6 +243,23 @@ def check_distances(views):
                           f'is {low:.3g} to {high:.3g} away, near is {near:.3g}, far is {far:.3g}.',
                           f'Give --near {0.5 * low:.2g} --far {1.5 * high:.2g}, or set near and far in '
                           'transforms.json.')
+
+
+def check_box(views, aabb):
+    """A box that misses what the cameras see."""
+    seen = views.points[(views.point_depths > 0).any(0)]
+    if aabb is None:
+        return
+    outside = ((seen < aabb[0]) | (seen > aabb[1])).any(-1)
+    if len(seen) and outside.mean() > MAX_CUT_POINTS:
+        low, high = np.percentile(seen, [0.5, 99.5], axis=0)
+        box = ' '.join(f'{x:.3g}' for x in (*(1.1 * low - 0.1 * high), *(1.1 * high - 0.1 * low)))
+        yield finding('warning', f'{outside.mean():.0%} of the sparse points lie outside the box aabb.',
+                      f'Give --aabb {box}')
+    elif not len(seen) and views.converge and ((views.focus < aabb[0]) | (views.focus > aabb[1])).any():
+        focus = ' '.join(f'{x:.3g}' for x in views.focus)
+        yield finding('warning', f'The cameras look at ({focus}), which lies outside the box aabb.',
+                      'Give an --aabb around it, or none, so that it is found.')
 
 
 def check_lenses(views):

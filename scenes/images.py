@@ -56,20 +56,25 @@ class ImageSet:
         return self.pixels.reshape(len(self), *self.sizes[0], *self.pixels.shape[1:])
 
 
+def is_turned(image):
+    """Whether width and height of a Pillow image are exchanged when it is turned upright as its EXIF
+    says."""
+    # Pillow turns the pixels of a TIFF file itself, and gives its size turned
+    return image.format != 'TIFF' and image.getexif().get(ORIENTATION) in TURNED
+
+
 def image_sizes(path):
     """The size of the image at `path` from its header: (H, W) as it is seen, and (H, W) as it is stored,
     which differ if EXIF says that it is turned by 90 degrees. Raises UserError as `read_image` does."""
     try:
         allow_heif(path)
         with Image.open(path) as image:
-            stored, orientation = image.size[::-1], image.getexif().get(ORIENTATION)
-            if image.format == 'TIFF':  # Pillow turns its pixels in any case
-                orientation = None
+            stored, turned = image.size[::-1], is_turned(image)
     except FileNotFoundError:
         raise UserError(f'{path}: no such image') from None
     except Exception as error:  # each codec raises its own type of error for a damaged file
         raise UserError(f'{path}: not a readable image ({first_line(error)})') from None
-    return stored[::-1] if orientation in TURNED else stored, stored
+    return stored[::-1] if turned else stored, stored
 
 
 def allow_heif(path):

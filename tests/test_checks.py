@@ -139,7 +139,7 @@ def ndc_around(scene):
 
 FAULTS = [
     (opencv_axes, 'look away from what they surround'), (photos_upside_down, 'The cameras are upside down'),
-    (three_upside_down, '3 of 24 cameras are upside down against the others: 004.png, 005.png, 006.png.'),
+    (three_upside_down, '3 of 24 cameras are upside down relative to the others: 004.png, 005.png, 006.png.'),
     (one_mirrored, '1 of 24 cameras have mirrored (left-handed) axes: 005.png.'),
     (all_mirrored, '24 of 24 cameras have mirrored'), (scale_in_rotation, 'not perpendicular unit vectors'),
     (far_too_small, 'far = 3.5|far is 3.5'), (near_too_large, 'near = 4.5|near is 4.5'),
@@ -173,6 +173,19 @@ def test_the_advised_bounds_are_good(fault, points):
     advice = check_scene(scene, 'scene')['findings'][0]['advice']
     scene.near, scene.far = map(float, re.search(r'--near (\S+) --far ([^ ,]+)', advice).groups())
     assert problems(scene) == []
+
+
+@pytest.mark.parametrize('points, text', [(True, '100% of the sparse points lie outside the box'),
+                                          (False, 'lies outside the box')])
+def test_a_box_beside_the_subject_is_found(points, text):
+    scene = orbit_scene(points)
+    assert len(check_scene(scene, 'scene', aabb=[-1.1] * 3 + [1.1] * 3)['findings']) == 1
+    report = check_scene(scene, 'scene', aabb=[1.5] * 3 + [2.5] * 3)
+    found, = report['findings']
+    assert text in found['text'] and report['scene']['aabb'] == [[1.5] * 3, [2.5] * 3]
+    if points:
+        box = [float(x) for x in found['advice'].removeprefix('Give --aabb ').split()]
+        assert check_scene(scene, 'scene', aabb=box)['findings'][0]['level'] == 'good'
 
 
 def test_the_fraction_of_cut_points_is_that_of_a_loop_over_points():

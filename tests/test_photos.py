@@ -1,12 +1,16 @@
 """tools/photos.py: from photos and videos to cameras, configs and reports."""
+import contextlib
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from conftest import DATA, ROOT, needs_data
@@ -19,7 +23,9 @@ from load_llff import load_llff_data, read_poses_bounds
 from scenes.cameras import focus_point
 from scenes.errors import UserError
 from scenes.files import read_json
-from tools.capture.collect import find_photos, group_cameras, unique_name
+from tools.capture.collect import Photo, Reason, find_photos, group_cameras, unique_name
+from tools.capture.database import forget_photos
+from tools.capture.diagnose import advice_for, explain_unplaced, findings_of
 from tools.capture.model import View
 from tools.capture.place import (
     ALL_AROUND,
@@ -27,15 +33,23 @@ from tools.capture.place import (
     FORWARD_FACING,
     UNBOUNDED,
     Placement,
+    level,
     place_scene,
     robust_focus,
     view_bounds,
 )
-from tools.capture.poses import MAX_KEYFRAMES, SEQUENCE_OVERLAP, plan_matching
+from tools.capture.poses import MAX_KEYFRAMES, SEQUENCE_OVERLAP, Poses, plan_matching
 from tools.capture.prepare import Prepared
 from tools.capture.quality import find_faults, measure
 from tools.capture.video import sharpest_frames
-from tools.capture.write import publish, write_config, write_ply, write_poses_bounds, write_transforms
+from tools.capture.write import (
+    experiment_name,
+    publish,
+    write_config,
+    write_ply,
+    write_poses_bounds,
+    write_transforms,
+)
 from training.options import config_parser
 
 FERN, FOX = DATA / 'nerf_llff_data/fern/photos', DATA / 'fox/images'
@@ -56,32 +70,49 @@ def test_photos_are_found_in_subfolders_and_junk_is_ignored(tmp_path):
     (tmp_path / 'text.jpg').write_text('not a photo')
     (tmp_path / 'empty.png').write_bytes(b'')
     photos, ignored = find_photos(tmp_path, skip=tmp_path / 'out')
-    assert {photo.name for photo in photos if photo.reason is None} == {'a.jpg', 'b_A.jpg', 'b_c_d_a.jpg'}
-    assert {photo.source.name for photo in photos if photo.reason} == {'text.jpg', 'empty.png'}
+    assert {photo.name: photo.shown for photo in photos if photo.reason is None} == {
+        'a.jpg': 'a.jpg', 'b_A.jpg': 'b/A.PNG', 'b_c_d_a.jpg': 'b/c d/a.jpeg'}
+    assert {photo.shown for photo in photos if photo.reason} == {'text.jpg', 'empty.png'}
     assert {path.name for path in ignored} == {'.DS_Store', 'Thumbs.db', 'notes.txt', '._a.jpg'}
 
 
 def test_names_differ_without_extension_and_case():
     taken = set()
-    names = [unique_name(Path(path), taken) for path in ('x.jpg', 'X.png', 'a/b.jpg', 'a_b.jpg')]
-    assert len({name.lower() for name in names}) == 4
+    paths = ['x.jpg', 'X.png', 'a/b.jpg', 'a_b.jpg', 'x.y.jpg', os.fsdecode(b'x\xff.jpg')]
+    names = [unique_name(Path(path), taken) for path in paths]
+    assert len({name.lower() for name in names}) == len(paths)
+    assert all(re.fullmatch(r'[\w-]+', name) for name in names)
 
 
+@pytest.mark.parametrize('extension', ['jpg', 'png', 'tif'])
 @pytest.mark.parametrize('orientation', ORIENTATIONS)
-def test_photos_are_turned_upright_and_keep_their_focal_length(tmp_path, orientation):
+def test_photos_are_turned_upright_and_keep_their_focal_length(tmp_path, orientation, extension):
     upright = texture(60, 80).filter(ImageFilter.GaussianBlur(2))
     stored = upright.transpose(ORIENTATIONS[orientation])
     (tmp_path / 'in').mkdir()
-    stored.save(tmp_path / 'in/a.jpg', quality=98, exif=exif(orientation, focal_35mm=26))
+    tags = exif(orientation, focal_35mm=26).tobytes()
+    stored.save(tmp_path / f'in/a.{extension}', quality=98, exif=tags)
     (photo,), _ = find_photos(tmp_path / 'in')
     assert (photo.width, photo.height) == (80, 60)
     assert photo.focal == pytest.approx(26 / 43.2666 * 100, rel=1e-4)   # 26 mm of a diagonal of 43.27 mm
-    prepared = Prepared(tmp_path / 'work', max_size=80)
+    prepared = Prepared(tmp_path / 'work', max_size=40)
     prepared.add_photos([photo], 1)
+    assert photo.focal == pytest.approx(26 / 43.2666 * 50, rel=1e-4)
     with Image.open(prepared.images / 'a.jpg') as image:
-        assert np.abs(np.asarray(image, float) - np.asarray(upright)).mean() < 4
+        assert np.abs(np.asarray(image, float) - np.asarray(upright.resize((40, 30)))).mean() < 4
         assert image.getexif().get(0x0112, 1) == 1
-        assert image.getexif().get_ifd(0x8769)[0xA405] == 26
+        assert extension == 'tif' or image.getexif().get_ifd(0x8769)[0xA405] == 26
+
+
+@pytest.mark.parametrize('orientation, extension', [(1, 'jpg'), (6, 'jpg'), (6, 'tif')])
+def test_the_focal_length_follows_from_the_resolution_of_the_sensor(tmp_path, orientation, extension):
+    tags = exif(orientation)
+    details = {0x920A: 8.0, 0xA20E: 500.0, 0xA210: 3, 0xA002: 4000}   # 8 mm, 500 pixels a cm, 4000 pixels
+    for tag, value in details.items():
+        tags.get_ifd(0x8769)[tag] = value
+    texture(60, 80).save(tmp_path / f'a.{extension}', exif=tags.tobytes())   # 80 of those pixels
+    (photo,), _ = find_photos(tmp_path)
+    assert photo.focal == pytest.approx(8 * 50 * 80 / 4000)
 
 
 def test_large_photos_are_reduced_and_small_ones_are_copied(tmp_path):
@@ -108,14 +139,61 @@ def test_a_second_run_reads_only_photos_that_changed(tmp_path):
         times = {path.name: path.stat().st_mtime_ns for path in prepared.images.iterdir()}
         known = [(photo.width, photo.height, photo.focal, photo.sharpness) for photo in photos]
         return prepared, known, times
-    first, known, times = prepare()
+    _, known, times = prepare()
     second, known_again, times_again = prepare()
-    assert known == known_again and times == times_again and not second.changed
-    (tmp_path / 'work/database.db').write_text('features of a')
+    assert known == known_again and times == times_again and not second.written
+    write_database(tmp_path / 'work/database.db', ['a.jpg', 'b.jpg', 'c.jpg'])
     texture(60, 80, seed=5).save(tmp_path / 'in/a.jpg')
     third, _, times_third = prepare()
-    assert third.changed and not first.changed and not (tmp_path / 'work/database.db').exists()
+    assert third.written == {'a.jpg'} and read_database(third.database)[0] == {'b.jpg', 'c.jpg'}
     assert times_third['a.jpg'] > times['a.jpg'] and times_third['b.jpg'] == times['b.jpg']
+
+
+def test_what_was_prepared_before_an_interruption_is_used(tmp_path):
+    (tmp_path / 'in').mkdir()
+    texture(60, 80).save(tmp_path / 'in/a.jpg')
+    texture(60, 80).save(tmp_path / 'in/b.jpg')
+    photos, _ = find_photos(tmp_path / 'in')
+    photos[1].source = tmp_path / 'gone.jpg'
+    with pytest.raises(FileNotFoundError):
+        Prepared(tmp_path / 'work', 40).add_photos(photos, 1)
+    again = Prepared(tmp_path / 'work', 40)
+    again.add_photos(photos[:1], 1)
+    assert not again.written and photos[0].width == 40
+
+
+def write_database(path, names):
+    """A database of COLMAP with a feature in each photo, and a match of each pair."""
+    pycolmap = pytest.importorskip('pycolmap')
+    with contextlib.closing(pycolmap.Database.open(path)) as database:
+        camera = pycolmap.Camera.create_from_model_name(0, 'SIMPLE_PINHOLE', 30, 40, 30)
+        camera_id = database.write_camera(camera)
+        ids = [database.write_image(pycolmap.Image(name=name, camera_id=camera_id)) for name in names]
+        for key in ids:
+            database.write_keypoints(key, np.ones([1, 2], np.float32))
+        for a, b in itertools.combinations(ids, 2):
+            database.write_matches(a, b, np.zeros([1, 2], np.uint32))
+
+
+def read_database(path):
+    """The photos of a database of COLMAP, and the pairs with a match."""
+    pycolmap = pytest.importorskip('pycolmap')
+    with contextlib.closing(pycolmap.Database.open(path)) as database:
+        names = {image.image_id: image.name for image in database.read_all_images()}
+        assert all(database.exists_keypoints(key) for key in names)
+        pairs = {frozenset(map(names.get, pycolmap.pair_id_to_image_pair(pair)))
+                 for pair, _ in zip(*database.read_all_matches())}
+    return set(names.values()), pairs
+
+
+def test_forgotten_photos_leave_nothing_in_the_database(tmp_path):
+    database = tmp_path / 'database.db'
+    assert forget_photos(database, lambda _: True) == 0 and not database.exists()
+    write_database(database, 'abcd')
+    assert forget_photos(database, 'bx'.__contains__) == 1
+    assert read_database(database) == (set('acd'), {frozenset('ac'), frozenset('ad'), frozenset('cd')})
+    write_database(database, 'b')     # its number is a new one, without the old matches
+    assert read_database(database)[1] == {frozenset('ac'), frozenset('ad'), frozenset('cd')}
 
 
 def test_transparency_and_16_bit_photos_are_kept(tmp_path):
@@ -135,21 +213,39 @@ def test_transparency_and_16_bit_photos_are_kept(tmp_path):
 
 
 def test_masks_follow_their_photos(tmp_path):
-    for folder in ('in/masks', 'in/more/images', 'in/more/masks'):
-        (tmp_path / folder).mkdir(parents=True)
     half = Image.new('L', (80, 60))
     half.paste(255, (0, 0, 40, 60))
-    for name in ('in/a.jpg', 'in/b.jpg', 'in/more/images/c.png'):
-        texture(60, 80).save(tmp_path / name)
-    half.save(tmp_path / 'in/masks/a.png')
-    half.save(tmp_path / 'in/more/masks/c.png')
+    masks = {'in/a.jpg': 'in/masks/a.png', 'in/a.2.jpg': None, 'in/b.jpg': 'masks/b.jpg.png',
+             'in/x/c.jpg': None, 'in/y/c.jpg': 'in/masks/y/c.png',
+             'in/z/images/d/e.png': 'in/z/masks/d/e.webp'}
+    for photo, mask in masks.items():
+        for path in filter(None, (photo, mask)):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        texture(60, 80).save(tmp_path / photo)
+        if mask:
+            half.save(tmp_path / mask, lossless=True)
     photos, _ = find_photos(tmp_path / 'in')
-    assert [photo.name for photo in photos] == ['a.jpg', 'b.jpg', 'more_images_c.jpg']
+    found = {photo.shown: photo.mask and photo.mask.relative_to(tmp_path).as_posix() for photo in photos}
+    assert {f'in/{name}': mask for name, mask in found.items()} == masks
     prepared = Prepared(tmp_path / 'work', 40)
     prepared.add_photos(photos, 1)
-    assert [prepared.mask_path(photo.name).is_file() for photo in photos] == [True, False, True]
+    assert all(prepared.mask_path(photo.name).is_file() == (photo.mask is not None) for photo in photos)
     with Image.open(prepared.mask_path('a.jpg')) as mask:
         assert np.array_equal(np.asarray(mask), np.asarray(half)[::2, ::2])
+
+
+@pytest.mark.parametrize('mask, problem', [
+    (None, 'not a readable mask'),
+    ((60, 80), 'found a mask of 60×80 pixels, expected one as upright as a.jpg')])
+def test_a_mask_that_does_not_fit_is_named(tmp_path, mask, problem):
+    (tmp_path / 'masks').mkdir()
+    texture(60, 80).save(tmp_path / 'a.jpg')
+    (tmp_path / 'masks/a.png').write_text('no image')
+    if mask:
+        Image.new('L', mask).save(tmp_path / 'masks/a.png')
+    photos, _ = find_photos(tmp_path)
+    with pytest.raises(UserError, match=rf'masks.a\.png: {problem}'):
+        Prepared(tmp_path / 'work', 40).add_photos(photos, 1)
 
 
 def test_cameras_are_grouped_by_make_lens_zoom_and_size(tmp_path):
@@ -184,7 +280,7 @@ def test_black_white_blank_and_duplicate_photos_are_found():
     assert set(reasons) == {'a again', 'black', 'white', 'blank', 'night'}
     for name, word in (('a again', 'duplicate of a'), ('black', 'dark'), ('night', 'dark'),
                        ('white', 'overexposed'), ('blank', 'blank')):
-        assert word in reasons[name]
+        assert word in reasons[name].text
 
 
 def test_the_sharpest_frame_of_each_window_is_taken(tmp_path):
@@ -195,6 +291,20 @@ def test_the_sharpest_frame_of_each_window_is_taken(tmp_path):
     chosen = [photo.name for photo, _ in sharpest_frames(tmp_path / 'a.mp4', 3)]
     assert chosen == [f'frame_{index:06d}.jpg' for index in sorted(sharp)]
     assert len(list(sharpest_frames(tmp_path / 'a.mp4', 100))) == 12
+    prepared = Prepared(tmp_path / 'work', 100)
+    assert [photo.name for photo in prepared.add_video(tmp_path / 'a.mp4', 3)] == chosen
+    again = Prepared(tmp_path / 'work', 100)
+    assert [photo.name for photo in again.add_video(tmp_path / 'a.mp4', 3)] == chosen and not again.written
+    assert len(again.add_video(tmp_path / 'a.mp4', 6)) == 6 == len(list(again.images.iterdir()))
+    (again.images / chosen[0]).unlink()
+    assert len(Prepared(tmp_path / 'work', 100).add_video(tmp_path / 'a.mp4', 6)) == 6
+    turned = tmp_path / 'turned.mp4'
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), '-loglevel', 'error', '-display_rotation', '90', '-i',
+                    tmp_path / 'a.mp4', '-c', 'copy', turned], check=True)
+    (photo, upright), *_ = sharpest_frames(turned, 3)
+    assert upright.size == (photo.width, photo.height) == (64, 96)
+    (_, stored), *_ = sharpest_frames(tmp_path / 'a.mp4', 3)
+    assert np.array_equal(upright, stored.transpose(Image.Transpose.ROTATE_90))
     (tmp_path / 'b.mp4').write_text('not a video')
     with pytest.raises(UserError, match=r'b\.mp4: not a readable video'):
         list(sharpest_frames(tmp_path / 'b.mp4', 3))
@@ -293,6 +403,19 @@ def test_bounds_hold_what_is_seen_but_not_outliers(scene_type):
     assert (bounds[:, 0] > placed.near).all() and (bounds[:, 1] < placed.far).mean() >= 0.9
 
 
+def test_up_is_behind_cameras_that_look_straight_down():
+    random = np.random.RandomState(0)
+    angle = random.uniform(0, 2 * np.pi, 20)
+    right = np.stack([np.cos(angle), np.sin(angle), 0 * angle], -1)
+    back = np.broadcast_to([0, 0, 1.0], right.shape)
+    positions = random.uniform(-1, 1, (20, 3)) + [0, 0, 5]
+    poses = np.stack([right, np.cross(back, right), back, positions], -1)
+    for seed in range(4):
+        rotation, translation, scale = random_similarity(seed)
+        turned, _ = moved(poses, OBJECT, rotation, translation, scale)
+        np.testing.assert_allclose(level(turned)[2], rotation[:, 2], atol=1e-6)
+
+
 def test_a_camera_that_looks_elsewhere_hardly_moves_the_focus():
     poses = SCENES[AROUND][0].copy()
     poses[3] = look_at(ring(1, 2), np.array([[5.0, 9, 4]]))[0]
@@ -324,7 +447,7 @@ def test_transforms_and_config_load(tmp_path):
     folder = tmp_path / 'mine'
     placement, views = tiny_scene(folder)
     write_transforms(folder / 'transforms.json', views, placement)
-    write_config(folder / 'config.txt', folder, placement, 1)
+    write_config(folder / 'config.txt', folder, 'mine', placement, 1)
     args = config_parser().parse_args(['--config', str(folder / 'config.txt')])
     assert args.expname == 'mine' and args.dataset_type == 'blender' and len(args.aabb) == 6
     assert (args.near, args.far) == pytest.approx((placement.near, placement.far), rel=1e-3)
@@ -365,7 +488,7 @@ def test_poses_bounds_load(tmp_path):
     placement, views = tiny_scene(folder, FORWARD_FACING)
     bounds = np.array([[0.5, 3.0]] * len(views))
     write_poses_bounds(folder / 'poses_bounds.npy', placement.poses, bounds, views[0])
-    write_config(folder / 'config.txt', folder, placement, 1, llff_error=0.5)
+    write_config(folder / 'config.txt', folder, 'mine', placement, 1, llff_error=0.5)
     args = config_parser().parse_args(['--config', str(folder / 'config.txt')])
     assert args.dataset_type == 'llff' and not args.no_ndc
     table, read_bounds = read_poses_bounds(folder / 'poses_bounds.npy')
@@ -378,9 +501,29 @@ def test_poses_bounds_load(tmp_path):
 def test_every_preset_is_a_valid_config(tmp_path, scene_type):
     box = np.array([[-1.0] * 3, [1.0] * 3])
     placement = Placement(None, None, 1.0, None, None, scene_type, 0.1, 3.0, box)
-    write_config(tmp_path / 'config.txt', tmp_path / 'my scene', placement, 2)
-    args = config_parser().parse_args(['--config', str(tmp_path / 'config.txt')])
-    assert args.factor == 2 and args.expname == 'my_scene' and args.occupancy_grid
+    for name in ('my scene', 'garden #2', "it's; [mine]", '"quoted" ; x'):
+        write_config(tmp_path / 'config.txt', tmp_path / name, 'mine', placement, 2)
+        args = config_parser().parse_args(['--config', str(tmp_path / 'config.txt')])
+        assert args.datadir == str(tmp_path / name)
+        assert args.factor == 2 and args.expname == 'mine' and args.occupancy_grid
+
+
+def test_other_cameras_do_not_resume_an_earlier_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scene, new = tmp_path / 'my scene', tmp_path / 'new.json'
+    scene.mkdir()
+    new.write_text('new')
+    assert experiment_name(scene, new) == 'my_scene'
+    for run in ('my_scene', 'my_scene_2'):
+        Path('logs', run).mkdir(parents=True)
+    assert experiment_name(scene, new) == 'my_scene'
+    Path('logs/my_scene/000100.tar').touch()
+    assert experiment_name(scene, new) == 'my_scene_2'
+    Path('logs/my_scene_2/000100.tar').touch()
+    (scene / 'config.txt').write_text('# a comment\nexpname = my_scene_2\nbasedir = ./logs\n')
+    assert experiment_name(scene, new) == 'my_scene_3'
+    (scene / 'transforms.json').write_text('new')
+    assert experiment_name(scene, new) == 'my_scene_2'
 
 
 def test_results_replace_those_of_an_earlier_run_and_nothing_else(tmp_path):
@@ -389,8 +532,34 @@ def test_results_replace_those_of_an_earlier_run_and_nothing_else(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     publish(tmp_path / 'colmap/new', tmp_path)
-    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*') if path.is_file()}
-    assert left == {'images/a.jpg', 'config.txt', 'mine.txt'}
+    assert files_below(tmp_path) == {'images/a.jpg', 'config.txt', 'mine.txt'}
+
+
+def files_below(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()}
+
+
+@pytest.mark.parametrize('moves', range(8))
+def test_results_that_cannot_be_moved_leave_the_earlier_ones(tmp_path, monkeypatch, moves):
+    names = ('config.txt', 'images/a.jpg', 'transforms.json', 'report.html')
+    for name in (*names, *(f'colmap/new/{name}' for name in names)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = files_below(tmp_path)
+    rename, sources = os.rename, []
+
+    def failing_rename(source, target):
+        if len(sources) == moves:
+            monkeypatch.undo()
+            raise OSError(28, 'No space left on device')
+        sources.append(source)
+        rename(source, target)
+        assert not (tmp_path / 'config.txt').exists() or len(sources) == 8
+    monkeypatch.setattr(os, 'rename', failing_rename)
+    with pytest.raises(OSError, match='No space left'):
+        publish(tmp_path / 'colmap/new', tmp_path)
+    assert files_below(tmp_path) == before
+    assert (tmp_path / 'images/a.jpg').read_text() == 'images/a.jpg'
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -437,6 +606,40 @@ def test_failure_gives_advice_and_a_report(tmp_path, blur, advice):
     assert not (tmp_path / 'out/transforms.json').exists()
 
 
+def photo_like(index, kind=None, text='', **values):
+    """A `Photo` for a report."""
+    values = {'sharpness': 50.0, 'exposure': 0.5, **values}
+    return Photo(Path(f'{index}.jpg'), f'{index}.jpg', f'{index}.jpg', 40, 30,
+                 reason=Reason(kind, text) if kind else None, **values)
+
+
+@pytest.mark.parametrize('kind, advice', [
+    ('heif', 'pip install pillow-heif'), ('dark', 'More light'), ('duplicate', 'each from another place'),
+    ('unreadable', 'Replace the files'), ('blurred', 'Less blur'), ('overlap', 'More overlap')])
+def test_advice_fits_the_most_frequent_reason(kind, advice):
+    photos = [photo_like(index, kind) for index in range(5)] + [photo_like(9, 'texture')]
+    assert advice in advice_for(photos)
+    assert advice in findings_of(photos, [], 0.0)[0]['advice']
+
+
+def test_copies_and_damaged_files_do_not_count_as_photos_without_a_camera():
+    photos = [photo_like(index) for index in range(20)]
+    photos += [photo_like(20 + index, 'duplicate') for index in range(20)]
+    found = findings_of(photos, tiny_views(20), 0.5)
+    texts = [finding['text'] for finding in found]
+    assert '20 of 20 usable photos have a camera.' in texts and '20 of 40 photos cannot be used.' in texts
+    assert not any('Only' in text for text in texts)
+
+
+def test_photos_without_a_camera_get_the_reason_that_holds():
+    poses = Poses(best_match={'0.jpg': 3, '1.jpg': 99, '2.jpg': 99, '3.jpg': 99}, separate={'1.jpg': 7},
+                  few_points={'2.jpg': 4})
+    photos = [photo_like(index, features=900) for index in range(4)] + [photo_like(4, features=20)]
+    explain_unplaced(photos, poses, placed=set())
+    words = ['few matches (3', 'separate group of 7', 'too few points (4)', 'do not fit', 'few features (20)']
+    assert all(word in photo.reason.text for word, photo in zip(words, photos))
+
+
 MEMORY = '''
 import sys
 import numpy as np
@@ -461,7 +664,7 @@ params = np.array([3e3, 3e3, 2e3, 1.5e3, 0, 0, 0, 0])
 views = [View(photo.name, 0, 4000, 3000, params, 0.5) for photo in photos]
 arrays = Arrays(views, poses, points, np.zeros((2000, 3), np.uint8), seen, 0.5)
 placement = place_scene(poses, points, seen, tangents(poses))
-write_report(make_report('600', photos, ignored, groups, arrays, placement), sys.argv[2])
+write_report(make_report('600', photos, ignored, groups, [], None, arrays, placement), sys.argv[2])
 print(int(1024 * memory_gib(torch.device('cpu'))))
 '''
 
@@ -519,7 +722,37 @@ def test_a_second_run_continues_from_the_database(few_photos):
     assert second.returncode == 0 and '7 of 7 photos' in second.stdout, second.stderr
     after = features_of(folder / 'out')
     assert features.items() <= after.items() and len(after) == 7
-    assert before.items() <= json.loads(prepared.read_text()).items()
+    assert before['photos'].items() <= json.loads(prepared.read_text())['photos'].items()
+
+
+@needs_data
+def test_a_photo_that_replaces_a_removed_one_has_its_own_features(few_photos):
+    folder, args, first = few_photos
+    assert first.returncode == 0, first.stderr
+    before, changed = features_of(folder / 'out'), sorted((folder / 'in').iterdir())[2]
+    changed.unlink()
+    assert photos_py(*args).returncode == 0
+    assert before.keys() - features_of(folder / 'out').keys() == {changed.name}
+    with Image.open(sorted(FERN.iterdir())[9]) as image:
+        image.crop((100, 75, 1008, 756)).save(changed)
+    done = photos_py(*args)
+    assert done.returncode == 0, done.stderr
+    after = features_of(folder / 'out')
+    assert before.keys() == after.keys() and {name for name in before if before[name] != after[name]} == {
+        changed.name}
+
+
+@needs_data
+def test_poses_bounds_is_in_the_frame_of_transforms(few_photos):
+    folder, _, done = few_photos
+    assert done.returncode == 0, done.stderr
+    llff = read_poses_bounds(folder / 'out/poses_bounds.npy')[0]
+    frames = read_json(folder / 'out/transforms.json')['frames']
+    poses = np.array([frame['transform_matrix'] for frame in frames])[:, :3]
+    trace = np.einsum('nij,nij->n', poses[:, :, :3], llff[:, :, :3])
+    assert np.degrees(np.arccos(np.clip((trace - 1) / 2, -1, 1))).max() < 1.0
+    extent = np.linalg.norm(np.ptp(poses[:, :, 3], axis=0))
+    assert np.linalg.norm(poses[:, :, 3] - llff[:, :, 3], axis=-1).max() < 0.05 * extent
 
 
 def features_of(folder):

@@ -8,6 +8,7 @@ stopped.
 """
 import argparse
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -20,13 +21,22 @@ from tools.capture.collect import VIDEO_EXTENSIONS, find_photos, group_cameras
 from tools.capture.diagnose import advice_for, explain_unplaced, findings_of, make_report
 from tools.capture.model import arrays_of
 from tools.capture.place import FORWARD_FACING, place_scene, view_bounds
-from tools.capture.poses import MIN_PHOTOS, PoseEstimation, import_pycolmap, refine_as
+from tools.capture.poses import (
+    MIN_PHOTOS,
+    MIN_PHOTOS_TO_REFINE,
+    PoseEstimation,
+    import_pycolmap,
+    placed_images,
+    refine_as,
+)
 from tools.capture.prepare import Prepared
 from tools.capture.quality import find_faults, has_white_background
 from tools.capture.write import (
     MAX_PINHOLE_ERROR,
     OUTPUTS,
+    experiment_name,
     link_files,
+    mask_name,
     publish,
     training_factor,
     write_config,
@@ -64,13 +74,14 @@ class Capture:
     def run(self, staging):
         """All steps. The results go to the folder `staging`.
 
+        Returns:
+          a line on the result.
         Raises:
           UserError: the input cannot be used. Failed: no cameras were found.
         """
         self.collect()
         self.sort_out()
-        model = self.estimate()
-        self.write(model, staging)
+        return self.write(self.estimate(), staging)
 
     def collect(self):
         """Find photos or frames, turn them upright and measure them."""
@@ -83,46 +94,45 @@ class Capture:
 
     def sort_out(self):
         """Give photos that cannot be used a reason, and group the others by camera."""
-        faults = find_faults({photo.name: self.prepared.qualities[photo.name] for photo in self.photos
+        faults = find_faults({photo.shown: self.prepared.quality(photo.name) for photo in self.photos
                               if photo.reason is None})
         for photo in self.photos:
-            photo.reason = photo.reason or faults.get(photo.name)
-        self.groups = group_cameras([photo for photo in self.photos if photo.reason is None])
-        usable = sum(len(group.photos) for group in self.groups)
-        print(f'{usable} of {len(self.photos)} photos can be used; cameras: {len(self.groups)}')
-        for photo in self.photos:
-            if photo.reason:
-                print(f'  {photo.source.name}: {photo.reason}')
-        if usable < MIN_PHOTOS:
-            self.fail(f'{self.args.input}: found {usable} photos that can be used, '
+            photo.reason = photo.reason or faults.get(photo.shown)
+        usable = [photo for photo in self.photos if photo.reason is None]
+        self.groups = group_cameras(usable)
+        masks = sum(photo.mask is not None for photo in usable)
+        print(f'{len(usable)} of {len(self.photos)} photos can be used; cameras: {len(self.groups)}'
+              + (f'; with a mask: {masks}' if masks else ''))
+        say_reasons(self.photos)
+        if len(usable) < MIN_PHOTOS:
+            self.fail(f'{self.args.input}: found {len(usable)} photos that can be used, '
                       f'expected at least {MIN_PHOTOS}')
 
     def estimate(self):
-        """The reconstruction with most photos. Photos that it lacks get a reason."""
-        self.poses = PoseEstimation(self.work, self.prepared.images, self.prepared.masks, self.groups,
-                                    self.args.num_threads, self.args.seed).run(is_video(self.args.input))
-        for photo in self.photos:
-            photo.features = self.poses.features.get(photo.name)
-            photo.matches = self.poses.matches.get(photo.name)
-        self.poses.views = arrays_of(self.poses.model).views if self.poses.model else []
-        explain_unplaced(self.photos, self.poses)
-        for photo in self.photos:
-            if photo.reason and photo.features is not None:
-                print(f'  {photo.source.name}: {photo.reason}')
-        if self.poses.model is None:
+        """The reconstruction with the most photos. Photos that it lacks get a reason."""
+        poses = PoseEstimation(self.prepared, self.groups, self.args.num_threads,
+                               self.args.seed).run(is_video(self.args.input))
+        usable = [photo for photo in self.photos if photo.reason is None]
+        for photo in usable:
+            photo.features = poses.features.get(photo.name)
+            photo.matches = poses.matches.get(photo.name)
+        placed = {image.name for image in placed_images(poses.model)} if poses.model else set()
+        explain_unplaced(usable, poses, placed)
+        say_reasons(usable)
+        if poses.model is None:
             self.fail(f'{self.args.input}: found no cameras for these photos')
-        return self.poses.model
+        return poses.model
 
     def fail(self, problem):
-        """Write the report, and raise `Failed`."""
-        title, findings = f'{self.datadir.resolve().name}: no cameras', findings_of(self.photos, [], 0.0)
-        report = make_report(title, self.photos, self.ignored, self.groups, images=self.prepared.images,
-                             findings=findings)
-        write_report(report, self.datadir)
-        raise Failed(f'{problem}. {advice_for(self.photos)} See {self.datadir / "report.html"}')
+        """Write the report, beside the database if there is an earlier result, and raise `Failed`."""
+        report = make_report(f'{self.datadir.resolve().name}: no cameras', self.photos, self.ignored,
+                             self.groups, findings_of(self.photos, [], 0.0), self.prepared.images)
+        folder = self.work if (self.datadir / 'config.txt').exists() else self.datadir
+        write_report(report, folder)
+        raise Failed(f'{problem}. {advice_for(self.photos)} See {folder / "report.html"}')
 
     def write(self, model, staging):
-        """Place the scene, and write it."""
+        """Place the scene, and write it; returns a line on the result."""
         arrays = arrays_of(model)
         placement = place_scene(arrays.poses, arrays.points, arrays.seen, arrays.tangents())
         errors = {view.name: view.error for view in arrays.views}
@@ -130,39 +140,51 @@ class Capture:
             photo.error = errors.get(photo.name)
         names = list(errors)
         link_files(staging / 'images', {name: self.prepared.images / name for name in names})
-        masks = {f'{Path(name).stem}.png': self.prepared.mask_path(name) for name in names}
-        if any(path.is_file() for path in masks.values()):
+        masks = {mask_name(name): self.prepared.mask_path(name) for name in names
+                 if self.prepared.mask_path(name).is_file()}
+        if masks:
             link_files(staging / 'masks', masks)
         make_folder(staging / 'sparse/0')
         model.write(staging / 'sparse/0')
         write_ply(staging / 'sparse_points.ply', placement.points, arrays.colors)
-        write_transforms(staging / 'transforms.json', arrays.views, placement)
+        write_transforms(staging / 'transforms.json', arrays.views, placement, masks)
         factor = training_factor(arrays.views)
         llff_error = self.write_llff(model, placement, factor, staging)
-        on_white = has_white_background([self.prepared.qualities[name] for name in names])
-        write_config(staging / 'config.txt', self.datadir, placement, factor, on_white, llff_error)
+        on_white = has_white_background([self.prepared.quality(name) for name in names])
+        name = experiment_name(self.datadir, staging / 'transforms.json')
+        write_config(staging / 'config.txt', self.datadir, name, placement, factor, on_white, llff_error)
         title = f'{self.datadir.resolve().name}: {len(arrays.views)} of {len(self.photos)} photos'
-        write_report(make_report(title, self.photos, self.ignored, self.groups, arrays, placement,
-                                 self.prepared.images,
-                                 findings_of(self.photos, arrays.views, arrays.error)), staging)
-        self.summary = (f'{title}; reprojection error {arrays.error:.2f} pixels; {placement.scene_type}; '
-                        f'near {placement.near:.3g}, far {placement.far:.3g}')
+        findings = findings_of(self.photos, arrays.views, arrays.error)
+        report = make_report(title, self.photos, self.ignored, self.groups, findings, self.prepared.images,
+                             arrays, placement, ndc=llff_error is not None)
+        write_report(report, staging)
+        return (f'{title}; reprojection error {arrays.error:.2f} pixels; {placement.scene_type}; '
+                f'near {placement.near:.3g}, far {placement.far:.3g}')
 
     def write_llff(self, model, placement, factor, staging):
-        """Write poses_bounds.npy for a forward-facing scene of one camera, unless its lens distorts too much.
+        """Write poses_bounds.npy for a forward-facing scene of one camera, unless its lens distorts too much
+        for the pinhole camera with a central principal point that the file can hold.
 
         Returns:
           the mean reprojection error in pixels, None if it was not written.
         """
-        if placement.scene_type != FORWARD_FACING or model.num_cameras() != 1:
+        if (placement.scene_type != FORWARD_FACING or model.num_cameras() != 1
+                or model.num_reg_images() < MIN_PHOTOS_TO_REFINE):
             return None
         arrays = arrays_of(refine_as('SIMPLE_PINHOLE', model, False, self.args.num_threads)[0])
         if arrays.error / factor > MAX_PINHOLE_ERROR:
             return None
-        placed = place_scene(arrays.poses, arrays.points, arrays.seen, arrays.tangents())
-        bounds = view_bounds(placed.poses, placed.points, arrays.seen)
-        write_poses_bounds(staging / 'poses_bounds.npy', placed.poses, bounds, arrays.views[0])
+        poses, points = placement.place(arrays.poses, arrays.points)
+        bounds = view_bounds(poses, points, arrays.seen)
+        write_poses_bounds(staging / 'poses_bounds.npy', poses, bounds, arrays.views[0])
         return arrays.error
+
+
+def say_reasons(photos):
+    """Print why photos are not used."""
+    for photo in photos:
+        if photo.reason:
+            print(f'  {photo.shown}: {photo.reason.text}')
 
 
 def is_video(path):
@@ -210,17 +232,17 @@ def check_paths(args):
 
 
 def run(args, stop):
-    """Run the steps, and move the results to their places when all are complete; returns the summary."""
+    """Run the steps, and move the results to their places when all are complete; returns a line on them."""
     capture = Capture(args)
     staging = partial_path(capture.work / 'result')
     staging.mkdir()
     try:
         with stop.interruptible():
-            capture.run(staging)
+            summary = capture.run(staging)
         publish(staging, args.datadir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return capture.summary
+    return summary
 
 
 def main(argv=None):
@@ -239,11 +261,11 @@ def main(argv=None):
             problem = f'{error.filename}: {error.strerror}'
         print(f'photos.py: error: {problem}', file=sys.stderr)
         return 2
-    config = args.datadir / 'config.txt'
-    print(f'{summary}\nReport: {args.datadir / "report.html"}\nTrain:  python run_nerf.py --config {config}',
-          flush=True)
+    config = str(args.datadir / 'config.txt')
+    print(summary, f'Report: {args.datadir / "report.html"}',
+          f'Train:  python run_nerf.py --config {shlex.quote(config)}', sep='\n', flush=True)
     if args.train:  # takes the place of this process, so that it gets the signals
-        os.execv(sys.executable, [sys.executable, str(RUN_NERF), '--config', str(config)])
+        os.execv(sys.executable, [sys.executable, str(RUN_NERF), '--config', config])
     return 0
 
 

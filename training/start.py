@@ -21,6 +21,7 @@ from scenes.scene import uses_ndc
 from training.checkpoints import Checkpoints, checkpoint_parts, networks_of, restore
 from training.logger import Logger
 from training.options import plain_options
+from training.processes import Processes
 from training.safeguards import Safeguards
 
 # Before the first step with an occupancy grid, rays are expected to have this fraction of --N_samples
@@ -65,9 +66,10 @@ def start_run(args, scene, checkpoint, render_kwargs, optimizer, start, console,
 def report_on_scene(args, scene, say):
     """`--check_data`: check a `Scene`, print what was found, and write `report.html` and `report.json` to the
     folder of the run; returns the exit code, 1 if there is an error."""
-    folder = make_folder(Path(args.basedir, args.expname))
-    report = check_scene(scene, args.expname, uses_ndc(args))
-    write_report(report, folder)
+    folder = Path(args.basedir, args.expname)
+    report = check_scene(scene, args.expname, uses_ndc(args), args.aabb)
+    if Processes().is_main:
+        write_report(report, folder)
     say(f'{text_report(report)}\nThe report is {folder / "report.html"}')
     return int(any(finding['level'] == 'error' for finding in report['findings']))
 

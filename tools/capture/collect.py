@@ -2,14 +2,15 @@
 
 Only headers are read here, so that thousands of large photos need little time and memory.
 """
-import glob
 import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from scenes.errors import UserError, first_line
+from scenes.images import ORIENTATION, TURNED, is_turned
 
 # Files with these extensions, in lower or upper case, are photos.
 PHOTO_EXTENSIONS = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.tif', '.tiff', '.bmp', '.heic',
@@ -18,8 +19,8 @@ PHOTO_EXTENSIONS = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.tif', '
 HEIF_EXTENSIONS = ('.heic', '.heif')
 # Files with these extensions are videos.
 VIDEO_EXTENSIONS = ('.mp4', '.mov', '.m4v', '.avi', '.mkv', '.webm')
-# These orientations in EXIF exchange width and height.
-TURNED_BY_90 = (5, 6, 7, 8)
+# Files with these extensions hold the raw data of a camera's sensor.
+RAW_EXTENSIONS = ('.dng', '.cr2', '.cr3', '.nef', '.arw', '.raf', '.orf', '.rw2')
 # The diagonal of a frame of 36 mm × 24 mm, to which 35 mm equivalent focal lengths refer.
 FULL_FRAME_DIAGONAL = math.hypot(36, 24)
 # Millimetres in each FocalPlaneResolutionUnit of EXIF: none, inch, centimetre, millimetre, micrometre.
@@ -27,24 +28,31 @@ RESOLUTION_UNITS = {1: 25.4, 2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}
 
 
 class Exif:
-    """Numbers of the tags in a photo's header that describe its camera."""
-    ORIENTATION, MAKE, MODEL, DETAILS = 0x0112, 0x010F, 0x0110, 0x8769
+    """The numbers of EXIF tags."""
+    MAKE, MODEL, DETAILS = 0x010F, 0x0110, 0x8769
     FOCAL_LENGTH, FOCAL_LENGTH_35MM, DIGITAL_ZOOM, LENS = 0x920A, 0xA405, 0xA404, 0xA434
     PLANE_RESOLUTION, PLANE_UNIT, ORIGINAL_WIDTH = 0xA20E, 0xA210, 0xA002
 
 
+class Reason(NamedTuple):
+    """Why a photo is not used."""
+    kind: str    # a key of `tools.capture.diagnose.ADVICE`
+    text: str
+
+
 @dataclass
 class Photo:
-    """A photo or a frame of a video, and what is found out about it. `reason` says why it is not used."""
+    """A photo or a frame of a video, and what is found out about it."""
     source: Path                     # the file it comes from
-    name: str                        # its file name in images/, and in the report
+    shown: str                       # what people know it by: its path in the input, or the frame's name
+    name: str                        # its file name in images/
     width: int = 0                   # of the upright photo in pixels
     height: int = 0
     camera: tuple = ()               # make, model, lens, focal lengths and zoom as in EXIF
     focal: float | None = None       # focal length in pixels according to EXIF
     as_is: bool = False              # whether the file is an upright JPEG, which can be copied
     mask: Path | None = None         # its mask, as upright as the photo; white counts
-    reason: str | None = None
+    reason: Reason | None = None     # why it is not used
     sharpness: float | None = None   # variance of the Laplacian
     exposure: float | None = None    # mean grey, 0 to 1
     features: int | None = None
@@ -70,7 +78,7 @@ class CameraGroup:
 def find_photos(folder, skip=None):
     """All photos of a folder and its subfolders, sorted by path.
 
-    Hidden files and folders, folders of masks, and files that are no photos by their extensions are ignored.
+    Hidden files and folders, folders called `masks`, and files without the extension of a photo are ignored.
     Files with the extension of a photo that cannot be opened are listed with the reason.
 
     Args:
@@ -84,13 +92,19 @@ def find_photos(folder, skip=None):
     paths, ignored = list_files(Path(folder), skip)
     if not paths:
         videos = [path for path in ignored if path.suffix.lower() in VIDEO_EXTENSIONS]
-        advice = f'for a video, give its path: {videos[0]}' if videos else 'expected photos, such as .jpg'
+        raws = [path for path in ignored if path.suffix.lower() in RAW_EXTENSIONS]
+        advice = 'expected photos, such as .jpg'
+        if videos:
+            advice = f'for a video, give its path: {videos[0]}'
+        elif raws:
+            advice = f'export raw files as JPEG, such as {raws[0].name}'
         raise UserError(f'{folder}: found no photo among {len(ignored)} other files; {advice}')
     register_heif()
     taken = set()
-    photos = [read_header(path, unique_name(path.relative_to(folder), taken)) for path in paths]
+    photos = [read_header(path, readable(path.relative_to(folder)),
+                          unique_name(path.relative_to(folder), taken)) for path in paths]
     for photo in photos:
-        photo.mask = find_mask(photo.source)
+        photo.mask = find_mask(photo.source, Path(folder))
     return photos, ignored
 
 
@@ -107,20 +121,33 @@ def list_files(folder, skip=None):
     return photos, others
 
 
-def find_mask(photo):
-    """The mask of a photo: an image of the same name without extension in `masks/` in or beside the photo's
-    folder; None if there is none."""
-    for folder in (photo.parent / 'masks', photo.parent.parent / 'masks'):
-        for path in sorted(folder.glob(f'{glob.escape(photo.stem)}.*')):
-            if path.suffix.lower() in PHOTO_EXTENSIONS:
-                return path
-    return None
+def find_mask(photo, folder):
+    """The mask of a photo below the input `folder`; None if there is none.
+
+    It has the photo's name with another extension, or with one more, and lies in `masks/` in a folder that
+    holds the photo, or beside the input folder or one called `images`, in the same subfolder.
+    """
+    folders = [parent for parent in photo.parents if parent.is_relative_to(folder)]
+    places = []
+    for parent in folders:
+        places.append(Path(parent, 'masks', photo.relative_to(parent)))
+        if parent.name == 'images' or parent == folder:
+            places.append(Path(parent.parent, 'masks', photo.relative_to(parent)))
+    files = [file for place in places for extension in PHOTO_EXTENSIONS
+             for file in (place.with_suffix(extension), Path(f'{place}{extension}'))]
+    return next((file for file in files if file.is_file()), None)
+
+
+def readable(path):
+    """A path as text that can be printed, whatever bytes it has."""
+    return path.as_posix().encode(errors='surrogateescape').decode(errors='replace')
 
 
 def unique_name(path, taken):
     """A file name without extension for the photo at `path` within its folder: subfolders become part of it.
-    It differs from the names `taken` by more than upper case, and is added to them."""
-    stem = re.sub(r'\s', '_', '_'.join(path.with_suffix('').parts))
+    It differs from the names `taken` by more than upper case, and is added to them. It has no dot, so that
+    names sort the same with every extension."""
+    stem = re.sub(r'[^\w-]', '_', '_'.join(path.with_suffix('').parts))
     name, count = stem, 1
     while name.lower() in taken:
         count += 1
@@ -138,25 +165,24 @@ def register_heif():
     pillow_heif.register_heif_opener()
 
 
-def read_header(path, stem):
+def read_header(path, shown, stem):
     """A `Photo` with what the header of its file says; with a reason if it cannot be opened."""
-    from PIL import Image
-    photo = Photo(path, f'{stem}.jpg')
+    from PIL import Image, UnidentifiedImageError
+    photo = Photo(path, shown, f'{stem}.jpg')
     try:
         with Image.open(path) as image:
-            photo.width, photo.height = image.size
-            exif = image.getexif()
             photo.as_is = (image.format == 'JPEG' and image.mode in ('RGB', 'L')
-                           and exif.get(Exif.ORIENTATION, 1) == 1)
+                           and image.getexif().get(ORIENTATION, 1) == 1)
             if has_alpha(image):
                 photo.name = f'{stem}.png'
-            read_exif(photo, exif)
+            read_exif(photo, image)
     except Exception as error:  # each codec raises its own types of error for a damaged file
-        photo.reason = f'not a readable photo ({first_line(error)})'
+        photo.reason = Reason('unreadable', f'not a readable photo ({first_line(error)})')
         if path.suffix.lower() in HEIF_EXTENSIONS:
-            photo.reason = 'HEIC cannot be read: pip install pillow-heif'
-        elif 'cannot identify' in photo.reason:
-            photo.reason = 'not a readable photo (the file has another content than its name says)'
+            photo.reason = Reason('heif', 'HEIC cannot be read: pip install pillow-heif')
+        elif isinstance(error, UnidentifiedImageError):
+            photo.reason = Reason('unreadable',
+                                  'not a readable photo (its content does not match its extension)')
     return photo
 
 
@@ -165,12 +191,16 @@ def has_alpha(image):
     return 'transparency' in image.info or image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa')
 
 
-def read_exif(photo, exif):
-    """Fill in what EXIF says about a photo's camera, and turn its width and height upright."""
+def read_exif(photo, image):
+    """Fill in the size of a photo upright, and what the EXIF of its Pillow image says about its camera.
+
+    The focal length in pixels follows from the 35 mm equivalent, which refers to the diagonal, or from the
+    focal length in mm and the resolution of the sensor along the stored width (CIPA DC-008, 4.6.6).
+    """
+    exif = image.getexif()
     details = exif.get_ifd(Exif.DETAILS)
-    stored_width = photo.width
-    if exif.get(Exif.ORIENTATION) in TURNED_BY_90:
-        photo.width, photo.height = photo.height, photo.width
+    photo.width, photo.height = image.size[::-1] if is_turned(image) else image.size
+    stored_width = photo.height if exif.get(ORIENTATION) in TURNED else photo.width
     names = [str(value or '').strip('\0 ')
              for value in (exif.get(Exif.MAKE), exif.get(Exif.MODEL), details.get(Exif.LENS))]
     focal, focal_35mm, zoom = (positive(details.get(tag)) for tag in
@@ -195,7 +225,7 @@ def positive(value):
 
 def group_cameras(photos):
     """Group photos by make, model, lens, focal length, zoom and size: one `CameraGroup` for each set of
-    intrinsics, those with most photos first."""
+    intrinsics, the one with the most photos first."""
     groups = {}
     for photo in photos:
         key = (*photo.camera, photo.width, photo.height)

@@ -55,7 +55,7 @@ def arrays_of(model):
         errors = reprojection_errors(image, points[indices], observations)
         camera = image.camera
         views.append(View(image.name, image.image_id, camera.width, camera.height, opencv_params(camera),
-                          float(errors.mean()) if len(errors) else 0.0))
+                          float(errors.mean())))
         c2w = image.cam_from_world().inverse().matrix()
         poses.append(c2w * np.array([1, -1, -1, 1]))  # COLMAP's y points down and its z forward
         seen.append(indices)

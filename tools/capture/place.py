@@ -1,8 +1,11 @@
-"""Where a scene lies for training: up is +z, what the cameras look at is in the origin, and the typical
+"""Where a scene lies for training: up is +z, what the cameras look at is at the origin, and the typical
 camera is at distance 1 from it.
 
-Cameras are c2w [N, 3, 4] in OpenGL axes, points are [M, 3], and `seen` lists the indices of the points that
-each camera observes.
+    poses    c2w [N, 3, 4] in OpenGL axes: x right, y up, z back
+    points   [M, 3]
+    seen     list of N arrays: the indices of the points that each camera observes
+
+They are in the arbitrary units of structure from motion until `place_scene` has placed them.
 """
 from dataclasses import dataclass
 
@@ -26,15 +29,20 @@ BACKGROUND_PERCENTILE = 90
 OUTLIER_PERCENT = 1.0
 # This percentage of the cameras sees nothing beyond far.
 FAR_PERCENTILE = 95
+# A camera with fewer points than this has the depths of all cameras instead of its own.
+MIN_DEPTHS = 50
 # Near and far leave this fraction of the depth free before and behind what is observed.
 DEPTH_MARGIN = 0.15
 # The box is wider than what is observed by this fraction on each side, because plain surfaces have no points.
 BOX_MARGIN = 0.25
 # The faces of the box are no further from the origin than this, because its cells would be too large.
 MAX_BOX = 6.0
-# The right axes of level cameras lie in a plane; it is known if they spread in it by at least this much.
+# The right axes of level cameras lie in a plane. Their second singular value, divided by √N, is at least this
+# if they determine it.
 LEVEL_SPREAD = 0.17
-# The focus is found again this number of times with less weight for cameras that look elsewhere.
+# Cameras whose mean up axis is shorter than this along the vertical look straight up or down.
+MIN_UP = 0.1
+# Number of rounds of reweighting when the focus is estimated.
 FOCUS_ROUNDS = 10
 
 
@@ -51,24 +59,39 @@ class Placement:
     far: float
     aabb: np.ndarray          # [2, 3]
 
+    def place(self, poses, points):
+        """Other cameras and points of the same reconstruction, placed."""
+        return transformed(poses, points, self.rotation, self.translation, self.scale)
+
 
 def place_scene(poses, points, seen, tangents):
-    """The `Placement` of cameras and points from structure from motion; `tangents` [N, 2] are half the width
-    and height of each photo at depth 1."""
+    """Place a reconstruction for training.
+
+    Args:
+      poses, points, seen: see above.
+      tangents: half the width and height of each photo at depth 1, [N, 2].
+    Returns:
+      a `Placement`.
+    """
     scene_type = find_scene_type(poses, points, seen)
     rotation = level(poses)
     focus, unit = find_focus(scene_type, poses, points, seen)
     translation, scale = -rotation @ focus, 1.0 / unit
-    placed = np.concatenate([rotation @ poses[:, :, :3],
-                             scale * (poses[:, :, 3] @ rotation.T + translation)[..., None]], -1)
-    moved = scale * (points @ rotation.T + translation)
+    placed, moved = transformed(poses, points, rotation, translation, scale)
     near, far = find_bounds(placed, moved, seen)
     return Placement(rotation, translation, scale, placed, moved, scene_type, near, far,
                      find_box(scene_type, placed, moved, seen, tangents))
 
 
+def transformed(poses, points, rotation, translation, scale):
+    """Cameras and points after a similarity, as in `Placement`."""
+    positions = scale * (poses[:, :, 3] @ rotation.T + translation)
+    return (np.concatenate([rotation @ poses[:, :, :3], positions[..., None]], -1),
+            scale * (points @ rotation.T + translation))
+
+
 def find_scene_type(poses, points, seen):
-    """One of FORWARD_FACING, AROUND, ALL_AROUND and UNBOUNDED."""
+    """One of FORWARD_FACING, AROUND, ALL_AROUND and UNBOUNDED, from unplaced cameras and points."""
     forward, positions = -poses[:, :, 2], poses[:, :, 3]
     mean_forward = normalize(forward.mean(0))
     depth = np.median(np.concatenate(depths(poses, points, seen)))
@@ -120,15 +143,19 @@ def find_focus(scene_type, poses, points, seen):
 
 
 def level(poses):
-    """The rotation [3, 3] that turns up to +z, and the mean viewing direction towards +y if there is one.
+    """The rotation [3, 3] that turns up to +z, and the mean viewing direction towards +y if there is one:
+    `x_placed = R @ x`.
 
     People hold cameras level, so up is perpendicular to their right axes. If these are all alike, up is the
-    direction perpendicular to their mean that is closest to the cameras' mean up.
+    direction perpendicular to their mean that is closest to the cameras' mean up. The back of cameras that
+    look down is up, too.
     """
     right, mean_up = poses[:, :, 0], poses[:, :, 1].mean(0)
     _, spread, directions = np.linalg.svd(right, full_matrices=False)
     if spread[1] > LEVEL_SPREAD * np.sqrt(len(right)):
-        up = directions[2] * np.sign(directions[2] @ mean_up)
+        up = directions[2]
+        side = up @ mean_up if abs(up @ mean_up) > MIN_UP else up @ poses[:, :, 2].mean(0)
+        up = -up if side < 0 else up
     else:
         up = mean_up - (mean_up @ directions[0]) * directions[0]
     up = normalize(up)
@@ -151,9 +178,9 @@ def depths(poses, points, seen):
 
 def view_bounds(poses, points, seen):
     """The nearest and farthest depth of what each camera sees, but for outliers, [N, 2]. A camera that sees
-    no point has those of all cameras."""
+    few points has those of all cameras."""
     every = depths(poses, points, seen)
-    ends = [np.percentile(depth if len(depth) else np.concatenate(every),
+    ends = [np.percentile(depth if len(depth) >= MIN_DEPTHS else np.concatenate(every),
                           [OUTLIER_PERCENT, 100 - OUTLIER_PERCENT]) for depth in every]
     return np.array(ends)
 

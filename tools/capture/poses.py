@@ -1,19 +1,25 @@
 """Cameras of photos by structure from motion with COLMAP (Schönberger and Frahm 2016), through pycolmap.
 
-    colmap/database.db     features and matches, from which a second run continues
+    colmap/database.db       features and matches, from which a second run continues
+    colmap/vocabulary.bin    for more than MAX_EXHAUSTIVE photos: the visual words of their features
+    colmap/pairs.txt         for a video: pairs of distant frames to match
 """
+import os
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from scenes.errors import UserError
-from scenes.files import write_text
+from scenes.errors import UserError, first_line
+from scenes.files import PARTIAL, atomic_write, write_text
+from tools.capture.database import forget_photos
 
 # Up to this number of photos every photo is matched with every other.
 MAX_EXHAUSTIVE = 150
@@ -40,6 +46,8 @@ INITIAL_ANGLES = (16.0, 4.0)
 MIN_PHOTOS = 3
 # Global mapping is tried if incremental mapping places less than this fraction of the photos.
 ENOUGH_PLACED = 0.8
+# A photo with fewer points than this is not placed reliably; COLMAP asks for twice as many to place it.
+MIN_POINTS = 15
 # The intrinsics of a camera are refined if at least this number of its photos are placed.
 MIN_PHOTOS_TO_REFINE = 6
 # Observations with more than these reprojection errors are dropped in the course of refinement, in pixels of
@@ -60,19 +68,19 @@ MAX_STRETCH = 0.01
 MIN_FOCAL, MAX_FOCAL = 0.2, 20.0
 # No coefficient of its distortion exceeds this.
 MAX_DISTORTION = 1.0
-# The progress is looked up in this interval, in seconds.
+# The progress is polled at this interval, in seconds.
 POLL_SECONDS = 0.2
 
 
 @dataclass
 class Poses:
-    """The result of pose estimation. Dicts have the names of photos as keys."""
+    """The result of pose estimation. Dicts have the names of photos in the database as keys."""
     model: object = None                             # pycolmap.Reconstruction; None if it failed
     features: dict = field(default_factory=dict)     # number of features
     matches: dict = field(default_factory=dict)      # matches with all other photos
     best_match: dict = field(default_factory=dict)   # most matches with one other photo
-    views: list = field(default_factory=list)        # the photos with a pose, as `View`
-    separate: dict = field(default_factory=dict)     # number of photos in the other reconstruction it is in
+    separate: dict = field(default_factory=dict)     # size of the unconnected reconstruction that has it
+    few_points: dict = field(default_factory=dict)   # number of points, if too few to keep its pose
 
 
 def import_pycolmap():
@@ -93,7 +101,7 @@ def import_pycolmap():
 
 
 def plan_matching(count, is_video):
-    """How photos are matched, and about how many pairs that makes.
+    """How photos are matched, and approximately how many pairs there are.
 
     Returns:
       'exhaustive', 'sequential' or 'vocabulary tree', and the number of pairs.
@@ -117,21 +125,28 @@ class PoseEstimation:
     """Features, matches and cameras of prepared photos.
 
     Args:
-      folder: the work folder.
-      images, masks: the folders of the photos and of their masks; the latter may not exist.
+      prepared: the `Prepared` photos.
       groups: list of `CameraGroup`.
       num_threads, seed: as the options.
     """
 
-    def __init__(self, folder, images, masks, groups, num_threads, seed):
+    def __init__(self, prepared, groups, num_threads, seed):
         self.pycolmap = import_pycolmap()
-        self.folder, self.images, self.masks, self.groups = folder, images, masks, groups
+        self.folder, self.database = prepared.folder, prepared.database
+        self.images, self.masks, self.groups = prepared.images, prepared.masks, groups
         self.names = sorted(photo.name for group in groups for photo in group.photos)
-        self.database, self.num_threads, self.seed = folder / 'database.db', num_threads, seed
+        self.num_threads, self.seed = num_threads, seed
         self.pycolmap.set_random_seed(seed)
 
     def run(self, is_video):
-        """All steps; returns `Poses`."""
+        """All steps; returns `Poses`, without a model if no photos could be placed.
+
+        Raises:
+          UserError: COLMAP failed, or its database cannot be used. Stopped: a signal has arrived.
+        """
+        names = set(self.names)
+        if forget_photos(self.database, lambda name: name not in names):
+            Path(self.folder, 'vocabulary.bin').unlink(missing_ok=True)
         try:
             self.reader = self.pycolmap.Database.open(self.database)
         except RuntimeError:
@@ -140,6 +155,7 @@ class PoseEstimation:
             return self.run_steps(is_video)
 
     def run_steps(self, is_video):
+        """`run` with the database open."""
         self.extract()
         self.match(is_video)
         poses = self.statistics()
@@ -150,10 +166,17 @@ class PoseEstimation:
             if best is None or best.num_reg_images() < ENOUGH_PLACED * len(self.names):
                 models += work()
         best = largest(models)
-        if best is not None and best.num_reg_images() >= MIN_PHOTOS:
-            for model in sorted(models, key=lambda model: model.num_reg_images()):
-                poses.separate.update({image.name: model.num_reg_images() for image in placed_images(model)})
-            poses.model = self.step('refinement', refine, best, self.num_threads)
+        if best is None:
+            return poses
+        refined = self.step('refinement', refine, best, self.num_threads)
+        poses.few_points = remove_uncertain(refined)
+        if refined.num_reg_images() >= MIN_PHOTOS:
+            poses.model = refined
+        placed = {image.name for image in placed_images(best)}
+        for model in sorted(models, key=lambda model: model.num_reg_images()):
+            names = {image.name for image in placed_images(model)}
+            if not names & placed:
+                poses.separate.update(dict.fromkeys(names, len(names)))
         return poses
 
     # --- steps ----------------------------------------------------------------------------------------------
@@ -214,10 +237,11 @@ class PoseEstimation:
         chosen = [random.permutation(part.data)[:share] for part in descriptors]
         sample = self.pycolmap.FeatureDescriptors(type=descriptors[0].type, data=np.concatenate(chosen))
         index = self.pycolmap.VisualIndex.create(128, 64)
-        words = min(VOCABULARY_WORDS, len(sample.data) // FEATURES_PER_WORD)
+        words = max(1, min(VOCABULARY_WORDS, len(sample.data) // FEATURES_PER_WORD))
         index.build({'num_visual_words': words, 'num_iterations': 10, 'num_rounds': 1,
                      'num_threads': self.num_threads}, sample.to_float())
-        index.write(path)
+        with atomic_write(path) as partial:
+            index.write(partial)
         return path
 
     def map_incrementally(self, initial_angle):
@@ -233,28 +257,35 @@ class PoseEstimation:
                 options={'random_seed': self.seed, 'num_threads': self.num_threads,
                          'min_model_size': MIN_PHOTOS, 'image_names': self.names,
                          'mapper': {'init_min_tri_angle': initial_angle}})
-        with tempfile.TemporaryDirectory(dir=self.folder) as output:
+        with self.output_folder() as output:
             models = self.step('cameras', work, total=len(self.names), count=lambda: len(placed))
         return list(models.values())
 
     def map_globally(self):
         """Place all photos at once (Pan et al. 2024); returns the reconstructions."""
-        def work(_):
+        def work(_):  # it cannot be stopped
             return self.pycolmap.global_mapping(
                 self.database, self.images, output,
                 options={'random_seed': self.seed, 'num_threads': self.num_threads,
                          'min_model_size': MIN_PHOTOS, 'image_names': self.names})
-        with tempfile.TemporaryDirectory(dir=self.folder) as output:
+        with self.output_folder() as output:
             try:
                 models = self.step('cameras, all at once', work)
-            except RuntimeError:  # it gives up on pairs that do not connect
+            except UserError:  # it gives up on pairs that do not connect
                 return []
         return list(models.values())
+
+    def output_folder(self):
+        """A temporary folder, which the next run removes if this one is killed."""
+        return tempfile.TemporaryDirectory(dir=self.folder, prefix=f'.models{PARTIAL}{os.getpid()}-')
 
     def step(self, name, work, *args, total=None, count=None):
         """Run `work(*args, token)` on a thread of its own, below a progress bar; returns its result.
 
-        The thread is told to stop, and waited for, if a signal arrives.
+        The thread is told to stop by the `CancellationToken`, and waited for, if a signal arrives.
+
+        Raises:
+          UserError: COLMAP failed. Stopped: a signal has arrived.
         """
         token = self.pycolmap.CancellationToken()
         layout = None if total else '{desc}: {elapsed}'
@@ -269,8 +300,10 @@ class PoseEstimation:
                     if count:
                         bar.n = min(count(), total)
                     bar.refresh()
-            except BaseException:
+            except BaseException as error:
                 token.cancel()
+                if isinstance(error, (RuntimeError, ValueError)) and not isinstance(error, UserError):
+                    raise UserError(f'{self.folder}: COLMAP failed ({name}): {first_line(error)}') from error
                 raise
             bar.n = total or 0
         return result
@@ -304,7 +337,7 @@ class PoseEstimation:
 
 
 def largest(models):
-    """The reconstruction with most photos; None without any."""
+    """The reconstruction with the most photos; None without any."""
     return max(models, key=lambda model: model.num_reg_images(), default=None)
 
 
@@ -315,52 +348,77 @@ def placed_images(model):
 
 # --- refinement ---------------------------------------------------------------------------------------------
 
-def refine(model, num_threads, _):
-    """Refine poses, points and cameras of a reconstruction together; returns the refined one.
+def refine(model, num_threads, token):
+    """Refine poses, points and cameras of a reconstruction together; returns the refined one. Stops early if
+    the `CancellationToken` says so.
 
     A camera model with more parameters is taken only if it fits clearly better: parameters that the photos do
     not determine, such as the distortion near borders that no feature is close to, harm poses.
     """
     best, best_cost = None, np.inf
     for name, refine_principal_point in CAMERA_MODELS:
+        if best is not None and token.is_cancelled:
+            break
         refined, cost = refine_as(name, model, refine_principal_point, num_threads)
-        if best is None or (cost < MIN_GAIN * best_cost and all(map(is_plausible, refined.cameras.values()))):
+        plausible = all(is_plausible(refined.camera(key)) for key in refined_cameras(refined))
+        if best is None or (cost < MIN_GAIN * best_cost and plausible):
             best, best_cost = refined, cost
     return best
 
 
+def remove_uncertain(model):
+    """Remove photos with too few points from a reconstruction, in place; returns their numbers of points by
+    name."""
+    few = {image.name: image.num_points3D for image in placed_images(model)
+           if image.num_points3D < MIN_POINTS}
+    for image in placed_images(model):
+        if image.name in few:
+            model.deregister_frame(image.frame_id)
+    return few
+
+
+def refined_cameras(model):
+    """The cameras of a reconstruction whose photos suffice to refine their intrinsics, as a set of ids."""
+    photos = Counter(image.camera_id for image in placed_images(model))
+    return {key for key, count in photos.items() if count >= MIN_PHOTOS_TO_REFINE}
+
+
 def refine_as(name, model, refine_principal_point, num_threads):
-    """Refine a copy of a reconstruction with cameras of the model `name`.
+    """Refine a copy of a reconstruction with cameras of the model `name`; those with few photos keep theirs.
+    Unless the principal point is refined, it is the centre.
 
     Returns:
       the copy, and the mean error of all former observations in pixels; dropped ones count with the largest.
     """
     import pycolmap
     refined = pycolmap.Reconstruction(model)
-    for camera in refined.cameras.values():
+    for key in refined_cameras(refined):
+        camera = refined.camera(key)
         fx, fy, cx, cy, k1, k2, *_ = opencv_params(camera)
+        if not refine_principal_point:
+            cx, cy = camera.width / 2, camera.height / 2
         camera.model = vars(pycolmap.CameraModelId)[name]
         camera.params = {'SIMPLE_PINHOLE': [fx, cx, cy], 'SIMPLE_RADIAL': [fx, cx, cy, k1],
                          'RADIAL': [fx, cx, cy, k1, k2], 'OPENCV': [fx, fy, cx, cy, k1, k2, 0, 0]}[name]
     size = max(max(camera.width, camera.height) for camera in refined.cameras.values())
-    for limit in np.array(MAX_ERRORS) * min(1.0, size / ERRORS_SIZE):
+    limits = np.array(MAX_ERRORS) * min(1.0, size / ERRORS_SIZE)
+    for limit in limits:
         adjust(refined, num_threads, refine_principal_point)
         pycolmap.ObservationManager(refined).filter_all_points3D(limit, MIN_ANGLE)
     adjust(refined, num_threads, refine_principal_point)
     before, after = model.compute_num_observations(), refined.compute_num_observations()
-    return refined, (refined.compute_mean_reprojection_error() * after + limit * (before - after)) / before
+    error = refined.compute_mean_reprojection_error()
+    return refined, (error * after + limits[-1] * (before - after)) / before
 
 
 def adjust(model, num_threads, refine_principal_point=True):
     """Bundle adjustment of a reconstruction, in place; cameras with few photos keep their intrinsics."""
     import pycolmap
-    config, photos = pycolmap.BundleAdjustmentConfig(), {}
+    config = pycolmap.BundleAdjustmentConfig()
     for image in placed_images(model):
         config.add_image(image.image_id)
-        photos[image.camera_id] = photos.get(image.camera_id, 0) + 1
-    for camera_id, count in photos.items():
-        if count < MIN_PHOTOS_TO_REFINE:
-            config.set_constant_cam_intrinsics(camera_id)
+    for camera_id in {image.camera_id for image in placed_images(model)} - refined_cameras(model):
+        config.set_constant_cam_intrinsics(camera_id)
     config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
     options = pycolmap.BundleAdjustmentOptions()
     options.refine_principal_point, options.print_summary = refine_principal_point, False

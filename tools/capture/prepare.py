@@ -1,4 +1,4 @@
-"""Photos made ready for pose estimation: upright, not larger than needed, with EXIF, and measured.
+"""Photos prepared for pose estimation: upright, no larger than needed, with their EXIF; and their quality.
 
     colmap/images/         the photos
     colmap/masks/          their masks, if there are any; named as COLMAP wants it, photo.jpg.png
@@ -8,20 +8,31 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from tqdm import tqdm
 
-from scenes.errors import first_line
+from scenes.errors import UserError, first_line
 from scenes.files import atomic_write, read_json, write_text
-from tools.capture.collect import Photo, has_alpha
+from tools.capture.collect import Photo, Reason, has_alpha
+from tools.capture.database import forget_photos
 from tools.capture.quality import Quality, measure
 from tools.capture.video import sharpest_frames
 
-# Photos that were prepared by another version are prepared again.
-VERSION = 1
+# Photos that another version of this file has prepared are prepared again.
+VERSION = 2
+# A mask may differ from the shape of its photo by this fraction, from rounding.
+MAX_STRETCH = 0.02
 # Quality of the JPEG files written, of 100.
 JPEG_QUALITY = 95
+
+
+@dataclass
+class Entry:
+    """What is known of a prepared photo."""
+    source: list       # what it was made of: path, size and time of the file, and settings
+    size: list         # width and height in pixels
+    quality: Quality
 
 
 class Prepared:
@@ -31,123 +42,144 @@ class Prepared:
       folder: the work folder, created if it is missing.
       max_size: photos are reduced to this length of their longer side, in pixels.
     Attributes:
-      images: the folder of prepared photos.
-      qualities: dict name → `Quality`.
-      changed: whether a photo that was prepared by an earlier run had to be prepared again.
+      images, masks: the folders of prepared photos and of their masks; the latter may not exist.
+      database: path of COLMAP's database. It has no features of photos that were prepared anew.
     """
 
     def __init__(self, folder, max_size):
         self.folder, self.images, self.masks = folder, folder / 'images', folder / 'masks'
+        self.database, self.index_file = folder / 'database.db', folder / 'prepared.json'
         self.max_size = max_size
         self.images.mkdir(parents=True, exist_ok=True)
-        self.index_file = folder / 'prepared.json'
-        self.known = read_json(self.index_file) if self.index_file.is_file() else {}
-        self.qualities, self.sources, self.changed = {}, {}, False
+        content = read_json(self.index_file) if self.index_file.is_file() else {}
+        known = content['photos'] if content.get('version') == VERSION else {}
+        self.index = {name: Entry(entry['source'], entry['size'], Quality(**entry['quality']))
+                      for name, entry in known.items()}
+        self.written = set()  # names of photos that were prepared by this run
+
+    def quality(self, name):
+        """The `Quality` of a photo."""
+        return self.index[name].quality
 
     def add_photos(self, photos, num_threads):
-        """Prepare and measure photos. Those that cannot be read get a reason."""
+        """Prepare and measure photos, but for those that an earlier run has prepared from the same files.
+        Photos that cannot be read get a reason.
+
+        Raises:
+          UserError: a mask cannot be used.
+        """
         with ThreadPoolExecutor(num_threads) as pool:
             try:
                 list(tqdm(pool.map(self.add_photo, photos), 'photos', len(photos), disable=None))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
+                self.save()
                 raise
-        self.save()
+        self.keep_only(photos)
 
     def add_photo(self, photo):
-        """Prepare and measure one photo, unless an earlier run has."""
-        status = photo.source.stat()
-        source = [VERSION, str(photo.source.resolve()), status.st_size, status.st_mtime_ns, self.max_size]
+        """Prepare and measure one photo."""
+        source = self.describe(photo.source)
         if photo.mask:
-            source += [str(photo.mask.resolve()), photo.mask.stat().st_mtime_ns]
-        if not self.reuse(photo, source):
-            try:
-                self.write(photo, open_upright(photo.source), photo.as_is)
-                self.write_mask(photo)
-            except Exception as error:  # each codec raises its own types of error for a damaged file
-                photo.reason = f'not a readable photo ({first_line(error)})'
-                return
-        self.take(photo, source)
+            source += self.describe(photo.mask)
+        if self.reuse(photo, source):
+            return
+        try:
+            image = open_upright(photo.source)
+        except Exception as error:  # each codec raises its own types of error for a damaged file
+            photo.reason = Reason('unreadable', f'not a readable photo ({first_line(error)})')
+            return
+        self.write(photo, image, source)
+        self.write_mask(photo)
 
     def add_video(self, path, num_frames):
-        """Prepare and measure the sharpest frames of a video; returns them as a list of `Photo`."""
-        status = path.stat()
-        source = [VERSION, str(path.resolve()), status.st_size, status.st_mtime_ns, self.max_size, num_frames]
-        photos = self.known_frames(path, source)
-        if not photos:
+        """Prepare and measure the sharpest frames of a video, as `sharpest_frames` finds them, unless an
+        earlier run has; returns them as a list of `Photo`."""
+        source = [*self.describe(path), num_frames]
+        photos = [Photo(path, name, name, *entry.size) for name, entry in self.index.items()
+                  if entry.source == source]
+        if not photos or not all(self.reuse(photo, source) for photo in photos):
+            photos, self.index = [], {}
+            self.save()  # if this is interrupted, the next run must not take some frames for all
             for photo, image in sharpest_frames(path, num_frames):
-                self.changed |= photo.name in self.known
-                self.write(photo, image)
+                self.write(photo, image, source)
                 photos.append(photo)
-        for photo in photos:
-            self.take(photo, source)
-        self.save()
+        self.keep_only(photos)
         return photos
 
-    def known_frames(self, path, source):
-        """The frames of a video that an earlier run has prepared with the same settings; empty if none."""
-        names = [name for name, entry in self.known.items()
-                 if entry['source'] == source and (self.images / name).is_file()]
-        photos = [Photo(path, name, *self.known[name]['size']) for name in names]
-        for photo in photos:
-            self.reuse(photo, source)
-        return photos
+    def describe(self, path):
+        """What changes when the file at `path` is another one, or is to be prepared in another way."""
+        status = path.stat()
+        return [str(path.resolve()), status.st_size, status.st_mtime_ns, self.max_size]
 
     def reuse(self, photo, source):
-        """Whether an earlier run has prepared this photo; if so its quality is known."""
-        entry = self.known.get(photo.name)
-        if entry is None or not (self.images / photo.name).is_file():
+        """Whether an earlier run has prepared this photo; if so its size and quality are noted."""
+        entry = self.index.get(photo.name)
+        if entry is None or entry.source != source or not (self.images / photo.name).is_file():
             return False
-        if entry['source'] != source:
-            self.changed = True
-            return False
-        self.qualities[photo.name] = Quality(**entry['quality'])
-        photo.resize(*entry['size'])
+        self.note(photo, entry)
         return True
 
-    def write(self, photo, image, as_is=False):
-        """Write the upright `image` of a photo in its final size, and measure it. With `as_is` the file is
-        copied if it is not too large."""
-        full_size = image.size
-        image = fit(image, self.max_size)
-        photo.resize(*image.size)
-        self.qualities[photo.name] = measure(image)
+    def note(self, photo, entry):
+        """Note what is known of a photo, in the index and in the photo."""
+        self.index[photo.name] = entry
+        photo.resize(*entry.size)
+        photo.sharpness, photo.exposure = entry.quality.sharpness, entry.quality.exposure
+
+    def write(self, photo, image, source):
+        """Write the upright `image` of a photo in its final size, and measure it. The file is copied if it
+        is like that already."""
+        full_size, image = image.size, fit(image, self.max_size)
+        self.written.add(photo.name)
         with atomic_write(self.images / photo.name) as partial:
-            if as_is and image.size == full_size:
+            if photo.as_is and image.size == full_size:
                 shutil.copyfile(photo.source, partial)
             else:
                 save(image, partial)
+        self.note(photo, Entry(source, list(image.size), measure(image)))
 
     def write_mask(self, photo):
-        """Write the mask of a photo, if it has one, in the photo's final size."""
+        """Write the mask of a photo, if it has one, in the photo's final size.
+
+        Raises:
+          UserError: the mask is damaged, or has another shape than the photo.
+        """
         from PIL import Image
         path = self.mask_path(photo.name)
         path.unlink(missing_ok=True)
         if photo.mask is None:
             return
+        try:
+            mask = open_upright(photo.mask).convert('L')
+        except Exception as error:  # as for photos
+            raise UserError(f'{photo.mask}: not a readable mask ({first_line(error)})') from None
+        if abs(mask.width / mask.height * photo.height / photo.width - 1) > MAX_STRETCH:
+            raise UserError(f'{photo.mask}: found a mask of {mask.width}×{mask.height} pixels, expected one '
+                            f'as upright as {photo.shown}, such as {photo.width}×{photo.height}')
         self.masks.mkdir(exist_ok=True)
-        mask = open_upright(photo.mask).convert('L')
-        mask = mask.resize((photo.width, photo.height), Image.Resampling.NEAREST)
         with atomic_write(path) as partial:
-            mask.save(partial)
+            mask.resize((photo.width, photo.height), Image.Resampling.NEAREST).save(partial)
 
     def mask_path(self, name):
         """Where the mask of the photo `name` is, if it has one."""
         return self.masks / f'{name}.png'
 
-    def take(self, photo, source):
-        quality = self.qualities[photo.name]
-        photo.sharpness, photo.exposure = quality.sharpness, quality.exposure
-        self.sources[photo.name] = source, [photo.width, photo.height]
+    def keep_only(self, photos):
+        """Delete what was prepared for other photos, and `save`."""
+        names = {photo.name for photo in photos}
+        self.index = {name: entry for name, entry in self.index.items() if name in names}
+        for path in self.images.iterdir():
+            if path.name not in self.index:
+                path.unlink()
+                self.mask_path(path.name).unlink(missing_ok=True)
+        self.save()
 
     def save(self):
-        """Write the index for the next run. Features of photos that have changed are forgotten before."""
-        if self.changed:
-            for path in (*self.folder.glob('database.db*'), *self.folder.glob('vocabulary.bin')):
-                path.unlink()
-        index = {name: {'source': source, 'size': size, 'quality': asdict(self.qualities[name])}
-                 for name, (source, size) in self.sources.items()}
-        write_text(self.index_file, json.dumps(index, indent=1) + '\n')
+        """Write the index for the next run. Features of photos that were prepared anew are forgotten
+        before."""
+        forget_photos(self.database, self.written.__contains__)
+        content = {'version': VERSION, 'photos': {name: asdict(entry) for name, entry in self.index.items()}}
+        write_text(self.index_file, json.dumps(content, indent=1) + '\n')
 
 
 def open_upright(path):

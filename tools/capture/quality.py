@@ -1,4 +1,4 @@
-"""How sharp and how well exposed a photo is, and which photos are of no use.
+"""How sharp and how well exposed a photo is, and which photos are unusable.
 
 Sharpness is the variance of the Laplacian (Pech-Pacheco et al. 2000) of the grey photo, reduced to
 `MEASURED_SIDE` pixels so that it compares between cameras and is close to the size for training.
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tools.capture.collect import Reason
+
 # Photos are reduced to this length of their longer side before they are measured, in pixels.
 MEASURED_SIDE = 800
 # The sharpness of a blurred photo is below this fraction of the median of all photos.
 BLURRED_FRACTION = 0.1
 # A photo above this sharpness is not blurred in any case.
 SHARP_ENOUGH = 6.0
-# A photo is soft if its sharpness is below this fraction of the median.
-SOFT_FRACTION = 0.35
 # A photo is too dark if hardly any of its pixels is brighter than this grey.
 DARK_GREY = 0.1
 # A photo is overexposed if hardly any of its pixels is darker than this grey.
@@ -44,18 +44,27 @@ class Quality:
 def measure(image):
     """The `Quality` of a Pillow image."""
     import hashlib
+    grey = reduced_grey(image)
+    fingerprint = hashlib.sha256(grey).hexdigest() + f'{image.width}x{image.height}'
+    dark, bright = np.percentile(grey, [1, 99])
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    return Quality(sharpness(grey), float(grey.mean()), float(dark), float(bright), float(grey.std()),
+                   float((border > WHITE_GREY).mean()), fingerprint)
 
+
+def reduced_grey(image):
+    """The grey values of a Pillow image, float32 [H, W], 0 to 1, reduced to `MEASURED_SIDE`."""
     from PIL import Image
     grey = image.convert('L')
     scale = MEASURED_SIDE / max(grey.size)
     if scale < 1:
         grey = grey.resize([max(1, round(side * scale)) for side in grey.size], Image.Resampling.BOX)
-    fingerprint = hashlib.sha256(grey.tobytes()).hexdigest() + f'{image.width}x{image.height}'
-    grey = np.asarray(grey, np.float32) / 255
-    dark, bright = np.percentile(grey, [1, 99])
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    return Quality(sharpness(grey), float(grey.mean()), float(dark), float(bright), float(grey.std()),
-                   float((border > WHITE_GREY).mean()), fingerprint)
+    return np.asarray(grey, np.float32) / 255
+
+
+def sharpness_of(image):
+    """The `sharpness` of a Pillow image."""
+    return sharpness(reduced_grey(image))
 
 
 def sharpness(grey):
@@ -77,21 +86,21 @@ def find_faults(qualities):
     Args:
       qualities: dict name → `Quality`.
     Returns:
-      dict name → reason, for those that cannot be used.
+      dict name → `Reason`, for those that cannot be used.
     """
     reasons, first = {}, {}
     for name, quality in qualities.items():
         if quality.bright < DARK_GREY:
-            reasons[name] = f'black or too dark (mean grey {quality.exposure:.2f} of 1)'
+            reasons[name] = Reason('dark', f'black or too dark (mean grey {quality.exposure:.2f} of 1)')
         elif quality.dark > BRIGHT_GREY:
-            reasons[name] = f'overexposed (mean grey {quality.exposure:.2f} of 1)'
+            reasons[name] = Reason('bright', f'overexposed (mean grey {quality.exposure:.2f} of 1)')
         elif quality.deviation < BLANK_DEVIATION:
-            reasons[name] = 'blank: it shows one colour only'
+            reasons[name] = Reason('blank', 'blank: it shows only one colour')
         elif first.setdefault(quality.fingerprint, name) != name:
-            reasons[name] = f'duplicate of {first[quality.fingerprint]}'
+            reasons[name] = Reason('duplicate', f'duplicate of {first[quality.fingerprint]}')
     remaining = {name: quality.sharpness for name, quality in qualities.items() if name not in reasons}
     median = np.median(list(remaining.values())) if remaining else 0.0
     for name, value in remaining.items():
         if value < min(BLURRED_FRACTION * median, SHARP_ENOUGH):
-            reasons[name] = f'blurred (sharpness {value:.1f}, half of the photos have more than {median:.1f})'
+            reasons[name] = Reason('blurred', f'blurred (sharpness {value:.1f}; the median is {median:.1f})')
     return reasons

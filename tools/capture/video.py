@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from scenes.errors import UserError, first_line
 from tools.capture.collect import Photo
-from tools.capture.quality import measure
+from tools.capture.quality import sharpness_of
 
 
 def sharpest_frames(path, num_frames):
@@ -27,15 +27,17 @@ def sharpest_frames(path, num_frames):
     best, best_sharpness, window = None, -1.0, 0
     for index, frame in enumerate(tqdm(read_frames(path), 'video frames', total, disable=None)):
         image = Image.fromarray(frame)
-        quality = measure(image)
+        sharpness = sharpness_of(image)
         current = index * num_frames // total if total > num_frames else index
+        current = min(current, num_frames - 1)  # some videos have more frames than their header says
         if best is not None and current != window:
             yield best
             best, best_sharpness = None, -1.0
         window = current
-        if quality.sharpness > best_sharpness:
-            photo = Photo(path, f'frame_{index:06d}.jpg', image.width, image.height)
-            best, best_sharpness = (photo, image), quality.sharpness
+        if sharpness > best_sharpness:
+            name = f'frame_{index:06d}.jpg'
+            photo = Photo(path, name, name, image.width, image.height)
+            best, best_sharpness = (photo, image), sharpness
     if best is None:
         raise UserError(f'{path}: found no frame, expected a video')
     yield best

@@ -2,21 +2,25 @@
 import json
 import os
 import re
+import shlex
 import shutil
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 
 from scenes.cameras import homogeneous
-from scenes.files import PARTIAL
+from scenes.files import partial_path
 from tools.capture.place import ALL_AROUND, FORWARD_FACING, UNBOUNDED
 
+# Every view with this number is held out to measure quality, as is usual for LLFF's scenes.
+LLFFHOLD = 8
 # Photos are reduced for training until their longer side has no more than this number of pixels.
 TRAINING_SIDE = 1000
 # A scene is trained in the LLFF layout, which has no lens distortion, if that costs no more than this mean
 # reprojection error at the size for training, in pixels.
 MAX_PINHOLE_ERROR = 1.0
-# What replaces an earlier result; folders of reduced photos are made anew from the new photos.
+# Results of an earlier run, which are replaced; training makes folders of reduced photos anew.
 OUTPUTS = re.compile(r'images(_\d+)?|masks|sparse|transforms\.json|sparse_points\.ply|config\.txt|'
                      r'poses_bounds\.npy|report\.(json|html)')
 
@@ -51,17 +55,18 @@ i_video = {N_iters}
 
 
 def training_factor(views):
-    """By how much the photos are reduced for training."""
+    """The integer that divides the size of the photos for training, for a list of `View`."""
     return max(1, -(-max(max(view.width, view.height) for view in views) // TRAINING_SIDE))
 
 
-def write_transforms(path, views, placement):
+def write_transforms(path, views, placement, masks=()):
     """Write transforms.json with the keys of nerfstudio and instant-ngp.
 
     Args:
       path: of the file.
       views: list of `View`, one for each pose of the placement.
       placement: a `Placement`.
+      masks: file names in `masks/`, named as `mask_name` has it.
     """
     meta = {'camera_model': 'OPENCV'}
     shared = all(view.intrinsics() == views[0].intrinsics() for view in views)
@@ -72,17 +77,20 @@ def write_transforms(path, views, placement):
         frame = {'file_path': f'images/{view.name}', 'colmap_im_id': view.image_id}
         if not shared:
             frame.update(view.intrinsics())
-        mask = Path('masks', f'{Path(view.name).stem}.png')
-        if (path.parent / mask).is_file():
-            frame['mask_path'] = mask.as_posix()
+        if mask_name(view.name) in masks:
+            frame['mask_path'] = f'masks/{mask_name(view.name)}'
         frames.append({**frame, 'transform_matrix': homogeneous(pose).tolist()})
     transform = np.concatenate([placement.rotation, placement.translation[:, None]], 1)
-    # instant-ngp's box is [0, 1]³ times this power of 2, around the scene scaled by 0.33
-    aabb_scale = 2 ** int(np.ceil(np.log2(max(1.0, 0.66 * np.abs(placement.aabb).max()))))
+    # instant-ngp fits aabb into a unit cube, and its volume is aabb_scale times as wide
     meta.update(applied_transform=transform.tolist(), applied_scale=placement.scale,
-                ply_file_path='sparse_points.ply', aabb=placement.aabb.tolist(), aabb_scale=aabb_scale,
+                ply_file_path='sparse_points.ply', aabb=placement.aabb.tolist(), aabb_scale=1,
                 near=placement.near, far=placement.far, frames=frames)
     path.write_text(json.dumps(meta, indent=1) + '\n', encoding='utf-8')
+
+
+def mask_name(name):
+    """The file name of the mask of the photo `name`."""
+    return f'{name.rpartition(".")[0]}.png'
 
 
 def write_ply(path, points, colors):
@@ -110,30 +118,51 @@ def write_poses_bounds(path, poses, bounds, view):
     np.save(path, np.concatenate([table, bounds], -1))
 
 
-def write_config(path, datadir, placement, factor, white_bkgd=False, llff_error=None):
+def experiment_name(datadir, transforms):
+    """The `expname` for the config of a scene: that of the config in `datadir` if `transforms` is the same
+    file as there. Otherwise it is the folder's name, with a number if there is a run of that name, which
+    would be resumed with cameras that it does not fit."""
+    known = [path for path in (datadir / 'transforms.json', datadir / 'config.txt') if path.is_file()]
+    if len(known) == 2 and known[0].read_bytes() == transforms.read_bytes():
+        name = re.search(r'^expname = (\S+)$', known[1].read_text(encoding='utf-8'), re.MULTILINE)
+        if name:
+            return name[1]
+    name = re.sub(r'[^\w.-]+', '_', datadir.resolve().name)
+    names = chain([name], (f'{name}_{number}' for number in count(2)))
+    return next(name for name in names if not any(Path('logs', name).glob('*.tar')))
+
+
+def quoted(path):
+    """A path as a config file has it: in quotes if a part of it would be taken for a comment."""
+    text = path.as_posix()
+    return f"'{text}'" if re.search(r'\s[#;]|^["[]', text) else text
+
+
+def write_config(path, datadir, name, placement, factor, white_bkgd=False, llff_error=None):
     """Write config.txt with the fast preset for the type of scene.
 
     Args:
       path: of the file.
       datadir: folder of the scene.
+      name: the `expname`.
       placement: a `Placement`.
       factor: by how much the photos are reduced.
       white_bkgd: whether the photos show an object on plain white.
       llff_error: with poses_bounds.npy, its mean reprojection error in pixels; None without.
     """
-    config = (datadir / 'config.txt').as_posix()
+    config = shlex.quote((datadir / 'config.txt').as_posix())
     head = f'# Scene type: {placement.scene_type}.\n#   python run_nerf.py --config {config}\n'
     if llff_error is not None:
         head += ('# Uses poses_bounds.npy and images/, with normalised device coordinates. That layout has\n'
                  '# no lens distortion: cameras were fitted without it, with a mean reprojection error of\n'
                  f'# {llff_error:.2f} pixels. transforms.json has it.\n')
-        data = f'dataset_type = llff\nfactor = {factor}\nllffhold = 8'
+        data = f'dataset_type = llff\nfactor = {factor}\nllffhold = {LLFFHOLD}'
         options = dict(log2_hashmap_size=18, finest_res=256, N_samples=128, N_iters=3200, lrate_decay=2)
     else:
         head += '# Uses transforms.json, with lens distortion.\n'
         box = ', '.join(f'{x:.4g}' for x in placement.aabb.ravel())
-        data = (f'dataset_type = blender\nfactor = {factor}\nllffhold = 8\nnear = {placement.near:.4g}\n'
-                f'far = {placement.far:.4g}\naabb = [{box}]')
+        data = (f'dataset_type = blender\nfactor = {factor}\nllffhold = {LLFFHOLD}\n'
+                f'near = {placement.near:.4g}\nfar = {placement.far:.4g}\naabb = [{box}]')
         large = placement.scene_type in (ALL_AROUND, UNBOUNDED)
         options = dict(log2_hashmap_size=19 if large else 18, finest_res=1024, N_iters=4000, lrate_decay=3,
                        N_samples=512 if large else 256)
@@ -141,32 +170,43 @@ def write_config(path, datadir, placement, factor, white_bkgd=False, llff_error=
             options['finest_res'] = 256
     if white_bkgd:
         data += '\nwhite_bkgd = True'
-    name = re.sub(r'[^\w.-]+', '_', datadir.resolve().name)
-    text = PRESET.format(name=name, datadir=datadir.as_posix(), data=data, **options)
+    text = PRESET.format(name=name, datadir=quoted(datadir), data=data, **options)
     path.write_text(head + text, encoding='utf-8')
 
 
 def link_files(folder, files):
-    """A new folder with those `files`, a dict name → path, that exist. They take no space of their own where
-    the file system has links."""
+    """A new folder with `files`, a dict name → path. They take no space of their own where the file system
+    has links."""
     folder.mkdir()
     for name, path in files.items():
-        if path.is_file():
-            try:
-                os.link(path, folder / name)
-            except OSError:
-                shutil.copyfile(path, folder / name)
+        try:
+            os.link(path, folder / name)
+        except OSError:
+            shutil.copyfile(path, folder / name)
 
 
 def publish(staging, datadir):
-    """Move everything in the folder `staging` to `datadir`, in place of the outputs of an earlier run."""
-    old = Path(staging.parent, f'old{PARTIAL}{os.getpid()}')
+    """Move everything in the folder `staging` to `datadir`, in place of the outputs of an earlier run. If
+    something cannot be moved, everything is moved back. config.txt is there only with all the rest."""
+    old = partial_path(staging.parent / 'old')
     shutil.rmtree(old, ignore_errors=True)
     old.mkdir()
-    for path in list(datadir.iterdir()):
-        if OUTPUTS.fullmatch(path.name):
-            os.rename(path, old / path.name)
-    for path in list(staging.iterdir()):
-        os.rename(path, datadir / path.name)
+    outputs = [path for path in datadir.iterdir() if OUTPUTS.fullmatch(path.name)]
+    moves = [(path, old / path.name) for path in sorted(outputs, key=is_config, reverse=True)]
+    moves += [(path, datadir / path.name) for path in sorted(staging.iterdir(), key=is_config)]
+    done = []
+    try:
+        for source, target in moves:
+            os.rename(source, target)
+            done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            os.rename(target, source)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
     staging.rmdir()
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def is_config(path):
+    return path.name == 'config.txt'

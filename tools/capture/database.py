@@ -1,0 +1,41 @@
+"""COLMAP's database of features and matches, as far as pycolmap cannot change it."""
+import sqlite3
+from contextlib import closing
+
+from scenes.errors import UserError, first_line
+
+# COLMAP numbers a pair of images by this times the smaller number, plus the larger one.
+MAX_IMAGES = 2 ** 31 - 1
+IN_PAIR = f'?1 IN (pair_id / {MAX_IMAGES}, pair_id % {MAX_IMAGES})'
+# For each table the rows that belong to the image with the number ?1.
+ROWS_OF_AN_IMAGE = {
+    'frames': 'frame_id IN (SELECT frame_id FROM frame_data WHERE data_id = ?1)',
+    'frame_data': 'data_id = ?1', 'pose_priors': 'corr_data_id = ?1', 'keypoints': 'image_id = ?1',
+    'descriptors': 'image_id = ?1', 'matches': IN_PAIR, 'two_view_geometries': IN_PAIR,
+    'images': 'image_id = ?1'}
+
+
+def forget_photos(database, is_outdated):
+    """Delete photos from a database, with their features and matches. Their numbers are not used again.
+
+    Args:
+      database: path; the file may be missing.
+      is_outdated: function of a photo's name: whether to delete it.
+    Returns:
+      the number of photos deleted.
+    Raises:
+      UserError: the file is not a database of COLMAP, or another process is writing to it.
+    """
+    if not database.is_file():
+        return 0
+    try:
+        with closing(sqlite3.connect(database)) as connection, connection:
+            images = connection.execute('SELECT image_id, name FROM images').fetchall()
+            outdated = [(key,) for key, name in images if is_outdated(name)]
+            for table, condition in ROWS_OF_AN_IMAGE.items():
+                connection.executemany(f'DELETE FROM {table} WHERE {condition}', outdated)
+    except sqlite3.OperationalError as error:
+        raise UserError(f'{database}: {first_line(error)}; another run may be using it') from None
+    except sqlite3.DatabaseError:
+        raise UserError(f'{database}: not a database of COLMAP; delete it') from None
+    return len(outdated)
