@@ -20,6 +20,10 @@ from tiny_scenes import blender_scene, llff_scene
 from load_blender import load_blender_data
 from scenes.errors import UserError
 from tools import download
+from tools.datasets import transfer
+from tools.datasets.archives import unpack
+from tools.datasets.sources import SHA256, find_scenes
+from tools.datasets.transfer import Damaged, Part
 
 LEGO, FERN = '/blender/lego.zip', '/llff/fern.zip'
 
@@ -120,7 +124,7 @@ def serve():
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(download, 'RETRY_SECONDS', 0)
+    monkeypatch.setattr(transfer, 'RETRY_SECONDS', 0)
 
 
 # --- scenes and archives ------------------------------------------------------------------------------------
@@ -171,7 +175,7 @@ def start_tool(out, *args, servers=(), **options):
 
 def scene_of(out, name='lego'):
     """The files of a scene that was unpacked, or None."""
-    (folder,) = [scene.folder for scene in download.find_scenes([name], out, [])]
+    (folder,) = [scene.folder for scene in find_scenes([name], out, [])]
     return contents(folder) if folder.exists() else None
 
 
@@ -214,7 +218,7 @@ def test_a_scene_is_found_wherever_it_is_in_the_archive(serve, tmp_path, lego, f
 
 def test_names_of_scenes_and_sets(tmp_path):
     def folders(*names):
-        scenes = download.find_scenes(names, tmp_path, [])
+        scenes = find_scenes(names, tmp_path, [])
         return [scene.folder.relative_to(tmp_path).as_posix() for scene in scenes]
     assert folders('lego', 'fern', 'lego', 'blender/lego') == ['nerf_synthetic/lego', 'nerf_llff_data/fern']
     assert folders('room', 'mipnerf360/room') == ['nerf_llff_data/room', 'mipnerf360/room']
@@ -230,19 +234,19 @@ def test_scenes_come_to_where_the_configs_look_for_them():
                      if line.startswith('datadir')] or [None]
         if folder and folder != './data/demo':
             name = folder.rpartition('/')[2]
-            (scene,) = download.find_scenes([name], Path('data'), [])
+            (scene,) = find_scenes([name], Path('data'), [])
             assert scene.folder == Path(folder)
 
 
 def test_every_scene_has_more_than_one_source():
-    for scene in download.find_scenes(['blender', 'llff', 'mipnerf360'], Path('data'), []):
+    for scene in find_scenes(['blender', 'llff', 'mipnerf360'], Path('data'), []):
         hosts = {archive.url for archive in scene.archives}
         assert len(hosts) >= (1 if scene.name in ('flowers', 'treehill') else 2), scene.name
 
 
 def test_an_archive_of_many_scenes_is_downloaded_once(serve, tmp_path, lego, monkeypatch):
     data = zip_of(prefixed('nerf_synthetic/lego/', lego) | prefixed('nerf_synthetic/chair/', lego))
-    monkeypatch.setitem(download.SHA256, 'nerf_synthetic.zip', (hashlib.sha256(data).hexdigest(),))
+    monkeypatch.setitem(SHA256, 'nerf_synthetic.zip', (hashlib.sha256(data).hexdigest(),))
     server = serve({'/nerf_synthetic.zip': data})
     assert run(tmp_path, 'lego', servers=[server]) == 0
     assert run(tmp_path, 'chair', servers=[server]) == 0
@@ -374,9 +378,9 @@ def test_a_part_that_is_complete_without_saying_so_is_downloaded_anew(serve, tmp
     """A process was killed at the end of a file whose length the server did not say."""
     data = zip_of(prefixed('lego/', lego))
     server = serve({LEGO: data})
-    (scene,) = download.find_scenes(['lego'], tmp_path, [f'{server.url}/'])
+    (scene,) = find_scenes(['lego'], tmp_path, [f'{server.url}/'])
     (tmp_path / 'downloads').mkdir()
-    part = download.Part(tmp_path / 'downloads', scene.archives[0])
+    part = Part(tmp_path / 'downloads', scene.archives[0])
     part.begin(None, None)
     part.path.write_bytes(data)
     assert run(tmp_path, 'lego', servers=[server]) == 0
@@ -385,7 +389,7 @@ def test_a_part_that_is_complete_without_saying_so_is_downloaded_anew(serve, tmp
 
 
 def test_a_server_that_falls_silent(serve, tmp_path, lego, monkeypatch, capsys):
-    monkeypatch.setattr(download, 'TIMEOUT', 0.2)
+    monkeypatch.setattr(transfer, 'TIMEOUT', 0.2)
     server = serve({LEGO: zip_of(prefixed('lego/', lego))})
     server.pause = 0.5
     assert run(tmp_path, 'lego', servers=[server]) == 0
@@ -532,7 +536,7 @@ def test_a_damaged_archive_leaves_nothing_and_the_second_source_is_used(serve, t
     zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_any_damage_is_noticed(tmp_path, compression):
     """Random bytes of an archive change; it is refused, or its contents are as they were."""
-    (scene,) = download.find_scenes(['lego'], tmp_path / 'data', [])
+    (scene,) = find_scenes(['lego'], tmp_path / 'data', [])
     files = {name: name.encode() * 20
              for name in (*scene.files, *(f'{group[0]}r_0.png' for group in scene.images))}
     data = zip_of(prefixed('lego/', files), compression)
@@ -543,11 +547,11 @@ def test_any_damage_is_noticed(tmp_path, compression):
             damaged[chance.randrange(len(data))] = chance.randrange(256)
         (tmp_path / 'lego.zip').write_bytes(damaged)
         try:
-            download.unpack(tmp_path / 'lego.zip', scene)
+            unpack(tmp_path / 'lego.zip', scene)
             found = contents(scene.folder)
             assert set(found.values()) <= set(files.values()), seed
             shutil.rmtree(scene.folder)
-        except download.Damaged:
+        except Damaged:
             refused += 1
         assert not (tmp_path / 'data').exists() or list((tmp_path / 'data/nerf_synthetic').iterdir()) == []
     assert refused > 75
@@ -578,7 +582,7 @@ def test_something_else_in_the_folder_is_not_touched(serve, tmp_path, lego, fern
 def test_the_disk_is_checked_before_anything_is_stored(serve, tmp_path, lego, monkeypatch, capsys):
     data = zip_of(prefixed('lego/', lego))
     usage = shutil.disk_usage(tmp_path)._replace(free=2 * len(data) - 1)
-    monkeypatch.setattr(download.shutil, 'disk_usage', lambda _: usage)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)
     server = serve({LEGO: data})
     assert run(tmp_path, 'lego', servers=[server]) == 2
     assert scene_of(tmp_path) is None and not list(tmp_path.rglob('*.part'))
@@ -592,7 +596,7 @@ def test_the_disk_is_checked_before_unpacking(tmp_path, lego, monkeypatch, capsy
     (tmp_path / 'downloads/lego.zip').write_bytes(zip_of(prefixed('lego/', lego)))
     size = sum(map(len, lego.values()))
     usage = shutil.disk_usage(tmp_path)._replace(free=size - 1)
-    monkeypatch.setattr(download.shutil, 'disk_usage', lambda _: usage)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)
     assert run(tmp_path, 'lego') == 2
     assert scene_of(tmp_path) is None and 'for lego unpacked' in capsys.readouterr().err
     usage = usage._replace(free=size)

@@ -11,7 +11,8 @@ from tools.capture.collect import Reason
 
 # Photos are reduced to this length of their longer side before they are measured, in pixels.
 MEASURED_SIDE = 800
-# The sharpness of a blurred photo is below this fraction of the median of all photos.
+# The sharpness of a blurred photo is below this fraction of the median of all photos. No photo of fox or fern
+# has less than 0.54 of it.
 BLURRED_FRACTION = 0.1
 # A photo above this sharpness is not blurred in any case.
 SHARP_ENOUGH = 6.0
