@@ -257,8 +257,8 @@ def main(argv=None):
         return stopped.exit_code
     except (UserError, OSError) as error:
         problem = first_line(error)
-        if isinstance(error, OSError) and error.filename:
-            problem = f'{error.filename}: {error.strerror}'
+        if isinstance(error, OSError):  # of a write, without a name, if the disk is full
+            problem = f'{error.filename or args.datadir}: {error.strerror}'
         print(f'photos.py: error: {problem}', file=sys.stderr)
         return 2
     config = str(args.datadir / 'config.txt')
