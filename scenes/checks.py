@@ -247,9 +247,9 @@ def check_distances(views):
 
 def check_box(views, aabb):
     """A box that misses what the cameras see."""
-    seen = views.points[(views.point_depths > 0).any(0)]
     if aabb is None:
         return
+    seen = views.points[(views.point_depths > 0).any(0)]
     outside = ((seen < aabb[0]) | (seen > aabb[1])).any(-1)
     if len(seen) and outside.mean() > MAX_CUT_POINTS:
         low, high = np.percentile(seen, [0.5, 99.5], axis=0)

@@ -217,13 +217,13 @@ def test_masks_follow_their_photos(tmp_path):
     half.paste(255, (0, 0, 40, 60))
     masks = {'in/a.jpg': 'in/masks/a.png', 'in/a.2.jpg': None, 'in/b.jpg': 'masks/b.jpg.png',
              'in/x/c.jpg': None, 'in/y/c.jpg': 'in/masks/y/c.png',
-             'in/z/images/d/e.png': 'in/z/masks/d/e.webp'}
+             'in/z/images/d/e.png': 'in/z/masks/d/e.PNG'}
     for photo, mask in masks.items():
         for path in filter(None, (photo, mask)):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         texture(60, 80).save(tmp_path / photo)
         if mask:
-            half.save(tmp_path / mask, lossless=True)
+            half.save(tmp_path / mask)
     photos, _ = find_photos(tmp_path / 'in')
     found = {photo.shown: photo.mask and photo.mask.relative_to(tmp_path).as_posix() for photo in photos}
     assert {f'in/{name}': mask for name, mask in found.items()} == masks
@@ -236,7 +236,7 @@ def test_masks_follow_their_photos(tmp_path):
 
 @pytest.mark.parametrize('mask, problem', [
     (None, 'not a readable mask'),
-    ((60, 80), 'found a mask of 60×80 pixels, expected one as upright as a.jpg')])
+    ((60, 80), 'found a mask of 60×80 pixels, expected one of the shape of a.jpg')])
 def test_a_mask_that_does_not_fit_is_named(tmp_path, mask, problem):
     (tmp_path / 'masks').mkdir()
     texture(60, 80).save(tmp_path / 'a.jpg')
@@ -244,8 +244,9 @@ def test_a_mask_that_does_not_fit_is_named(tmp_path, mask, problem):
     if mask:
         Image.new('L', mask).save(tmp_path / 'masks/a.png')
     photos, _ = find_photos(tmp_path)
-    with pytest.raises(UserError, match=rf'masks.a\.png: {problem}'):
-        Prepared(tmp_path / 'work', 40).add_photos(photos, 1)
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf'masks.a\.png: {problem}'):
+            Prepared(tmp_path / 'work', 40).add_photos(photos, 1)
 
 
 def test_cameras_are_grouped_by_make_lens_zoom_and_size(tmp_path):
@@ -403,9 +404,10 @@ def test_bounds_hold_what_is_seen_but_not_outliers(scene_type):
     assert (bounds[:, 0] > placed.near).all() and (bounds[:, 1] < placed.far).mean() >= 0.9
 
 
-def test_up_is_behind_cameras_that_look_straight_down():
+@pytest.mark.parametrize('spread', [0, 1e-3, np.pi])
+def test_up_is_behind_cameras_that_look_straight_down(spread):
     random = np.random.RandomState(0)
-    angle = random.uniform(0, 2 * np.pi, 20)
+    angle = spread * random.uniform(0, 2, 20) + np.pi * (np.arange(20) % 2)   # to and fro
     right = np.stack([np.cos(angle), np.sin(angle), 0 * angle], -1)
     back = np.broadcast_to([0, 0, 1.0], right.shape)
     positions = random.uniform(-1, 1, (20, 3)) + [0, 0, 5]
@@ -501,18 +503,22 @@ def test_poses_bounds_load(tmp_path):
 def test_every_preset_is_a_valid_config(tmp_path, scene_type):
     box = np.array([[-1.0] * 3, [1.0] * 3])
     placement = Placement(None, None, 1.0, None, None, scene_type, 0.1, 3.0, box)
-    for name in ('my scene', 'garden #2', "it's; [mine]", '"quoted" ; x'):
+    for name in ('my scene', 'garden #2', "it's; [mine]", "it's ; x", '"quoted" ; x'):
         write_config(tmp_path / 'config.txt', tmp_path / name, 'mine', placement, 2)
         args = config_parser().parse_args(['--config', str(tmp_path / 'config.txt')])
         assert args.datadir == str(tmp_path / name)
         assert args.factor == 2 and args.expname == 'mine' and args.occupancy_grid
+    for name in ("'x' #1", '[mine]'):
+        write_config(tmp_path / 'config.txt', Path(name), 'mine', placement, 2)
+        args = config_parser().parse_args(['--config', str(tmp_path / 'config.txt')])
+        assert Path(args.datadir) == Path(name)
 
 
 def test_other_cameras_do_not_resume_an_earlier_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    scene, new = tmp_path / 'my scene', tmp_path / 'new.json'
+    scene, new, frame = tmp_path / 'my scene', tmp_path / 'new.json', {'file_path': 'images/a.jpg'}
     scene.mkdir()
-    new.write_text('new')
+    new.write_text(json.dumps({'frames': [{**frame, 'transform_matrix': np.eye(4).tolist()}]}))
     assert experiment_name(scene, new) == 'my_scene'
     for run in ('my_scene', 'my_scene_2'):
         Path('logs', run).mkdir(parents=True)
@@ -522,8 +528,11 @@ def test_other_cameras_do_not_resume_an_earlier_run(tmp_path, monkeypatch):
     Path('logs/my_scene_2/000100.tar').touch()
     (scene / 'config.txt').write_text('# a comment\nexpname = my_scene_2\nbasedir = ./logs\n')
     assert experiment_name(scene, new) == 'my_scene_3'
-    (scene / 'transforms.json').write_text('new')
-    assert experiment_name(scene, new) == 'my_scene_2'
+    for shift, name in ((1e-6, 'my_scene_2'), (0.1, 'my_scene_3')):
+        moved_pose = (np.eye(4) + shift).tolist()
+        (scene / 'transforms.json').write_text(
+            json.dumps({'frames': [{**frame, 'transform_matrix': moved_pose}]}))
+        assert experiment_name(scene, new) == name
 
 
 def test_results_replace_those_of_an_earlier_run_and_nothing_else(tmp_path):
@@ -590,7 +599,7 @@ def test_a_damaged_database_is_named(tmp_path):
     (tmp_path / 'out/colmap/database.db').write_text('no database' * 100)
     (tmp_path / 'out/colmap/input.txt').write_text(f'{tmp_path / "in"}\n')
     done = photos_py(tmp_path / 'in', '--datadir', tmp_path / 'out')
-    assert done.returncode == 2 and 'database.db: not a database' in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and 'database.db: not a usable database' in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize('blur, advice', [(0, 'More overlap'), (9, 'More texture')])
@@ -834,18 +843,30 @@ def camera_errors(ours, shipped):
 
 # --- what is there already ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', ['images', 'transforms.json', 'poses_bounds.npy', 'colmap'])
+@pytest.mark.parametrize('name', ['images', 'transforms.json', 'poses_bounds.npy', 'colmap/database.db'])
 def test_another_scene_is_not_replaced(tmp_path, name):
     (tmp_path / 'in').mkdir()
     (tmp_path / 'out' / name).mkdir(parents=True)
     done = photos_py(tmp_path / 'in', '--datadir', tmp_path / 'out')
     assert done.returncode == 2 and 'which holds another scene' in done.stderr
-    assert [path.name for path in (tmp_path / 'out').iterdir()] == [name]
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == [name.split('/')[0]]
 
 
 def test_a_folder_of_other_photos_is_not_replaced(tmp_path):
-    for name in ('a', 'b'):
+    for name in 'ab':
         (tmp_path / name).mkdir()
-    first, again, other = (photos_py(tmp_path / name, '--datadir', tmp_path / 'out') for name in 'aab')
-    assert 'found no photo' in first.stderr and again.stderr == first.stderr
-    assert other.returncode == 2 and f'which is made of {tmp_path / "a"}' in other.stderr
+        texture(60, 80).save(tmp_path / f'{name}/1.jpg')
+    (tmp_path / 'empty').mkdir()
+    empty, first, again, other = (photos_py(tmp_path / name, '--datadir', tmp_path / 'out')
+                                  for name in ('empty', 'a', 'a', 'b'))
+    assert 'found no photo' in empty.stderr
+    assert 'photos that can be used: found 1' in first.stderr and again.stderr == first.stderr
+    assert other.returncode == 2 and f'which was made from {tmp_path / "a"}' in other.stderr
+
+
+def test_a_folder_whose_name_is_not_utf_8(tmp_path):
+    folder = tmp_path / os.fsdecode(b'caf\xe9')
+    folder.mkdir()
+    texture(60, 80).save(folder / '1.jpg')
+    done = photos_py(folder, '--datadir', tmp_path / 'out')
+    assert done.returncode == 2 and 'photos that can be used: found 1' in done.stderr

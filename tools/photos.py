@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scenes.errors import UserError, first_line
 from scenes.files import make_folder, partial_path, remove_partial_files, write_text
 from scenes.report import write_report
-from tools.capture.collect import VIDEO_EXTENSIONS, find_photos, group_cameras
+from tools.capture.collect import VIDEO_EXTENSIONS, find_photos, group_cameras, readable
 from tools.capture.diagnose import advice_for, explain_unplaced, findings_of, make_report
 from tools.capture.model import arrays_of
 from tools.capture.place import FORWARD_FACING, place_scene, view_bounds
@@ -47,13 +47,9 @@ from tools.capture.write import (
 from training.options import integer
 from training.signals import Stopped, StopRequest
 
-# This file of an output folder names the input that it is made of.
+# This file of an output folder names the input that it was made from.
 INPUT_NOTE = Path('colmap', 'input.txt')
 RUN_NERF = Path(__file__).resolve().parent.parent / 'run_nerf.py'
-
-
-class Failed(UserError):
-    """Pose estimation failed; a report says why."""
 
 
 class Capture:
@@ -66,7 +62,6 @@ class Capture:
     def __init__(self, args):
         self.args, self.datadir = args, args.datadir
         self.work = make_folder(args.datadir / INPUT_NOTE.parent)
-        write_text(args.datadir / INPUT_NOTE, f'{args.input.resolve()}\n')
         remove_partial_files(self.work)
         self.prepared = Prepared(self.work, args.max_size)
         self.photos, self.ignored, self.groups = [], [], []
@@ -77,7 +72,7 @@ class Capture:
         Returns:
           a line on the result.
         Raises:
-          UserError: the input cannot be used. Failed: no cameras were found.
+          UserError: the input cannot be used, or no cameras were found.
         """
         self.collect()
         self.sort_out()
@@ -86,11 +81,17 @@ class Capture:
     def collect(self):
         """Find photos or frames, turn them upright and measure them."""
         if is_video(self.args.input):
+            self.note_input()
             self.photos = self.prepared.add_video(self.args.input, self.args.num_frames)
         else:
             self.photos, self.ignored = find_photos(self.args.input, skip=self.datadir)
+            self.note_input()
             self.prepared.add_photos([photo for photo in self.photos if photo.reason is None],
                                      self.args.num_threads)
+
+    def note_input(self):
+        """Note what the folder is made from, so that other photos are not mixed with these."""
+        write_text(self.datadir / INPUT_NOTE, readable(self.args.input.resolve()) + '\n')
 
     def sort_out(self):
         """Give photos that cannot be used a reason, and group the others by camera."""
@@ -102,10 +103,10 @@ class Capture:
         self.groups = group_cameras(usable)
         masks = sum(photo.mask is not None for photo in usable)
         print(f'{len(usable)} of {len(self.photos)} photos can be used; cameras: {len(self.groups)}'
-              + (f'; with a mask: {masks}' if masks else ''))
+              + (f'; with a mask: {masks}' if masks or (self.args.input / 'masks').is_dir() else ''))
         say_reasons(self.photos)
         if len(usable) < MIN_PHOTOS:
-            self.fail(f'{self.args.input}: found {len(usable)} photos that can be used, '
+            self.fail(f'{self.args.input}: photos that can be used: found {len(usable)}, '
                       f'expected at least {MIN_PHOTOS}')
 
     def estimate(self):
@@ -124,12 +125,12 @@ class Capture:
         return poses.model
 
     def fail(self, problem):
-        """Write the report, beside the database if there is an earlier result, and raise `Failed`."""
+        """Write the report, beside the database if there is an earlier result, and raise `UserError`."""
         report = make_report(f'{self.datadir.resolve().name}: no cameras', self.photos, self.ignored,
                              self.groups, findings_of(self.photos, [], 0.0), self.prepared.images)
         folder = self.work if (self.datadir / 'config.txt').exists() else self.datadir
         write_report(report, folder)
-        raise Failed(f'{problem}. {advice_for(self.photos)} See {folder / "report.html"}')
+        raise UserError(f'{problem}. {advice_for(self.photos)} See {folder / "report.html"}')
 
     def write(self, model, staging):
         """Place the scene, and write it; returns a line on the result."""
@@ -223,10 +224,11 @@ def check_paths(args):
                         'which will be written')
     note, work = target / INPUT_NOTE, target / INPUT_NOTE.parent
     if note.is_file():
-        if note.read_text(encoding='utf-8').strip() != str(source):
-            raise UserError(f'--datadir: found {args.datadir}, which is made of '
-                            f'{note.read_text(encoding="utf-8").strip()}; expected another folder')
-    elif work.exists() or any(OUTPUTS.fullmatch(path.name) for path in target.glob('*')):
+        other = note.read_text(encoding='utf-8').strip()
+        if other != readable(source):
+            raise UserError(f'--datadir: found {args.datadir}, which was made from {other}; expected another '
+                            f'folder. If those photos were moved, delete {args.datadir / INPUT_NOTE}')
+    elif (work / 'database.db').exists() or any(OUTPUTS.fullmatch(path.name) for path in target.glob('*')):
         raise UserError(f'--datadir: found {args.datadir}, which holds another scene; expected a new folder, '
                         'or one that this command has written')
 
@@ -257,8 +259,8 @@ def main(argv=None):
         return stopped.exit_code
     except (UserError, OSError) as error:
         problem = first_line(error)
-        if isinstance(error, OSError):  # of a write, without a name, if the disk is full
-            problem = f'{error.filename or args.datadir}: {error.strerror}'
+        if isinstance(error, OSError):  # a full disk raises an error without a file name
+            problem = f'{error.filename or args.datadir}: {error.strerror or problem}'
         print(f'photos.py: error: {problem}', file=sys.stderr)
         return 2
     config = str(args.datadir / 'config.txt')

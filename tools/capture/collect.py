@@ -44,14 +44,14 @@ class Reason(NamedTuple):
 class Photo:
     """A photo or a frame of a video, and what is found out about it."""
     source: Path                     # the file it comes from
-    shown: str                       # what people know it by: its path in the input, or the frame's name
+    shown: str                       # the name shown to the user: path in the input, or the frame's name
     name: str                        # its file name in images/
     width: int = 0                   # of the upright photo in pixels
     height: int = 0
     camera: tuple = ()               # make, model, lens, focal lengths and zoom as in EXIF
     focal: float | None = None       # focal length in pixels according to EXIF
     as_is: bool = False              # whether the file is an upright JPEG, which can be copied
-    mask: Path | None = None         # its mask, as upright as the photo; white counts
+    mask: Path | None = None         # its mask, in the photo's orientation; white is used
     reason: Reason | None = None     # why it is not used
     sharpness: float | None = None   # variance of the Laplacian
     exposure: float | None = None    # mean grey, 0 to 1
@@ -124,16 +124,17 @@ def list_files(folder, skip=None):
 def find_mask(photo, folder):
     """The mask of a photo below the input `folder`; None if there is none.
 
-    It has the photo's name with another extension, or with one more, and lies in `masks/` in a folder that
-    holds the photo, or beside the input folder or one called `images`, in the same subfolder.
+    It has the photo's name with another extension, or with an extension appended, and lies in `masks/` in a
+    folder that holds the photo, or beside the input folder or one called `images`, in the same subfolder.
     """
-    folders = [parent for parent in photo.parents if parent.is_relative_to(folder)]
+    photo, folder = photo.absolute(), folder.absolute()
     places = []
-    for parent in folders:
+    for parent in photo.parents[:len(photo.relative_to(folder).parts)]:
         places.append(Path(parent, 'masks', photo.relative_to(parent)))
         if parent.name == 'images' or parent == folder:
             places.append(Path(parent.parent, 'masks', photo.relative_to(parent)))
-    files = [file for place in places for extension in PHOTO_EXTENSIONS
+    extensions = [*PHOTO_EXTENSIONS, *map(str.upper, PHOTO_EXTENSIONS)]
+    files = [file for place in places for extension in extensions
              for file in (place.with_suffix(extension), Path(f'{place}{extension}'))]
     return next((file for file in files if file.is_file()), None)
 

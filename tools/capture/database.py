@@ -1,4 +1,4 @@
-"""COLMAP's database of features and matches, as far as pycolmap cannot change it."""
+"""Changes to COLMAP's database of features and matches that pycolmap does not offer."""
 import sqlite3
 from contextlib import closing
 
@@ -34,8 +34,8 @@ def forget_photos(database, is_outdated):
             outdated = [(key,) for key, name in images if is_outdated(name)]
             for table, condition in ROWS_OF_AN_IMAGE.items():
                 connection.executemany(f'DELETE FROM {table} WHERE {condition}', outdated)
-    except sqlite3.OperationalError as error:
-        raise UserError(f'{database}: {first_line(error)}; another run may be using it') from None
-    except sqlite3.DatabaseError:
-        raise UserError(f'{database}: not a database of COLMAP; delete it') from None
+    except sqlite3.DatabaseError as error:
+        advice = 'another run may be using it' if 'locked' in str(error) else 'delete it'
+        problem = f'not a usable database of COLMAP ({first_line(error)})'
+        raise UserError(f'{database}: {problem}; {advice}') from None
     return len(outdated)

@@ -98,7 +98,7 @@ def findings_of(photos, views, error):
         add('good', f'{len(views)} of {len(usable)} usable photos have a camera.')
     if len(usable) < ENOUGH_PLACED * len(photos):
         add('warning', f'{len(photos) - len(usable)} of {len(photos)} photos cannot be used.',
-            advice_for([photo for photo in photos if photo not in usable]))
+            advice_for([photo for photo in photos if photo.reason and photo.reason.kind in UNUSABLE]))
     if views and error > LARGE_ERROR:
         add('warning', f'The mean reprojection error is large: {error:.2f} pixels.',
             'Keep the scene still, and fix focus and zoom.')
@@ -110,7 +110,7 @@ def findings_of(photos, views, error):
     median = np.median([photo.sharpness for photo in measured]) if measured else 0
     soft = [photo.shown for photo in measured if photo.sharpness < MIN_FRACTION * median]
     if soft:
-        add('warning', f'{len(soft)} photos are much less sharp than the others: {listed(soft)}.',
+        add('warning', f'Much less sharp than the other photos: {listed(soft)}.',
             'Hold the camera still for each photo, or use more light.')
     exposures = [photo.exposure for photo in measured]
     if exposures and np.ptp(np.percentile(exposures, [5, 95])) > EXPOSURE_SPREAD:

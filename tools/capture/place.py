@@ -40,7 +40,7 @@ MAX_BOX = 6.0
 # The right axes of level cameras lie in a plane. Their second singular value, divided by √N, is at least this
 # if they determine it.
 LEVEL_SPREAD = 0.17
-# Cameras whose mean up axis is shorter than this along the vertical look straight up or down.
+# If the mean up axis of the cameras is shorter than this along the vertical, they look straight down.
 MIN_UP = 0.1
 # Number of rounds of reweighting when the focus is estimated.
 FOCUS_ROUNDS = 10
@@ -147,17 +147,16 @@ def level(poses):
     `x_placed = R @ x`.
 
     People hold cameras level, so up is perpendicular to their right axes. If these are all alike, up is the
-    direction perpendicular to their mean that is closest to the cameras' mean up. The back of cameras that
-    look down is up, too.
+    direction perpendicular to their mean that is closest to the cameras' mean up. For cameras that look down
+    it is their back axis.
     """
-    right, mean_up = poses[:, :, 0], poses[:, :, 1].mean(0)
+    right = poses[:, :, 0]
     _, spread, directions = np.linalg.svd(right, full_matrices=False)
-    if spread[1] > LEVEL_SPREAD * np.sqrt(len(right)):
-        up = directions[2]
-        side = up @ mean_up if abs(up @ mean_up) > MIN_UP else up @ poses[:, :, 2].mean(0)
-        up = -up if side < 0 else up
-    else:
-        up = mean_up - (mean_up @ directions[0]) * directions[0]
+    levelled = directions[2:] if spread[1] > LEVEL_SPREAD * np.sqrt(len(right)) else directions[1:]
+    for axis in (1, 2):  # up, then back
+        up = poses[:, :, axis].mean(0) @ levelled.T @ levelled
+        if np.linalg.norm(up) > MIN_UP:
+            break
     up = normalize(up)
     forward = -poses[:, :, 2].mean(0)
     forward -= (forward @ up) * up

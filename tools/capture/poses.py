@@ -5,6 +5,7 @@
     colmap/pairs.txt         for a video: pairs of distant frames to match
 """
 import os
+import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
@@ -12,7 +13,6 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -133,6 +133,7 @@ class PoseEstimation:
     def __init__(self, prepared, groups, num_threads, seed):
         self.pycolmap = import_pycolmap()
         self.folder, self.database = prepared.folder, prepared.database
+        self.vocabulary_file = prepared.vocabulary
         self.images, self.masks, self.groups = prepared.images, prepared.masks, groups
         self.names = sorted(photo.name for group in groups for photo in group.photos)
         self.num_threads, self.seed = num_threads, seed
@@ -146,7 +147,7 @@ class PoseEstimation:
         """
         names = set(self.names)
         if forget_photos(self.database, lambda name: name not in names):
-            Path(self.folder, 'vocabulary.bin').unlink(missing_ok=True)
+            self.vocabulary_file.unlink(missing_ok=True)
         try:
             self.reader = self.pycolmap.Database.open(self.database)
         except RuntimeError:
@@ -227,7 +228,7 @@ class PoseEstimation:
 
     def vocabulary(self):
         """The file of a vocabulary tree, built from the features of the photos themselves."""
-        path = self.folder / 'vocabulary.bin'
+        path = self.vocabulary_file
         if path.is_file():
             return path
         random = np.random.default_rng(self.seed)
@@ -271,7 +272,8 @@ class PoseEstimation:
         with self.output_folder() as output:
             try:
                 models = self.step('cameras, all at once', work)
-            except UserError:  # it gives up on pairs that do not connect
+            except UserError as error:  # it gives up on pairs that do not connect
+                tqdm.write(f'photos.py: warning: {error}', file=sys.stderr)
                 return []
         return list(models.values())
 
@@ -349,15 +351,15 @@ def placed_images(model):
 # --- refinement ---------------------------------------------------------------------------------------------
 
 def refine(model, num_threads, token):
-    """Refine poses, points and cameras of a reconstruction together; returns the refined one. Stops early if
-    the `CancellationToken` says so.
+    """Refine poses, points and cameras of a reconstruction together; returns the refined one, or None if the
+    `CancellationToken` says so.
 
     A camera model with more parameters is taken only if it fits clearly better: parameters that the photos do
     not determine, such as the distortion near borders that no feature is close to, harm poses.
     """
     best, best_cost = None, np.inf
     for name, refine_principal_point in CAMERA_MODELS:
-        if best is not None and token.is_cancelled:
+        if token.is_cancelled:
             break
         refined, cost = refine_as(name, model, refine_principal_point, num_threads)
         plausible = all(is_plausible(refined.camera(key)) for key in refined_cameras(refined))
@@ -368,13 +370,13 @@ def refine(model, num_threads, token):
 
 def remove_uncertain(model):
     """Remove photos with too few points from a reconstruction, in place; returns their numbers of points by
-    name."""
-    few = {image.name: image.num_points3D for image in placed_images(model)
-           if image.num_points3D < MIN_POINTS}
-    for image in placed_images(model):
-        if image.name in few:
+    name. Points that only one photo is left to see go with it, so others may follow."""
+    removed = {}
+    while few := [image for image in placed_images(model) if image.num_points3D < MIN_POINTS]:
+        removed.update({image.name: image.num_points3D for image in few})
+        for image in few:
             model.deregister_frame(image.frame_id)
-    return few
+    return removed
 
 
 def refined_cameras(model):

@@ -2,7 +2,7 @@
 
     colmap/images/         the photos
     colmap/masks/          their masks, if there are any; named as COLMAP wants it, photo.jpg.png
-    colmap/prepared.json   which file each one was made of, and its quality, so that a second run need not
+    colmap/prepared.json   which file each one was made from, and its quality, so that a second run need not
                            read it again
 """
 import json
@@ -21,8 +21,8 @@ from tools.capture.video import sharpest_frames
 
 # Photos that another version of this file has prepared are prepared again.
 VERSION = 2
-# A mask may differ from the shape of its photo by this fraction, from rounding.
-MAX_STRETCH = 0.02
+# The shape of a mask may differ from that of its photo by this fraction, from rounding.
+MAX_MASK_STRETCH = 0.02
 # Quality of the JPEG files written, of 100.
 JPEG_QUALITY = 95
 
@@ -30,7 +30,7 @@ JPEG_QUALITY = 95
 @dataclass
 class Entry:
     """What is known of a prepared photo."""
-    source: list       # what it was made of: path, size and time of the file, and settings
+    source: list       # what it was made from: path, size and time of the file, and settings
     size: list         # width and height in pixels
     quality: Quality
 
@@ -43,12 +43,13 @@ class Prepared:
       max_size: photos are reduced to this length of their longer side, in pixels.
     Attributes:
       images, masks: the folders of prepared photos and of their masks; the latter may not exist.
-      database: path of COLMAP's database. It has no features of photos that were prepared anew.
+      database, vocabulary: files of `PoseEstimation`. What is outdated is deleted from them.
     """
 
     def __init__(self, folder, max_size):
         self.folder, self.images, self.masks = folder, folder / 'images', folder / 'masks'
-        self.database, self.index_file = folder / 'database.db', folder / 'prepared.json'
+        self.database, self.vocabulary = folder / 'database.db', folder / 'vocabulary.bin'
+        self.index_file = folder / 'prepared.json'
         self.max_size = max_size
         self.images.mkdir(parents=True, exist_ok=True)
         content = read_json(self.index_file) if self.index_file.is_file() else {}
@@ -114,9 +115,12 @@ class Prepared:
 
     def reuse(self, photo, source):
         """Whether an earlier run has prepared this photo; if so its size and quality are noted."""
-        entry = self.index.get(photo.name)
-        if entry is None or entry.source != source or not (self.images / photo.name).is_file():
+        entry, image, mask = (self.index.get(photo.name), self.images / photo.name,
+                              self.mask_path(photo.name))
+        if entry is None or entry.source != source or not image.is_file():
             return False
+        if mask.is_file() != (photo.mask is not None) or size_of(image) != tuple(entry.size):
+            return False  # an interrupted run has left only a part
         self.note(photo, entry)
         return True
 
@@ -153,9 +157,9 @@ class Prepared:
             mask = open_upright(photo.mask).convert('L')
         except Exception as error:  # as for photos
             raise UserError(f'{photo.mask}: not a readable mask ({first_line(error)})') from None
-        if abs(mask.width / mask.height * photo.height / photo.width - 1) > MAX_STRETCH:
+        if abs(mask.width / mask.height * photo.height / photo.width - 1) > MAX_MASK_STRETCH:
             raise UserError(f'{photo.mask}: found a mask of {mask.width}×{mask.height} pixels, expected one '
-                            f'as upright as {photo.shown}, such as {photo.width}×{photo.height}')
+                            f'of the shape of {photo.shown}, such as {photo.width}×{photo.height}')
         self.masks.mkdir(exist_ok=True)
         with atomic_write(path) as partial:
             mask.resize((photo.width, photo.height), Image.Resampling.NEAREST).save(partial)
@@ -175,11 +179,19 @@ class Prepared:
         self.save()
 
     def save(self):
-        """Write the index for the next run. Features of photos that were prepared anew are forgotten
-        before."""
-        forget_photos(self.database, self.written.__contains__)
+        """Write the index for the next run. Features of photos that were prepared anew, and a vocabulary
+        that was built from them, are deleted first."""
+        if forget_photos(self.database, self.written.__contains__):
+            self.vocabulary.unlink(missing_ok=True)
         content = {'version': VERSION, 'photos': {name: asdict(entry) for name, entry in self.index.items()}}
         write_text(self.index_file, json.dumps(content, indent=1) + '\n')
+
+
+def size_of(path):
+    """Width and height of an image according to its header."""
+    from PIL import Image
+    with Image.open(path) as image:
+        return image.size
 
 
 def open_upright(path):

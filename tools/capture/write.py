@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from scenes.cameras import homogeneous
-from scenes.files import partial_path
+from scenes.files import partial_path, read_json
 from tools.capture.place import ALL_AROUND, FORWARD_FACING, UNBOUNDED
 
 # Every view with this number is held out to measure quality, as is usual for LLFF's scenes.
 LLFFHOLD = 8
+# Poses that differ by less than this, in units of the placed scene, are the same.
+SAME_POSE = 1e-3
 # Photos are reduced for training until their longer side has no more than this number of pixels.
 TRAINING_SIDE = 1000
 # A scene is trained in the LLFF layout, which has no lens distortion, if that costs no more than this mean
@@ -119,11 +121,11 @@ def write_poses_bounds(path, poses, bounds, view):
 
 
 def experiment_name(datadir, transforms):
-    """The `expname` for the config of a scene: that of the config in `datadir` if `transforms` is the same
-    file as there. Otherwise it is the folder's name, with a number if there is a run of that name, which
-    would be resumed with cameras that it does not fit."""
+    """The `expname` for the config of a scene: that of the config in `datadir` if the file `transforms` has
+    the same cameras as the one there. Otherwise it is the folder's name, with a number if there is a run of
+    that name, which would be resumed with cameras that it does not fit."""
     known = [path for path in (datadir / 'transforms.json', datadir / 'config.txt') if path.is_file()]
-    if len(known) == 2 and known[0].read_bytes() == transforms.read_bytes():
+    if len(known) == 2 and same_cameras(known[0], transforms):
         name = re.search(r'^expname = (\S+)$', known[1].read_text(encoding='utf-8'), re.MULTILINE)
         if name:
             return name[1]
@@ -132,10 +134,21 @@ def experiment_name(datadir, transforms):
     return next(name for name in names if not any(Path('logs', name).glob('*.tar')))
 
 
+def same_cameras(*files):
+    """Whether two files transforms.json have the same images with the same poses, but for rounding: bundle
+    adjustment on several threads does not repeat exactly."""
+    a, b = ({frame['file_path']: np.array(frame['transform_matrix']) for frame in read_json(file)['frames']}
+            for file in files)
+    return a.keys() == b.keys() and all(np.allclose(a[name], b[name], atol=SAME_POSE) for name in a)
+
+
 def quoted(path):
-    """A path as a config file has it: in quotes if a part of it would be taken for a comment."""
+    """A path as a config file has it: in quotes if it would be read as something else."""
     text = path.as_posix()
-    return f"'{text}'" if re.search(r'\s[#;]|^["[]', text) else text
+    text = f'./{text}' if text.startswith('[') else text  # not a list
+    if not re.search(r"\s[#;]|^['\"]", text):
+        return text
+    return f'"{text}"' if "'" in text else f"'{text}'"
 
 
 def write_config(path, datadir, name, placement, factor, white_bkgd=False, llff_error=None):
@@ -202,9 +215,9 @@ def publish(staging, datadir):
     except BaseException:
         for source, target in reversed(done):
             os.rename(target, source)
+        old.rmdir()
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     staging.rmdir()
 
 
