@@ -26,18 +26,19 @@ from accel.hash_nerf import HashNeRF
 from accel.network_query import NetworkQuery
 from accel.occupancy import RESOLUTION
 from accel.packed import can_composite_dense, composite_dense
+from accel.proposals import ProposalRenderer
 from accel.renderer import Renderer, join
 from load_blender import load_blender_scene
 from load_llff import load_llff_scene
 from run_nerf_helpers import (  # noqa: F401 - batchify and run_network are names of nerf-pytorch's run_nerf.py
     EncodedNeRF,
     batchify,
+    color_error,
     disparity,
     fixed_uniform,
     get_embedder,
     get_rays,
     img2mse,
-    img2mse_random_bkgd,
     mse2psnr,
     ndc_rays,
     run_network,
@@ -317,6 +318,8 @@ def create_nerf(args, checkpoint=None):
     if args.N_importance > 0:
         network_fine = create_network(args, args.netdepth_fine, args.netwidth_fine).to(device)
     renderer = GridRenderer(seed=args.seed).to(device) if args.occupancy_grid else EXACT
+    if args.sampler == 'proposal':
+        renderer = ProposalRenderer(args.lambda_distortion, args.seed).to(device)
 
     ndc = uses_ndc(args)
     render_kwargs_train = {
@@ -385,12 +388,6 @@ def frame_renderer(args, scene, kwargs_train, kwargs_test, processes, stop, say)
 
 # --- training -----------------------------------------------------------------------------------------------
 
-def color_error(rgb, acc, target, bkgd):
-    """Mean squared error of colours [N, 3] with opacity [N] on `bkgd`; for a `target` [N, 4] with alpha, the
-    expected error over random backgrounds."""
-    return img2mse(rgb, target) if target.shape[-1] == 3 else img2mse_random_bkgd(rgb, acc, target, bkgd)
-
-
 def color_errors(rgb, acc, extras, target, bkgd):
     """`color_error` of each network by name; arguments as those of `nerf_losses`."""
     if 'rgb0' not in extras:
@@ -407,7 +404,7 @@ def nerf_losses(errors, rgb, acc, extras, target, bkgd):
       errors: `color_errors` of these rays, with gradient.
       rgb, acc: colours [N, 3] and opacities [N] of the fine network, or of the only one.
       extras: the other results of `render`: rgb0, acc0 of the coarse network; weights, z_vals [N, N_samples]
-        and depth_map [N]; with an occupancy grid depth_map and `packed`, the `PackedSamples`.
+        and depth_map [N]; with another renderer what its `render_rays` says.
       target: colours [N, 3], or colours on `bkgd` and alpha [N, 4].
       bkgd: grey value of the background, 0 or 1.
     """
@@ -423,6 +420,7 @@ def loss_and_gradient(hwf, K, chunk, batch, render_kwargs):
         rgb, _, acc, extras = render(*hwf[:2], K, chunk, part.rays, retsamples=True, **render_kwargs)
         errors = color_errors(rgb, acc, extras, part.target, bkgd)
         losses = nerf_losses(errors, rgb, acc, extras, part.target, bkgd)
+        losses.update(render_kwargs.get('renderer', EXACT).losses(extras))
         render_kwargs['network_query_fn'].backward(losses.values(), share)
 
         with torch.no_grad():

@@ -48,6 +48,12 @@ def img2mse_random_bkgd(rgb, acc, target, bkgd):
     return torch.add(F.mse_loss(*on_grey), F.mse_loss(opacity, alpha), alpha=1 / 12)
 
 
+def color_error(rgb, acc, target, bkgd):
+    """Mean squared error of colours [N, 3] with opacity [N] on `bkgd`; for a `target` [N, 4] with alpha, the
+    expected error over random backgrounds."""
+    return img2mse(rgb, target) if target.shape[-1] == 3 else img2mse_random_bkgd(rgb, acc, target, bkgd)
+
+
 def mse2psnr(x):
     """Peak signal-to-noise ratio in dB of a mean squared error, for a signal in [0, 1]."""
     return -10 * torch.log10(x)

@@ -1,7 +1,8 @@
 """The interface of a renderer, which turns rays into colours.
 
 `ExactRenderer` in run_nerf.py is the paper's hierarchical sampling; `GridRenderer` samples the occupied cells
-of a grid; `FastRenderer` skips samples that cannot be seen. A renderer is a module: its parameters, buffers
+of a grid; `ProposalRenderer` asks small networks where to sample; `FastRenderer` skips samples that cannot be
+seen. A renderer is a module: its parameters, buffers
 and submodules are trained, saved and moved like those of any other module.
 """
 import torch
@@ -31,6 +32,11 @@ class Renderer(nn.Module):
         rendered `chunk` at a time: itself unless overridden. The other arguments are those of
         `render_rays`."""
         return self
+
+    def losses(self, extras):
+        """Terms of the loss that train the renderer, by name, from the results of `render` with
+        `retsamples`."""
+        return {}
 
     def update(self, step, **kwargs):
         """Called after training step `step` with the arguments of `render_rays`: update what depends on the

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(not STAND_IN.is_file(), reason=f'no stand-in for a GPU at {STAND_IN}')]
 # Their tests run with a GPU as torch's default device too.
 UNIT_TESTS = ('helpers', 'render', 'packed', 'occupancy', 'grid_renderer', 'hash_grid', 'hash_nerf',
-              'network_query', 'sparse_backward', 'devices')
+              'network_query', 'proposals', 'sparse_backward', 'devices')
 # Runs a script where the driver is too old for torch: a GPU is counted, but cannot be initialised.
 OLD_DRIVER = '''
 import runpy, sys, torch

@@ -88,7 +88,7 @@ def test_a_collapsed_density_is_restarted(few_views, tmp_path, capsys):
 @pytest.mark.parametrize('options, problem', [
     (['--N_importance', '16'], 'argument --N_importance: found 16, expected 0 with --occupancy_grid'),
     (['--lindisp'], 'argument --lindisp: not available with --occupancy_grid'),
-    (['--no-occupancy_grid'], 'argument --random_bkgd: needs --occupancy_grid if --i_embed is 1'),
+    (['--no-occupancy_grid'], 'argument --random_bkgd: needs --occupancy_grid or --sampler proposal'),
     (['--aabb', '0', '0', '0', '1', '-1', '1'], 'argument --aabb: found 0 0 0 1 -1 1, expected X0 < X1')])
 def test_options_that_contradict_each_other(capsys, options, problem):
     with pytest.raises(SystemExit):

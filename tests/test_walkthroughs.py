@@ -58,7 +58,7 @@ def test_blurred_weights_replace_one_call():
 
 
 def test_a_proposal_network_is_trained_and_saved(tmp_path, monkeypatch):
-    names = defined_by(block('class ProposalRenderer'), Renderer=Renderer, render_rays=run_nerf.render_rays)
+    names = defined_by(block('class CoarseProposal'), Renderer=Renderer, render_rays=run_nerf.render_rays)
     source = inspect.getsource(run_nerf.create_nerf)
     (line,) = [line for line in source.splitlines(keepends=True) if 'GridRenderer(' in line]
     source = source.replace(line, block('proposal = create_network'))

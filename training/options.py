@@ -104,11 +104,18 @@ class OptionParser(configargparse.ArgumentParser):
         if args.occupancy_grid and args.N_importance > 0:
             self.error(f'argument --N_importance: found {args.N_importance}, expected 0 with '
                        '--occupancy_grid, which takes the place of the coarse network')
+        if args.sampler == 'proposal' and (args.occupancy_grid or args.N_importance > 0):
+            self.error('argument --sampler: proposal is not available with --occupancy_grid and '
+                       '--N_importance')
+        if args.lambda_distortion > 0 and args.sampler != 'proposal':
+            self.error('argument --lambda_distortion: needs --sampler proposal')
         if args.occupancy_grid and args.lindisp:
             self.error('argument --lindisp: not available with --occupancy_grid, whose steps are equal')
-        if args.random_bkgd and args.i_embed == 1 and not args.occupancy_grid:
-            self.error('argument --random_bkgd: needs --occupancy_grid if --i_embed is 1: the density of '
-                       'hash networks is never 0, so the unbounded last interval would always be opaque')
+        bounded = args.occupancy_grid or args.sampler == 'proposal'
+        if args.random_bkgd and args.i_embed == 1 and not bounded:
+            self.error('argument --random_bkgd: needs --occupancy_grid or --sampler proposal if --i_embed is '
+                       '1: the density of hash networks is never 0, so the unbounded last interval would '
+                       'always be opaque')
         if args.i_embed == 2:
             self.error('argument --i_embed: found 2, expected 0, 1 or -1; spherical harmonics encode '
                        'directions, see --i_embed_views')
@@ -264,6 +271,12 @@ def _training_options(parser):
         help='thousands of steps in which the learning rate decays to a tenth')
     add('--occupancy_grid', affects='networks', action=BooleanSwitch, default=False,
         help='one network, sampled only in occupied cells; N_samples steps span the diagonal of the box')
+    add('--sampler', affects='networks', choices=['hierarchical', 'proposal'], default='hierarchical',
+        help='hierarchical: coarse samples, then fine ones where their weights are; proposal: two small '
+             'networks decide where the N_samples samples of one network lie')
+    add('--lambda_distortion', affects='training', type=number(least=0), default=0.,
+        help='with --sampler proposal: weight of the distortion loss, which draws the samples of a ray '
+             'together')
     add('--N_rand_samples', affects='training', type=integer(1), default=2 ** 18,
         help='with --occupancy_grid: samples per step; the number of rays adapts to it, up to N_rand')
     add('--no_batching', affects='training', action=BooleanSwitch, default=False,
