@@ -1,11 +1,11 @@
-"""Proposal sampling (Barron et al., "Mip-NeRF 360", CVPR 2022): small networks without colour find out where
-the samples of a ray belong.
+"""Proposal sampling (Barron et al., "Mip-NeRF 360", CVPR 2022): small networks that predict only density
+decide where a ray is sampled.
 
   s_vals   [N_rays, M + 1] edges of the intervals of a ray, ascending: 0 at near, 1 at far
   weights  [N_rays, M] of these intervals, Eq. 3 of NeRF
 
-The first proposal network is evaluated in even intervals. Each next network gets intervals that hold equal
-shares of the weights before, and the radiance field the last ones.
+The first proposal network is evaluated in even intervals. Each later network is evaluated in intervals that
+hold equal shares of the previous network's weights; the radiance field comes last.
 """
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,11 @@ N_LEVELS = 4
 LOG2_HASHMAP_SIZE = 16
 # Their hidden layer has this many channels.
 HIDDEN_WIDTH = 16
-# In this many steps intervals change from even ones to those that follow the weights.
+# Over this many training steps, intervals change from even ones to those that follow the weights.
 ANNEAL_STEPS = 1000
 # The larger this is, the more of that change comes early (mip-NeRF 360, Sec. 4).
 ANNEAL_SLOPE = 10.0
-# This share of the intervals is spread evenly, so that what has no weight yet is looked at again.
+# This share of the intervals is spread evenly, so that parts without weight are still sampled.
 EVEN_SHARE = 0.01
 # This keeps quotients of weights finite.
 EPS = 1e-7
@@ -204,7 +204,7 @@ def histogram_loss(s_vals, weights, proposal_s_vals, proposal_weights):
 
 def distortion_loss(s_vals, weights):
     """sum_ij w_i w_j |m_i - m_j| + 1/3 sum_i w_i^2 (s_i+1 - s_i), where m are the middles of the intervals:
-    Eq. 15 of mip-NeRF 360, in linear time; the mean over rays. It draws the weights of a ray together."""
+    Eq. 15 of mip-NeRF 360, in linear time; the mean over rays. It pulls the weights of a ray together."""
     mids, widths = 0.5 * (s_vals[:, 1:] + s_vals[:, :-1]), s_vals.diff()
     weight_before = torch.cumsum(weights, -1) - weights
     moment_before = torch.cumsum(weights * mids, -1) - weights * mids

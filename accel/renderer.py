@@ -2,8 +2,8 @@
 
 `ExactRenderer` in run_nerf.py is the paper's hierarchical sampling; `GridRenderer` samples the occupied cells
 of a grid; `ProposalRenderer` asks small networks where to sample; `FastRenderer` skips samples that cannot be
-seen. A renderer is a module: its parameters, buffers
-and submodules are trained, saved and moved like those of any other module.
+seen. A renderer is a module: its parameters, buffers and submodules are trained, saved and moved like those
+of any other module.
 """
 import torch
 from torch import nn

@@ -37,7 +37,7 @@ def check_scene(scene, name, ndc=None, aabb=None):
       scene: a `Scene` with `cameras`, and `points` or None.
       name: what the report calls it.
       ndc: whether near and far are in normalised device coordinates; by default if they are 0 and 1.
-      aabb: the box that is trained, as six numbers, lowest corner first; None if it is to be found.
+      aabb: the box that is trained, as six numbers, lowest corner first; None if it is estimated.
     Returns:
       the report, a dict for `scenes.report`. Its findings are one of level 'good' if nothing is wrong.
     """
@@ -259,7 +259,7 @@ def check_box(views, aabb):
     elif not len(seen) and views.converge and ((views.focus < aabb[0]) | (views.focus > aabb[1])).any():
         focus = ' '.join(f'{x:.3g}' for x in views.focus)
         yield finding('warning', f'The cameras look at ({focus}), which lies outside the box aabb.',
-                      'Give an --aabb around it, or none, so that it is found.')
+                      'Give an --aabb that contains it, or leave it out to have it estimated.')
 
 
 def check_lenses(views):

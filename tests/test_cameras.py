@@ -601,8 +601,8 @@ def test_fox():
 
 @pytest.mark.slow
 def test_a_scene_with_distortion_trains_as_well_as_one_without(tmp_path):
-    """And worse if the distortion is not known. It is stronger than that of lenses, so that it shows in small
-    images after few steps; the images differ, so the two are only roughly equal."""
+    """A scene whose distortion is ignored trains worse. The distortion is stronger than a real lens's, to
+    matter in small images after few steps. The images differ, so the two results are only roughly equal."""
     def psnr_of(name, folder):
         args = ['--datadir', folder, '--expname', name, '--basedir', tmp_path, '--device', 'cpu']
         outputs = ['--N_iters', 200, '--i_testset', 200, '--i_video', 1000]

@@ -275,7 +275,7 @@ def _training_options(parser):
         help='hierarchical: coarse samples, then fine ones where their weights are; proposal: two small '
              'networks decide where the N_samples samples of one network lie')
     add('--lambda_distortion', affects='training', type=number(least=0), default=0.,
-        help='with --sampler proposal: weight of the distortion loss, which draws the samples of a ray '
+        help='with --sampler proposal: weight of the distortion loss, which pulls the weights of a ray '
              'together')
     add('--N_rand_samples', affects='training', type=integer(1), default=2 ** 18,
         help='with --occupancy_grid: samples per step; the number of rays adapts to it, up to N_rand')

@@ -351,8 +351,8 @@ def placed_images(model):
 # --- refinement ---------------------------------------------------------------------------------------------
 
 def refine(model, num_threads, token):
-    """Refine poses, points and cameras of a reconstruction together; returns the refined one, or None if the
-    `CancellationToken` says so.
+    """Refine poses, points and cameras of a reconstruction together; returns the refined one. Stops early,
+    with a result that must not be used, if the `CancellationToken` says so.
 
     A camera model with more parameters is taken only if it fits clearly better: parameters that the photos do
     not determine, such as the distortion near borders that no feature is close to, harm poses.

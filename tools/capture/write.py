@@ -13,7 +13,7 @@ from scenes.cameras import homogeneous
 from scenes.files import partial_path, read_json
 from tools.capture.place import ALL_AROUND, FORWARD_FACING, UNBOUNDED
 
-# Every view with this number is held out to measure quality, as is usual for LLFF's scenes.
+# One view in this many is held out to measure quality, as is usual for LLFF's scenes.
 LLFFHOLD = 8
 # Poses that differ by less than this, in units of the placed scene, are the same.
 SAME_POSE = 1e-3
