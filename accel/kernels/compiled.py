@@ -77,8 +77,9 @@ class Kernels:
         for argument in arguments:
             assert not torch.is_tensor(argument) or (
                 argument.device == tensor.device and argument.is_contiguous() and argument.dtype in DTYPES)
-        arguments = [as_ctypes(argument) for argument in (tensor, *arguments)]
-        self.libraries[tensor.device].call(function, size, arguments)
+        # under another name: some of `arguments` live no longer than that tuple
+        pointers = [as_ctypes(argument) for argument in (tensor, *arguments)]
+        self.libraries[tensor.device].call(function, size, pointers)
 
 
 def read_source(name):
