@@ -24,6 +24,7 @@ from run_nerf import ExactRenderer, frame_renderer, loss_and_gradient, prepare, 
 from run_nerf_helpers import EncodedNeRF, NeRF, batchify  # noqa: E402
 from scenes.rays import RaySampler  # noqa: E402
 from scenes.scene import Scene  # noqa: E402
+from training.allocator import keep_freed_memory  # noqa: E402
 from training.devices import has_fast_bf16  # noqa: E402
 from training.frames import FrameRenderer  # noqa: E402
 from training.options import config_parser  # noqa: E402
@@ -95,6 +96,7 @@ class Run(NamedTuple):
 def build(args):
     """Build a `Run` as run_nerf.py does. Sets --basedir to a temporary folder, which is deleted at exit, so
     that only a checkpoint of --ft_path is loaded."""
+    keep_freed_memory()
     args.basedir = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, args.basedir, ignore_errors=True)
     processes = Processes(1)

@@ -1,0 +1,22 @@
+"""Keeps glibc's allocator from returning memory to the system in each training step.
+
+Training frees and allocates tensors of many megabytes all the time. By default glibc maps each of them anew,
+and the kernel has to clear its pages first, which takes a third of the time of a step.
+"""
+import ctypes
+import sys
+from contextlib import suppress
+
+# Parameters of mallopt(3), and the largest value that they can have.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MAX_BYTES = 2 ** 31 - 1
+
+
+def keep_freed_memory():
+    """Reuse freed memory of this process instead of returning it. Without glibc, nothing happens."""
+    if sys.platform != 'linux':
+        return
+    with suppress(AttributeError):  # other C libraries have no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, MAX_BYTES)
+        mallopt(M_TRIM_THRESHOLD, MAX_BYTES)
