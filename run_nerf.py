@@ -45,6 +45,7 @@ from run_nerf_helpers import (  # noqa: F401 - batchify and run_network are name
     sample_pdf,
     split_rays,
     stratified_samples,
+    weights_of,
 )
 from scenes.bounds import box_of_rays, fit_bounds
 from scenes.cameras import Camera
@@ -52,6 +53,7 @@ from scenes.colmap import load_colmap_scene
 from scenes.errors import UserError
 from scenes.rays import camera_rays
 from scenes.scene import finish_scene, scene_from_checkpoint, uses_ndc
+from training.allocator import keep_freed_memory
 from training.checkpoints import (
     changed_options,
     find_checkpoint,
@@ -108,11 +110,7 @@ def raw2outputs(raw, z_vals, rays_d, raw_noise_std=0, white_bkgd=False, pytest=F
         dists = dists * torch.norm(rays_d[..., None, :], dim=-1)                       # [N_rays, N_samples]
         rgb, sigma = torch.sigmoid(raw[..., :3]), raw[..., 3]
 
-        # T_i = exp(-sum_{j<i} sigma_j delta_j): a product of (1 - alpha) would lose gradients
-        optical_depth = F.relu(sigma) * dists
-        alpha = 1.0 - torch.exp(-optical_depth)
-        in_front = F.pad(torch.cumsum(optical_depth[..., :-1], -1), (1, 0))
-        weights = alpha * torch.exp(-in_front)                                         # [N_rays, N_samples]
+        weights = weights_of(F.relu(sigma) * dists)                                    # [N_rays, N_samples]
 
         rgb_map = torch.sum(weights[..., None] * rgb, -2)
         depth_map = torch.sum(weights * z_vals, -1)
@@ -286,7 +284,8 @@ def create_network(args, depth, width):
         except ValueError as error:
             raise UserError(f'--{option}: {error}; --i_embed 1 is the hash grid') from None
     if args.i_embed == 1:
-        encoding = HashGrid(args.n_levels, args.finest_res, args.log2_hashmap_size, args.n_features)
+        encoding = HashGrid(args.n_levels, args.finest_res, args.log2_hashmap_size, args.n_features,
+                            args.contract)
     else:
         encoding, input_ch = embedder('i_embed', args.multires, args.i_embed)
     default = 2 if args.i_embed == 1 else args.i_embed
@@ -319,7 +318,7 @@ def create_nerf(args, checkpoint=None):
         network_fine = create_network(args, args.netdepth_fine, args.netwidth_fine).to(device)
     renderer = GridRenderer(seed=args.seed).to(device) if args.occupancy_grid else EXACT
     if args.sampler == 'proposal':
-        renderer = ProposalRenderer(args.lambda_distortion, args.seed).to(device)
+        renderer = ProposalRenderer(args.lambda_distortion, args.contract).to(device)
 
     ndc = uses_ndc(args)
     render_kwargs_train = {
@@ -365,7 +364,7 @@ def prepare(args, processes):
         render_kwargs.update(near=scene.near, far=scene.far)
     if state is None:
         modules = [*networks_of(kwargs_train).values(), kwargs_train['renderer']]
-        fit_bounds(modules, scene, kwargs_train['ndc'], RESOLUTION, args.aabb)
+        fit_bounds(modules, scene, kwargs_train['ndc'], RESOLUTION, args.aabb, args.contract)
     else:
         warn_of_changes(args, scene, path, state)
     return scene, (path, state), kwargs_train, kwargs_test, start, grad_vars, optimizer
@@ -420,7 +419,7 @@ def loss_and_gradient(hwf, K, chunk, batch, render_kwargs):
         rgb, _, acc, extras = render(*hwf[:2], K, chunk, part.rays, retsamples=True, **render_kwargs)
         errors = color_errors(rgb, acc, extras, part.target, bkgd)
         losses = nerf_losses(errors, rgb, acc, extras, part.target, bkgd)
-        losses.update(render_kwargs.get('renderer', EXACT).losses(extras))
+        losses.update(render_kwargs.get('renderer', EXACT).losses(extras, part, **render_kwargs))
         render_kwargs['network_query_fn'].backward(losses.values(), share)
 
         with torch.no_grad():
@@ -484,6 +483,7 @@ def train(args, console):
 
 def main(argv=None):
     """Run the program; returns 0, 2 for errors that the user can fix, 1 for others, 128 + n for signal n."""
+    keep_freed_memory()
     with rank0_console() as console:
         args = config_parser().parse_args(argv)
         try:

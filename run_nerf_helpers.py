@@ -473,6 +473,12 @@ def ndc_rays(H, W, focal, near, rays_o, rays_d):
     return origin, direction
 
 
+def ndc_positions(near, rays_o, rays_d, t):
+    """Positions t [...] along rays [..., 3] to those along the rays that `ndc_rays` returns for them, 0 on
+    the near plane and 1 at infinity; [...]."""
+    return 1.0 + near / (rays_o[..., 2] + t * rays_d[..., 2])
+
+
 def split_rays(ray_batch):
     """Rays [N, 8 or 11] as `render` makes them to rays_o, rays_d [N, 3], near, far [N, 1], viewdirs [N, 3] or
     None."""
@@ -491,6 +497,14 @@ def disparity(depth_map, acc_map):
 
 
 # --- samples along rays (Sec. 4 and 5.2) --------------------------------------------------------------------
+
+def weights_of(optical_depth):
+    """The weights T_i (1 - exp(-tau_i)) of Eq. 3 of intervals with optical depths tau = sigma * delta;
+    [..., N_samples] both."""
+    # T_i = exp(-sum_{j<i} tau_j): a product of (1 - alpha) would lose gradients
+    in_front = F.pad(torch.cumsum(optical_depth[..., :-1], -1), (1, 0))
+    return torch.exp(-in_front) * (1.0 - torch.exp(-optical_depth))
+
 
 def fixed_uniform(shape, like):
     """NumPy's fixed uniform numbers in [0, 1) in place of torch's: what `pytest=True` stands for."""
@@ -548,13 +562,25 @@ def sample_pdf(bins, weights, N_samples, det=False, pytest=False):
     else:
         u = torch.rand(shape, dtype=cdf.dtype, device=cdf.device)
 
+    return invert_cdf(bins, cdf, u)
+
+
+def invert_cdf(bins, cdf, u):
+    """Where a piecewise linear cumulative distribution has the values `u`.
+
+    Args:
+      bins: edges of the intervals, [..., M + 1], ascending.
+      cdf: its values there, [..., M + 1], from 0 to 1.
+      u: quantiles [..., N] in [0, 1].
+    Returns:
+      [..., N].
+    """
     above = torch.searchsorted(cdf, u.contiguous(), right=True)  # the first edge whose cdf is greater than u
     below = (above - 1).clamp(min=0)
     above = above.clamp(max=cdf.shape[-1] - 1)
     cdf_below, cdf_above = cdf.gather(-1, below), cdf.gather(-1, above)
     bin_below, bin_above = bins.gather(-1, below), bins.gather(-1, above)
 
-    # invert the cdf, which is linear within each interval
     probability = cdf_above - cdf_below
     probability = torch.where(probability < MIN_PROBABILITY, torch.ones_like(probability), probability)
     return bin_below + (u - cdf_below) / probability * (bin_above - bin_below)

@@ -89,6 +89,11 @@ class GridRenderer(Renderer):
             alive = alive[unfinished[alive]]
         return out
 
+    def spread(self, extras, t, near, far):
+        packed = extras['packed']
+        distance = (packed.t - t[packed.ray_indices, 0]).abs() / (far - near)
+        return torch.ones_like(packed.dt).index_add(0, packed.ray_indices, packed.weights * (distance - 1))
+
     def update(self, step, network_fn, network_query_fn, N_samples, **kwargs):
         """Update the grid from the network's density, every UPDATE_EVERY_N_STEPS steps."""
         if step % UPDATE_EVERY_N_STEPS:

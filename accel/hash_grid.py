@@ -28,10 +28,12 @@ class HashGrid(BoundedModule):
       finest_res: cells along a side of the finest grid.
       log2_hashmap_size: log2 of the most table entries of a level.
       n_features: features per entry, one of SUPPORTED_N_FEATURES.
+      contract: cover all space, see `contract`.
     """
 
-    def __init__(self, n_levels=16, finest_res=2048, log2_hashmap_size=19, n_features=2):
+    def __init__(self, n_levels=16, finest_res=2048, log2_hashmap_size=19, n_features=2, contract=False):
         super().__init__()
+        self.contract = contract
         growth = (finest_res / BASE_RESOLUTION) ** (1 / max(n_levels - 1, 1))
         resolutions = [math.floor(BASE_RESOLUTION * growth ** level + 1e-6) for level in range(n_levels)]
         sizes = [min((resolution + 1) ** 3, 2 ** log2_hashmap_size) for resolution in resolutions]
@@ -47,7 +49,7 @@ class HashGrid(BoundedModule):
 
     def forward(self, points):
         flat = points.reshape(-1, 3)
-        arguments = self.aabb, self.table, self.resolutions, self.level_offsets
+        arguments = self.aabb, self.contract, self.table, self.resolutions, self.level_offsets
         differentiable = flat.requires_grad and torch.is_grad_enabled()
         if flat.dtype == torch.float32 and not differentiable and KERNELS.usable(flat.device):
             encoded = CompiledEncoding.apply(flat, *arguments)
@@ -56,12 +58,26 @@ class HashGrid(BoundedModule):
         return encoded.reshape(*points.shape[:-1], self.out_dim)
 
 
-def encode(points, aabb, table, resolutions, level_offsets):
+def contract(points):
+    """Points [N, 3] of all space to the cube [-2, 2]³. The cube [-1, 1]³ stays as it is, and infinity is the
+    surface (mip-NeRF 360, Eq. 10, with the maximum norm)."""
+    norm = points.abs().amax(-1, keepdim=True).clamp(min=1)
+    return points * ((2 - 1 / norm) / norm)
+
+
+def uncontract(points):
+    """The inverse of `contract`, inside the cube [-2, 2]³."""
+    norm = points.abs().amax(-1, keepdim=True).clamp(min=1)
+    return points / (norm * (2 - norm))
+
+
+def encode(points, aabb, contracted, table, resolutions, level_offsets):
     """The reference implementation, all levels at once.
 
     Args:
       points: [N, 3]; those outside the box are clamped to it, NaN counts as its lowest corner.
       aabb: bounding box [2, 3].
+      contracted: whether the grids cover the contraction of all space, in which the box is [-1, 1]³.
       table: entries of all levels [E, F].
       resolutions: cells along a side of each level [L].
       level_offsets: first entry of each level, and the end of the last [L + 1].
@@ -69,6 +85,9 @@ def encode(points, aabb, table, resolutions, level_offsets):
       [N, L * F].
     """
     unit = (points - aabb[0]) / (aabb[1] - aabb[0])
+    unit = torch.where(unit.isnan(), 0, unit)
+    if contracted:
+        unit = 0.25 * contract(2 * unit - 1) + 0.5
     N, L = len(unit), len(resolutions)
     side = resolutions[:, None]                                                        # [L, 1]
     scaled = unit.nan_to_num(0).clamp(0, 1)[:, None] * side                            # [N, L, 3]
@@ -93,15 +112,15 @@ class CompiledEncoding(torch.autograd.Function):
     """`encode` by `encodings.c`, without a gradient of the points; their rows may be apart."""
 
     @staticmethod
-    def forward(ctx, points, aabb, table, resolutions, level_offsets):
+    def forward(ctx, points, aabb, contracted, table, resolutions, level_offsets):
         assert table.shape[1] in SUPPORTED_N_FEATURES
         points = points if points.stride(1) == 1 else points.contiguous()
         ctx.save_for_backward(points, aabb, resolutions, level_offsets)
-        ctx.table_shape = table.shape
+        ctx.contracted, ctx.table_shape = int(contracted), table.shape
         N, L, F = len(points), len(resolutions), table.shape[1]
         encoded = points.new_empty(N, L * F)
-        KERNELS.call('encode', N * L, points, points.stride(0), aabb, table, encoded, N, L, F, resolutions,
-                     level_offsets)
+        KERNELS.call('encode', N * L, points, points.stride(0), aabb, ctx.contracted, table, encoded, N, L, F,
+                     resolutions, level_offsets)
         return encoded
 
     @staticmethod
@@ -111,9 +130,9 @@ class CompiledEncoding(torch.autograd.Function):
         N, L, F = len(points), len(resolutions), ctx.table_shape[1]
         overwrites = isinstance(KERNELS.libraries[points.device], CpuLibrary)
         grad = (points.new_empty if overwrites else points.new_zeros)(ctx.table_shape)
-        KERNELS.call('encode_gradient', N * L, points, points.stride(0), aabb,
+        KERNELS.call('encode_gradient', N * L, points, points.stride(0), aabb, ctx.contracted,
                      grad_encoded.contiguous(), grad, N, L, F, resolutions, level_offsets)
-        return None, None, grad, None, None
+        return None, None, None, grad, None, None
 
 
 def encode_directions(encoding, directions):
@@ -139,13 +158,14 @@ def check_kernels(device):
                                   (grid.table.shape, (257, 3), (257, grid.out_dim)))
         table, weights = table.to(device).requires_grad_(), weights.to(device)
         points = (3 * points - 1.5).to(device)  # some outside
-        arguments = [part.to(device) for part in (grid.aabb, table, grid.resolutions, grid.level_offsets)]
-        results = []
-        for function in (CompiledEncoding.apply, encode):
-            encoded = function(points, *arguments)
-            results.append((encoded, *torch.autograd.grad((encoded * weights).sum(), table)))
-        for found, expected in zip(*results):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        aabb, *levels = [part.to(device) for part in (grid.aabb, grid.resolutions, grid.level_offsets)]
+        for contracted in (False, True):
+            results = []
+            for function in (CompiledEncoding.apply, encode):
+                encoded = function(points, aabb, contracted, table, *levels)
+                results.append((encoded, *torch.autograd.grad((encoded * weights).sum(), table)))
+            for found, expected in zip(*results):
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     harmonics = SphericalHarmonics()
     torch.testing.assert_close(encode_directions(harmonics, points), harmonics(points), rtol=1e-4, atol=1e-4)
 

@@ -1,11 +1,11 @@
-"""Proposal sampling (Barron et al., "Mip-NeRF 360", CVPR 2022): small networks that predict only density
-decide where a ray is sampled.
+"""Proposal sampling (Barron et al., "Mip-NeRF 360", CVPR 2022): grids of densities decide where a ray is
+sampled.
 
   s_vals   [N_rays, M + 1] edges of the intervals of a ray, ascending: 0 at near, 1 at far
   weights  [N_rays, M] of these intervals, Eq. 3 of NeRF
 
-The first proposal network is evaluated in even intervals. Each later network is evaluated in intervals that
-hold equal shares of the previous network's weights; the radiance field comes last.
+The first proposal grid is evaluated in even intervals. The next one is evaluated in intervals that hold equal
+shares of the first one's weights, and so on; the radiance field comes last.
 """
 import torch
 import torch.nn.functional as F
@@ -14,61 +14,70 @@ from torch import nn
 from accel.hash_grid import HashGrid
 from accel.hash_nerf import INITIAL_LOG_DENSITY, TruncatedExp
 from accel.renderer import Renderer
-from run_nerf_helpers import disparity, in_float32
+from run_nerf_helpers import disparity, invert_cdf, split_rays, weights_of
 
-# The proposal networks, first to last: intervals of a ray, and cells along each side of the finest grid.
+# The proposal grids, first to last: intervals of a ray, and cells along each side of the finest level.
 PROPOSALS = ((64, 64), (48, 128))
-# Their hash grids have this many levels of two features.
-N_LEVELS = 4
-# Their hash grids have at most 2 to this many entries in each level.
-LOG2_HASHMAP_SIZE = 16
-# Their hidden layer has this many channels.
-HIDDEN_WIDTH = 16
+# A proposal grid has this many levels.
+N_LEVELS = 2
+# Its levels have at most 2 to this many entries; those of PROPOSALS have one for each corner.
+LOG2_HASHMAP_SIZE = 22
+# In this many first training steps, all proposal grids are trained.
+WARMUP_STEPS = 256
+# Later they are trained once in this many steps, and otherwise only looked up.
+TRAIN_EVERY_N_STEPS = 4
 # Over this many training steps, intervals change from even ones to those that follow the weights.
 ANNEAL_STEPS = 1000
 # The larger this is, the more of that change comes early (mip-NeRF 360, Sec. 4).
 ANNEAL_SLOPE = 10.0
 # This share of the intervals is spread evenly, so that parts without weight are still sampled.
 EVEN_SHARE = 0.01
-# This keeps quotients of weights finite.
+# Rays through contracted space end at this distance, in units of the uncontracted box's half side.
+FAR = 1000.0
+# This keeps quotients finite.
 EPS = 1e-7
 
 
-class ProposalNetwork(nn.Module):
-    """Points [N, 3] to densities [N].
+class ProposalGrid(nn.Module):
+    """Points [N, 3] to densities [N]: the exponential of the sum of grids of different resolution.
 
     Args:
-      finest_res: cells along each side of the finest grid.
+      finest_res: cells along each side of the finest level.
+      contract: see `HashGrid`.
     """
 
-    def __init__(self, finest_res):
+    def __init__(self, finest_res, contract=False):
         super().__init__()
-        self.encoding = HashGrid(N_LEVELS, finest_res, LOG2_HASHMAP_SIZE, n_features=2)
-        self.linears = nn.ModuleList([nn.Linear(self.encoding.out_dim, HIDDEN_WIDTH),
-                                      nn.Linear(HIDDEN_WIDTH, 1)])
+        self.encoding = HashGrid(N_LEVELS, finest_res, LOG2_HASHMAP_SIZE, n_features=1, contract=contract)
+        self.reset_parameters()
 
     def reset_parameters(self):
-        for module in (self.encoding, *self.linears):
-            module.reset_parameters()
+        nn.init.zeros_(self.encoding.table)
 
     def forward(self, points):
-        h = F.relu(self.linears[0](self.encoding(points)), inplace=True)
-        return TruncatedExp.apply(in_float32(self.linears[1], h)[:, 0] + INITIAL_LOG_DENSITY)
+        return TruncatedExp.apply(self.encoding(points).sum(-1) + INITIAL_LOG_DENSITY)
 
 
 class ProposalRenderer(Renderer):
-    """Renders one network in intervals that two proposal networks find.
+    """Renders one network in intervals that proposal grids find.
 
     Args:
       lambda_distortion: weight of the `distortion_loss`.
-      seed: determines the parameters after a `reset`, in all processes of a run.
+      contract: rays reach into contracted space, see `contract` in accel/hash_grid.py: intervals are even in
+        disparity beyond the box, and `far` has no effect.
     """
 
-    def __init__(self, lambda_distortion=0.0, seed=0):
+    def __init__(self, lambda_distortion=0.0, contract=False):
         super().__init__()
-        self.networks = nn.ModuleList([ProposalNetwork(finest_res) for _, finest_res in PROPOSALS])
-        self.lambda_distortion, self.seed = lambda_distortion, seed
-        self.register_buffer('steps', torch.tensor(0.0))  # trained since the networks were new
+        self.grids = nn.ModuleList([ProposalGrid(finest_res, contract) for _, finest_res in PROPOSALS])
+        self.lambda_distortion, self.contract = lambda_distortion, contract
+        self.steps = 0  # trained since the grids were new
+
+    def get_extra_state(self):
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state):
+        self.steps = int(state)
 
     def render_rays(self, ray_batch, network_fn, network_query_fn, N_samples, retraw=False, lindisp=False,
                     perturb=0., N_importance=0, network_fine=None, white_bkgd=False, raw_noise_std=0.,
@@ -77,34 +86,33 @@ class ProposalRenderer(Renderer):
 
         Args: as those of `render_rays` in run_nerf.py.
         Returns:
-          dict: rgb_map, disp_map, acc_map, depth_map; with retsamples s_vals and weights, and for each
-            proposal network proposal_s_vals0, proposal_weights0, ….
+          dict: rgb_map, disp_map, acc_map, depth_map; with retsamples s_vals, weights and z_vals, the
+            middles of the intervals, and for each proposal grid proposal_s_vals0, proposal_weights0, ….
         Raises:
           ValueError: retraw, pytest or N_importance, which are not available.
         """
         if retraw or pytest or N_importance:
             raise ValueError('ProposalRenderer does not support retraw, pytest and N_importance')
-        rays_o, rays_d, near, far = ray_batch[:, :8].split([3, 3, 1, 1], -1)
-        viewdirs = ray_batch[:, 8:11] if ray_batch.shape[-1] > 8 else None
+        rays_o, rays_d, near, far, viewdirs = split_rays(ray_batch)
         length = torch.linalg.vector_norm(rays_d, dim=-1, keepdim=True)
 
         def intervals(s_vals):
             """Middles and lengths of intervals [N_rays, M], the latter in units of the scene, and the points
             in the middle [N_rays, M, 3]."""
-            t = near * (1 - s_vals) + far * s_vals
-            if lindisp:
-                t = 1 / (1 / near * (1 - s_vals) + 1 / far * s_vals)
+            t = self.positions(s_vals, near, far, lindisp)
             mids = 0.5 * (t[:, 1:] + t[:, :-1])
             return mids, t.diff() * length, rays_o[:, None] + rays_d[:, None] * mids[..., None]
 
         counts, ret = [*(count for count, _ in PROPOSALS), N_samples], {}
         s_vals = even_edges(near, counts[0], perturb > 0)
-        for index, network in enumerate(self.networks):
-            _, lengths, pts = intervals(s_vals)
-            weights = weights_of(network(pts.flatten(0, 1)).view(lengths.shape) * lengths)
-            ret.update({f'proposal_s_vals{index}': s_vals, f'proposal_weights{index}': weights})
-            s_vals = resample(s_vals, self.annealed(weights.detach()),
-                              even_edges(near, counts[index + 1], perturb > 0))
+        power = self.annealed_power() if torch.is_grad_enabled() else 1
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_grids()):
+            for index, grid in enumerate(self.grids):
+                _, lengths, pts = intervals(s_vals)
+                weights = weights_of(grid(pts.flatten(0, 1)).view(lengths.shape) * lengths)
+                ret.update({f'proposal_s_vals{index}': s_vals, f'proposal_weights{index}': weights})
+                s_vals = resample(s_vals, weights.detach() ** power,
+                                  even_edges(near, counts[index + 1], perturb > 0))
         mids, lengths, pts = intervals(s_vals)
         raw = network_query_fn(pts, viewdirs, network_fn)
         sigma = raw[..., 3]
@@ -118,20 +126,45 @@ class ProposalRenderer(Renderer):
             rgb_map = rgb_map + (1.0 - acc_map[:, None])
         maps = {'rgb_map': rgb_map, 'disp_map': disparity(depth_map, acc_map), 'acc_map': acc_map,
                 'depth_map': depth_map}
-        return {**maps, **ret, 's_vals': s_vals, 'weights': weights} if retsamples else maps
+        if not retsamples:
+            return maps
+        return {**maps, **ret, 's_vals': s_vals, 'z_vals': mids, 'weights': weights}
 
-    def annealed(self, weights):
-        """Weights to the power of a number that rises from 0 to 1 in the first steps of training."""
-        if not torch.is_grad_enabled():
-            return weights
-        progress = (self.steps / ANNEAL_STEPS).clamp(max=1)
-        return weights ** (ANNEAL_SLOPE * progress / ((ANNEAL_SLOPE - 1) * progress + 1))
+    def positions(self, s_vals, near, far, lindisp):
+        """The t [N_rays, M + 1] of edges of intervals; near and far are [N_rays, 1]."""
+        if self.contract:
+            first = to_disparity(near / self.unit())
+            return self.unit() * from_disparity(first + s_vals * (1 - 0.5 / FAR - first))
+        if lindisp:
+            return 1 / (1 / near * (1 - s_vals) + 1 / far * s_vals)
+        return near * (1 - s_vals) + far * s_vals
 
-    def losses(self, extras):
-        s_vals, weights = extras['s_vals'], extras['weights']
-        losses = {f'proposal{index}': histogram_loss(s_vals, weights, extras[f'proposal_s_vals{index}'],
-                                                     extras[f'proposal_weights{index}'])
-                  for index in range(len(self.networks))}
+    def unit(self):
+        """Half the mean side of the box that is not contracted, a scalar tensor."""
+        aabb = self.grids[0].encoding.aabb
+        return 0.5 * (aabb[1] - aabb[0]).mean()
+
+    def trains_grids(self):
+        """Whether the coming training step trains the proposal grids."""
+        return self.steps < WARMUP_STEPS or self.steps % TRAIN_EVERY_N_STEPS == 0
+
+    def annealed_power(self):
+        """In training, intervals follow the weights to this power, which rises from 0 to 1."""
+        progress = min(self.steps / ANNEAL_STEPS, 1.0)
+        return ANNEAL_SLOPE * progress / ((ANNEAL_SLOPE - 1) * progress + 1)
+
+    def spread(self, extras, t, near, far):
+        if not self.contract:
+            return super().spread(extras, t, near, far)
+        z_vals, t = (to_disparity(part / self.unit()) for part in (extras['z_vals'], t))
+        return super().spread({**extras, 'z_vals': z_vals}, t, 0, 1)
+
+    def losses(self, extras, batch, **kwargs):
+        s_vals, weights, losses = extras['s_vals'], extras['weights'], super().losses(extras, batch, **kwargs)
+        if self.trains_grids():
+            for index in range(len(self.grids)):
+                losses[f'proposal{index}'] = histogram_loss(
+                    s_vals, weights, extras[f'proposal_s_vals{index}'], extras[f'proposal_weights{index}'])
         if self.lambda_distortion > 0:
             losses['distortion'] = self.lambda_distortion * distortion_loss(s_vals, weights)
         return losses
@@ -140,12 +173,9 @@ class ProposalRenderer(Renderer):
         self.steps += 1
 
     def reset(self):
-        devices = [self.steps.device] if self.steps.is_cuda else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self.seed)
-            for network in self.networks:
-                network.reset_parameters()
-        self.steps.zero_()
+        for grid in self.grids:
+            grid.reset_parameters()
+        self.steps = 0
 
     def max_rays(self, device, N_samples, N_importance=0, **kwargs):
         return super().max_rays(device, N_samples + sum(count for count, _ in PROPOSALS))
@@ -163,10 +193,15 @@ def even_edges(near, count, random):
     return torch.cat([edges[:, :1], edges[:, 1:-1] + shift, edges[:, -1:]], -1)
 
 
-def weights_of(optical_depth):
-    """The weights T_i (1 - exp(-sigma_i delta_i)) of intervals with these optical depths, [N_rays, M]."""
-    in_front = F.pad(torch.cumsum(optical_depth[..., :-1], -1), (1, 0))
-    return torch.exp(-in_front) * (1 - torch.exp(-optical_depth))
+def to_disparity(x):
+    """Distances x > 0, in units of the box's half side, to numbers in (0, 1): x / 2 up to 1, and 1 - 1 / (2x)
+    beyond."""
+    return torch.where(x < 1, 0.5 * x, 1 - 0.5 / x.clamp(min=1))
+
+
+def from_disparity(y):
+    """The inverse of `to_disparity`."""
+    return torch.where(y < 0.5, 2 * y, 0.5 / (1 - y).clamp(max=0.5))
 
 
 def resample(s_vals, weights, quantiles):
@@ -176,12 +211,7 @@ def resample(s_vals, weights, quantiles):
     pdf = weights / weights.sum(-1, keepdim=True).clamp(min=EPS)
     pdf = (1 - EVEN_SHARE) * pdf + EVEN_SHARE * s_vals.diff()
     cdf = F.pad(torch.cumsum(pdf, -1), (1, 0))
-    cdf = cdf / cdf[:, -1:]
-    above = torch.searchsorted(cdf, quantiles.contiguous(), right=True).clamp(1, cdf.shape[1] - 1)
-    cdf_below, cdf_above = cdf.gather(1, above - 1), cdf.gather(1, above)
-    s_below, s_above = s_vals.gather(1, above - 1), s_vals.gather(1, above)
-    fraction = (quantiles - cdf_below) / (cdf_above - cdf_below).clamp(min=EPS)
-    return s_below + fraction.clamp(0, 1) * (s_above - s_below)
+    return invert_cdf(s_vals, cdf / cdf[:, -1:], quantiles)
 
 
 # --- losses -------------------------------------------------------------------------------------------------

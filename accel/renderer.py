@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from accel.packed import PackedSamples
-from run_nerf_helpers import by_device
+from run_nerf_helpers import by_device, ndc_positions
 
 # At most this many samples of the last network are rendered at once, by type of device.
 MAX_SAMPLES = {'cpu': 2 ** 18, 'cuda': 2 ** 22}
@@ -33,10 +33,27 @@ class Renderer(nn.Module):
         `render_rays`."""
         return self
 
-    def losses(self, extras):
-        """Terms of the loss that train the renderer, by name, from the results of `render` with
-        `retsamples`."""
-        return {}
+    def spread(self, extras, t, near, far):
+        """The mean distance from positions `t` [N_rays, 1] at which rays end, as a share of the length from
+        near to far; what passes through counts as 1. [N_rays]."""
+        distance = (extras['z_vals'] - t).abs() / (far - near)
+        return 1 + (extras['weights'] * (distance - 1)).sum(-1)
+
+    def losses(self, extras, batch, near=0., far=1., ndc=True, **kwargs):
+        """Terms of the loss by name, in addition to those of the colours: `depth`, the mean of weight times
+        `spread`, if the batch has depths.
+
+        Args:
+          extras: results of `render` with `retsamples`.
+          batch: the `Batch` that was rendered.
+          others: arguments of `render`.
+        """
+        if batch.depth is None:
+            return {}
+        t, weight = batch.depth.unbind(-1)
+        if ndc:
+            t = ndc_positions(1.0, *batch.rays, t).clamp(0, 1)
+        return {'depth': (weight * self.spread(extras, t[:, None], near, far)).mean()}
 
     def update(self, step, **kwargs):
         """Called after training step `step` with the arguments of `render_rays`: update what depends on the

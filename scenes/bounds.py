@@ -31,11 +31,15 @@ FAR_OUTSIDE = 10
 CELLS_AT_ONCE = 1 << 16
 
 
-def fit_bounds(modules, scene, ndc, resolution, aabb=None):
+def fit_bounds(modules, scene, ndc, resolution, aabb=None, contract=False):
     """Give the `BoundedModule`s among `modules` the bounding box of a scene; the others are left as they are.
-    The other arguments are those of `find_bounds`."""
+    With `contract`, the box is what is not contracted: `aabb` or, if not given, the `cube_of_cameras`. The
+    other arguments are those of `find_bounds`."""
     bounded = [part for module in modules for part in module.modules() if isinstance(part, BoundedModule)]
-    if bounded:
+    if contract:
+        possible = None
+        aabb = cube_of_cameras(scene) if aabb is None else torch.tensor(aabb).view(2, 3)
+    elif bounded:
         aabb, possible = find_bounds(scene, ndc, resolution, aabb, bounded[0].aabb.device)
     for module in bounded:
         module.set_aabb(aabb, possible)
@@ -78,6 +82,15 @@ def find_bounds(scene, ndc, resolution, aabb=None, device='cpu'):
     possible = torch.zeros([resolution] * 3, dtype=torch.bool, device=device)
     possible[((centers - box[0]) / (2 * half)).long().unbind(-1)] = True
     return box, possible
+
+
+def cube_of_cameras(scene):
+    """The cube [2, 3] around the cameras of the training views, with sides of at least twice `near`."""
+    positions = torch.from_numpy(scene.poses[scene.i_train][:, :, 3])
+    low, high = positions.amin(0), positions.amax(0)
+    half = (0.5 * (high - low).amax()).clamp(min=scene.near)
+    center = 0.5 * (low + high)
+    return torch.stack([center - half, center + half])
 
 
 def box_of_rays(scene, ndc, views):

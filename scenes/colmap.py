@@ -41,7 +41,8 @@ class Photo(NamedTuple):
     name: str
     camera: int            # its number
     c2w: np.ndarray        # OpenGL axes, [3, 4]
-    points: np.ndarray     # the numbers of the points that it sees
+    points: np.ndarray     # the numbers of the points that it sees [M]
+    pixels: np.ndarray     # where it sees them: x, y [M, 2]; (0, 0) is the image's upper left corner
 
 
 class Model(NamedTuple):
@@ -50,6 +51,7 @@ class Model(NamedTuple):
     photos: list           # `Photo`s, sorted by name
     numbers: np.ndarray    # of the points [M], ascending
     points: np.ndarray     # their positions, float64 [M, 3]
+    errors: np.ndarray     # their mean reprojection errors in pixels [M]
 
 
 def load_colmap_scene(args):
@@ -142,7 +144,7 @@ def read_model(folder):
 
     cameras = read('cameras', cameras_from_bytes, cameras_from_text)
     photos = sorted(read('images', photos_from_bytes, photos_from_text), key=attrgetter('name'))
-    numbers, points = read('points3D', points_from_bytes, points_from_text)
+    numbers, points, errors = read('points3D', points_from_bytes, points_from_text)
     repeated = [one.name for one, other in pairwise(photos) if one.name == other.name]
     if repeated:
         raise UserError(f'{folder}: found two images called {repeated[0]}, expected different names')
@@ -152,8 +154,10 @@ def read_model(folder):
         raise UserError(f'{folder}: found {problem} in the model')
     order = np.argsort(numbers)
     numbers = numbers[order]
-    photos = [photo._replace(points=photo.points[np.isin(photo.points, numbers)]) for photo in photos]
-    return Model(cameras, photos, numbers, points[order])
+    known = [np.isin(photo.points, numbers) for photo in photos]
+    photos = [photo._replace(points=photo.points[known], pixels=photo.pixels[known])
+              for photo, known in zip(photos, known)]
+    return Model(cameras, photos, numbers, points[order], errors[order])
 
 
 # --- the files ----------------------------------------------------------------------------------------------
@@ -203,14 +207,16 @@ def camera_of_model(model, width, height, parameters, path):
                   distortion if any(distortion) else None, name.endswith('FISHEYE'))
 
 
-def photo_of(name, camera, quaternion, translation, points):
-    """A `Photo` from the rotation (w, x, y, z) and translation from the world to the camera's OpenCV axes."""
+def photo_of(name, camera, quaternion, translation, points, pixels):
+    """A `Photo` from the rotation (w, x, y, z) and translation from the world to the camera's OpenCV axes;
+    the numbers of points are negative where there is none."""
     w, x, y, z = np.array(quaternion) / np.linalg.norm(quaternion)
     w2c = np.array([[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
                     [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
                     [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]])
     position = -w2c.T @ np.array(translation)
-    return Photo(name, camera, np.column_stack([w2c.T * [1, -1, -1], position]), points[points >= 0])
+    return Photo(name, camera, np.column_stack([w2c.T * [1, -1, -1], position]), points[points >= 0],
+                 pixels[points >= 0])
 
 
 def cameras_from_bytes(content, path):
@@ -237,8 +243,8 @@ def photos_from_bytes(content, path):
     for _ in range(*content.numbers('Q')):
         _, *pose, camera = content.numbers('i7di')
         name, (count,) = content.text(), content.numbers('Q')
-        points = content.array(np.dtype([('xy', '<f8', 2), ('point', '<i8')]), count)['point']
-        photos.append(photo_of(name, camera, pose[:4], pose[4:], points))
+        seen = content.array(np.dtype([('xy', '<f8', 2), ('point', '<i8')]), count)
+        photos.append(photo_of(name, camera, pose[:4], pose[4:], seen['point'], seen['xy']))
     return photos
 
 
@@ -248,22 +254,24 @@ def photos_from_text(lines, path):
         lines = lines[:-1]
     for line, seen in zip(lines[::2], [*lines[1::2], '']):  # the second line of an image may be empty
         _, *pose, camera, name = line.split(maxsplit=9)
-        pose, points = [float(x) for x in pose], np.array(seen.split()[2::3], np.int64)
-        photos.append(photo_of(name.strip(), int(camera), pose[:4], pose[4:], points))
+        pose, seen = [float(x) for x in pose], np.array(seen.split()).reshape(-1, 3)
+        photos.append(photo_of(name.strip(), int(camera), pose[:4], pose[4:], seen[:, 2].astype(np.int64),
+                               seen[:, :2].astype(np.float64)))
     return photos
 
 
 def points_from_bytes(content, path):
-    numbers, points = [], []
+    numbers, points, errors = [], [], []
     for _ in range(*content.numbers('Q')):
-        number, x, y, z, *_, length = content.numbers('Q3d3BdQ')
+        number, x, y, z, *_, error, length = content.numbers('Q3d3BdQ')
         content.at += 8 * length
         numbers.append(number)
         points.append((x, y, z))
-    return np.array(numbers, np.int64), np.array(points).reshape(-1, 3)
+        errors.append(error)
+    return np.array(numbers, np.int64), np.array(points).reshape(-1, 3), np.array(errors)
 
 
 def points_from_text(lines, path):
-    rows = [line.split()[:4] for line in lines if line.strip()]
-    return (np.array([row[0] for row in rows], np.int64),
-            np.array([row[1:] for row in rows], np.float64).reshape(-1, 3))
+    rows = [line.split()[:8] for line in lines if line.strip()]
+    values = np.array([row[1:] for row in rows], np.float64).reshape(-1, 7)
+    return np.array([row[0] for row in rows], np.int64), values[:, :3], values[:, 6]

@@ -3,20 +3,28 @@ pixels. And the rays of all pixels of a camera."""
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from run_nerf_helpers import cast_rays, get_rays
 from scenes.training_views import TrainingViews
+
+# With sparse depths, one in this many rays goes through a pixel whose depth is known.
+DEPTH_EVERY = 8
 
 
 class Batch(NamedTuple):
     """Rays of one training step and the colours they should have."""
     rays: torch.Tensor    # origins and directions [2, N_rays, 3]
     target: torch.Tensor  # colours in [0, 1], [N_rays, 3], or with alpha [N_rays, 4]
+    # the t at which rays should end, and how much it counts, 0 where t is not known, [N_rays, 2]; or None
+    depth: torch.Tensor | None = None
 
     def split(self, max_rays):
         """Yield batches of at most `max_rays` rays, each with its share of the rays of this batch."""
-        for rays, target in zip(self.rays.split(max_rays, 1), self.target.split(max_rays)):
-            yield Batch(rays, target), len(target) / len(self.target)
+        targets = self.target.split(max_rays)
+        depths = [None] * len(targets) if self.depth is None else self.depth.split(max_rays)
+        for rays, target, depth in zip(self.rays.split(max_rays, 1), targets, depths):
+            yield Batch(rays, target, depth), len(target) / len(self.target)
 
 
 class RaySampler:
@@ -37,21 +45,34 @@ class RaySampler:
       with_alpha: add the alpha of its pixel to each colour, if the scene has alphas.
       N_rand_samples: samples in a batch, all rays together; None for a fixed number of rays.
       expected_samples: samples per ray expected before the first step; needed with `N_rand_samples`.
+      depths: `SparseDepths`; then one in DEPTH_EVERY rays goes through one of their pixels.
     """
 
     def __init__(self, scene, N_rand, no_batching, precrop_iters, precrop_frac, pixel_centers, device,
-                 with_alpha=False, N_rand_samples=None, expected_samples=None):
+                 with_alpha=False, N_rand_samples=None, expected_samples=None, depths=None):
         centre = precrop_frac if precrop_iters > 0 else None
         self.views = TrainingViews(scene, centre, pixel_centers, device, with_alpha)
         self.N_rand, self.no_batching = N_rand, no_batching
         self.precrop_iters = precrop_iters
         self.N_rand_samples, self.expected_samples = N_rand_samples, expected_samples
         self.mean_samples = None  # samples per ray in the last step
+        self.depths = None
+        if depths is not None:
+            first = min(scene.i_train)
+            self.depths = [torch.from_numpy(part).to(device)
+                           for part in (depths.view - first, *depths[1:])]
 
     def sample(self, step):
         """The `Batch` of training step `step` ≥ 1."""
-        pixels = self.views.draw(self.num_rays(), step < self.precrop_iters, self.no_batching)
-        return Batch(self.views.rays(*pixels), self.views.colors(*pixels) / 255)
+        count, depth = self.num_rays(), None
+        with_depth = 0 if self.depths is None else count // DEPTH_EVERY
+        pixels = self.views.draw(count - with_depth, step < self.precrop_iters, self.no_batching)
+        if self.depths is not None:
+            drawn = torch.randint(len(self.depths[0]), (with_depth,), device=pixels[0].device)
+            *more, t, weight = (part[drawn] for part in self.depths)
+            pixels = [torch.cat(parts) for parts in zip(pixels, more)]
+            depth = F.pad(torch.stack([t, weight], -1), (0, 0, count - with_depth, 0))
+        return Batch(self.views.rays(*pixels), self.views.colors(*pixels) / 255, depth)
 
     def num_rays(self):
         """Number of rays in the next batch."""

@@ -98,6 +98,9 @@ def finish_scene(args, scene):
       UserError: as `apply_options` does, or no view is left for training.
     """
     apply_options(args, scene)
+    if args.train_views and args.train_views < len(scene.i_train):
+        chosen = np.linspace(0, len(scene.i_train) - 1, args.train_views).round().astype(int)
+        scene.i_train = scene.i_train[chosen]
     if len(scene.i_train) == 0:
         raise UserError(f'{args.datadir}: found no training view')
     warn_of_mismatches(args, scene)

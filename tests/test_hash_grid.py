@@ -2,6 +2,7 @@
 import itertools
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +13,10 @@ from accel.hash_grid import (
     PRIMES,
     SUPPORTED_N_FEATURES,
     HashGrid,
+    contract,
     encode,
     encode_directions,
+    uncontract,
 )
 from run_nerf_helpers import SphericalHarmonics
 
@@ -28,11 +31,13 @@ def random_grid(seed=0, **options):
 
 @each_kernel
 @given(n_levels=st.integers(1, 9), finest_res=st.integers(16, 3000), log2_hashmap_size=st.integers(4, 16),
-       n_features=st.sampled_from(SUPPORTED_N_FEATURES), N=st.integers(0, 5000), seed=st.integers(0, 99))
+       n_features=st.sampled_from(SUPPORTED_N_FEATURES), contract=st.booleans(), N=st.integers(0, 5000),
+       seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_the_kernel_equals_the_reference_implementation(kernels, N, seed, **options):
     grid = random_grid(seed, **options)
     points = torch.rand(N, 3) * 2.4 - 1.2  # some outside
+    points[:N // 4] *= torch.rand(N // 4, 1) * 1000
     points[N // 2:N // 2 + 1, 1] = float('nan')
     points = torch.cat([points, torch.rand(N, 2)], -1)[:, :3]  # rows that are apart
     with implementation(kernels):
@@ -40,11 +45,13 @@ def test_the_kernel_equals_the_reference_implementation(kernels, N, seed, **opti
         upstream = torch.randn_like(found)
         upstream[::3] = 0
         (grad,) = torch.autograd.grad(found, grid.table, upstream)
-    expected = encode(points, grid.aabb, grid.table, grid.resolutions, grid.level_offsets)
+    expected = encode(points, grid.aabb, grid.contract, grid.table, grid.resolutions, grid.level_offsets)
     (expected_grad,) = torch.autograd.grad(expected, grid.table, upstream)
     assert found.shape == expected.shape == (N, grid.out_dim)
-    assert torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
-    assert (grad - expected_grad).norm() <= 1e-5 * expected_grad.norm()
+    # the contraction rounds a position by about 1e-7 of the side; entries differ by about 1 a cell
+    tolerance = 1e-6 * options['finest_res'] if options['contract'] else 1e-5
+    assert torch.allclose(found, expected, atol=tolerance, rtol=1e-5)
+    assert (grad - expected_grad).norm() <= tolerance * expected_grad.norm()
 
 
 @each_kernel
@@ -84,7 +91,7 @@ def test_the_reference_implementation_equals_loops():
     sizes, dense = grid.level_offsets.diff(), (grid.resolutions + 1) ** 3
     assert sizes[0] == dense[0] and sizes[-1] < dense[-1], 'some levels are dense, others are hashed'
     points = torch.rand(20, 3, dtype=torch.float64)
-    found = encode(2 * points - 1, grid.aabb, grid.table.double(), grid.resolutions,
+    found = encode(2 * points - 1, grid.aabb, False, grid.table.double(), grid.resolutions,
                    grid.level_offsets).detach()
     expected = np.stack([encode_in_loops(point, grid) for point in points])
     assert np.allclose(found.cpu().numpy(), expected, atol=1e-6)
@@ -118,6 +125,32 @@ def test_points_outside_of_the_box_are_clamped_to_it():
     grid.set_aabb([[0.0, 0, 0], [2, 2, 2]])
     found = grid(torch.tensor([[-5.0, 1, 1], [0, 1, 1], [2, 2, 2], [3, 9, 2.5]]))
     assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
+
+
+def test_a_gradient_whose_rows_overlap():
+    """That of a sum is one number, expanded. The kernel gets a copy, which must live until it is done."""
+    grid, points = random_grid(n_levels=2, finest_res=32), torch.rand(2 ** 19, 3)  # the copy: 8 MB
+    grid(points).sum().backward()
+    assert grid.table.grad.sum() == pytest.approx(2 * 2 * len(points), rel=1e-3)
+
+
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3))
+def test_contraction_inverts(point):
+    points = torch.tensor([point], dtype=torch.float64)
+    contracted, norm = contract(points), points.abs().max()
+    assert contracted.abs().max() == pytest.approx(float(norm if norm <= 1 else 2 - 1 / norm))
+    torch.testing.assert_close(uncontract(contracted), points, rtol=1e-9, atol=1e-12)
+
+
+def test_a_contracted_grid_covers_all_space():
+    """Inside the box it is a grid of twice the size; infinity is its surface."""
+    contracted, plain = random_grid(contract=True), random_grid()
+    contracted.set_aabb([[1.0, 1, 1], [3, 3, 3]])
+    plain.set_aabb([[0.0, 0, 0], [4, 4, 4]])
+    points = 1 + 2 * torch.rand(50, 3)
+    torch.testing.assert_close(contracted(points), plain(points), rtol=1e-4, atol=1e-4)
+    far = torch.tensor([[2.0, 2, 2 + 1e9], [2, 2, 4.0]])
+    torch.testing.assert_close(contracted(far)[0], plain(far)[1], rtol=1e-4, atol=1e-4)
 
 
 def test_any_number_of_axes():

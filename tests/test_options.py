@@ -25,7 +25,8 @@ OURS = {'N_iters': 200000, 'check_data': False, 'seed': 0, 'device': 'auto', 'ne
         'precision': 'auto', 'backward': 'auto', 'i_embed_views': None, 'n_levels': 16, 'n_features': 2,
         'log2_hashmap_size': 19, 'finest_res': 2048, 'occupancy_grid': False, 'N_rand_samples': 2 ** 18,
         'aabb': None, 'random_bkgd': False, 'exact_render': False, 'overwrite': False,
-        'sampler': 'hierarchical', 'lambda_distortion': 0.0}
+        'sampler': 'hierarchical', 'contract': False, 'lambda_distortion': 0.0, 'lambda_depth': 0.0,
+        'train_views': None}
 BLENDER = ['chair', 'drums', 'ficus', 'hotdog', 'lego', 'materials', 'mic', 'ship']
 FAST = ['lego_fast', 'fern_fast', 'demo_fast', 'fast']
 LLFF = ['fern', 'flower', 'fortress', 'horns', 'leaves', 'orchids', 'room', 'trex']
@@ -56,14 +57,14 @@ def test_each_option_is_read():
 
 # Resuming warns if one of these differs from the checkpoint.
 RESUME_WARNED = set(re.findall(r'\w+', """
-    N_importance N_rand N_rand_samples N_samples aabb dataset_type factor far finest_res half_res i_embed
-    i_embed_views lambda_distortion lindisp llffhold log2_hashmap_size lrate lrate_decay multires
-    multires_views n_features n_levels near netdepth netdepth_fine netwidth netwidth_fine no_batching no_ndc
-    occupancy_grid perturb precrop_frac precrop_iters random_bkgd raw_noise_std sampler seed spherify
-    use_viewdirs white_bkgd"""))
+    N_importance N_rand N_rand_samples N_samples aabb contract dataset_type factor far finest_res half_res
+    i_embed i_embed_views lambda_depth lambda_distortion lindisp llffhold log2_hashmap_size lrate lrate_decay
+    multires multires_views n_features n_levels near netdepth netdepth_fine netwidth netwidth_fine
+    no_batching no_ndc occupancy_grid perturb precrop_frac precrop_iters random_bkgd raw_noise_std sampler
+    seed spherify train_views use_viewdirs white_bkgd"""))
 # --render_only takes these from the checkpoint.
 RENDER_ONLY_ADOPTED = set(re.findall(r'\w+', """
-    N_importance N_samples dataset_type datadir expname factor far finest_res half_res i_embed
+    N_importance N_samples contract dataset_type datadir expname factor far finest_res half_res i_embed
     i_embed_views lindisp llffhold log2_hashmap_size multires multires_views n_features n_levels near
     netdepth netdepth_fine netwidth netwidth_fine no_ndc occupancy_grid pixel_centers sampler seed
     spherify testskip use_viewdirs white_bkgd"""))

@@ -2,25 +2,35 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_devices import DEVICE, Random
 from tiny_networks import hash_nerf
 from tiny_runs import FAST_DEMO, NO_OUTPUTS, assert_killed_and_resumed_is_undisturbed, read_state, run
 
 from accel.network_query import NetworkQuery
 from accel.proposals import (
+    FAR,
     PROPOSALS,
+    TRAIN_EVERY_N_STEPS,
+    WARMUP_STEPS,
     ProposalRenderer,
     distortion_loss,
     even_edges,
+    from_disparity,
     histogram_loss,
     resample,
-    weights_of,
+    to_disparity,
 )
 from run_nerf import loss_and_gradient, raw2outputs
+from run_nerf_helpers import weights_of
 from scenes.rays import Batch
 
 PROPOSAL_DEMO = [*FAST_DEMO, '--no-occupancy_grid', '--sampler', 'proposal', '--N_samples', 16,
                  '--N_rand', 256, '--lambda_distortion', 0.01]
+
+
+NO_DEPTHS = Batch(None, None)
 
 
 def random_intervals(N, M, seed=0):
@@ -150,6 +160,26 @@ def test_samples_lie_between_near_and_far_and_are_composited(lindisp, perturb):
         torch.testing.assert_close(ret[name], expected, rtol=1e-3, atol=1e-4)
 
 
+def test_rays_through_contracted_space_reach_everywhere():
+    """Intervals are even in distance up to the box's side, and in its inverse beyond."""
+    renderer, _ = renderer_and_network(contract=True)
+    for grid in renderer.grids:
+        grid.encoding.set_aabb([[-2.0] * 3, [2.0] * 3])
+    near, s_vals = torch.tensor([[0.5]]), torch.linspace(0, 1, 65)[None]
+    t = renderer.positions(s_vals, near, near + 1, False)[0]
+    assert t[0] == pytest.approx(0.5) and t[-1] == pytest.approx(2 * FAR, rel=1e-3)
+    inside = t < 2
+    assert 20 < inside.sum() < 40
+    for steps in (t[inside].diff(), (1 / t[~inside]).diff()):
+        torch.testing.assert_close(steps, steps[:1].expand(len(steps)), rtol=1e-2, atol=0)
+
+
+@given(st.floats(1e-3, 900))
+def test_spacing_inverts(x):
+    x = torch.tensor(x, dtype=torch.float64)
+    assert float(from_disparity(to_disparity(x))) == pytest.approx(float(x))
+
+
 QUERY = NetworkQuery()
 
 
@@ -158,10 +188,10 @@ def test_gradients_are_finite_in_emptiness_and_in_solid_matter(log_density):
     renderer, network = renderer_and_network(lambda_distortion=0.1)
     with torch.no_grad():
         network.density_linears[-1].bias[0] = log_density
-        for proposal in renderer.networks:
-            proposal.linears[-1].bias[:] = log_density
+        for grid in renderer.grids:
+            grid.encoding.table[:] = log_density
     ret = renderer.render_rays(ray_batch(20), network, QUERY, 16, perturb=1.0, retsamples=True)
-    loss = sum(renderer.losses(ret).values()) + ret['rgb_map'].sum()
+    loss = sum(renderer.losses(ret, NO_DEPTHS).values()) + ret['rgb_map'].sum()
     loss.backward()
     for parameter in [*renderer.parameters(), *network.parameters()]:
         assert torch.isfinite(parameter.grad).all()
@@ -185,7 +215,6 @@ def test_training_sharpens_the_proposals_and_the_image():
         renderer.update(step)
         errors.append(float(measures.errors['coarse']))
         assert {'coarse', 'proposal0', 'proposal1'} == measures.losses.keys()
-    renderer.steps.fill_(1000)
     with torch.no_grad():
         widths = renderer.render_rays(rays, network, QUERY, 16, retsamples=True)['s_vals'].diff()
     assert errors[-1] < 0.2 * errors[0]
@@ -193,20 +222,30 @@ def test_training_sharpens_the_proposals_and_the_image():
 
 
 def test_intervals_are_even_at_first_and_reset_forgets():
-    renderer, network = renderer_and_network(seed=5)
+    renderer, network = renderer_and_network()
     rays = ray_batch(4)
     first = renderer.render_rays(rays, network, QUERY, 16, retsamples=True)['s_vals']
     even = torch.linspace(0, 1, 17, device=DEVICE).expand(4, -1)
     torch.testing.assert_close(first, even, rtol=0, atol=1e-5)
-    before = [parameter.clone() for parameter in renderer.parameters()]
+    with torch.no_grad():
+        for parameter in renderer.parameters():
+            parameter += 1
     renderer.update(1)
-    state = torch.get_rng_state()
     renderer.reset()
-    assert torch.equal(state, torch.get_rng_state()) and renderer.steps == 0
-    again = [parameter.clone() for parameter in renderer.parameters()]
-    assert any(not torch.equal(a, b) for a, b in zip(before, again))
-    renderer.reset()
-    assert all(torch.equal(a, b) for a, b in zip(again, renderer.parameters()))
+    assert renderer.steps == 0 and not any(parameter.any() for parameter in renderer.parameters())
+
+
+def test_after_the_warm_up_only_some_steps_train_the_grids():
+    renderer, network = renderer_and_network()
+    trained = []
+    for step in range(1, WARMUP_STEPS + 2 * TRAIN_EVERY_N_STEPS + 1):
+        if step > WARMUP_STEPS - 2:
+            ret = renderer.render_rays(ray_batch(4), network, QUERY, 8, retsamples=True)
+            losses = renderer.losses(ret, NO_DEPTHS)
+            trained.append('proposal0' in losses and losses['proposal1'].requires_grad)
+        renderer.update(step)
+    every = [True] + [False] * (TRAIN_EVERY_N_STEPS - 1)
+    assert trained == [True, True, *every, *every]
 
 
 def test_a_step_has_as_many_rays_as_fit_in_memory():
@@ -238,8 +277,8 @@ def test_a_run_renders_from_its_checkpoint_alone(tmp_path):
     assert run(*PROPOSAL_DEMO, *NO_OUTPUTS, '--basedir', tmp_path, '--N_iters', 3) == 0
     (path,) = tmp_path.rglob('*.tar')
     state = read_state(path)
-    assert state['renderer_state_dict']['steps'] == 3
-    assert any(name.startswith('networks.1.encoding') for name in state['renderer_state_dict'])
+    assert state['renderer_state_dict']['_extra_state'] == 3
+    assert any(name.startswith('grids.1.encoding') for name in state['renderer_state_dict'])
     assert run('--render_only', '--render_test', '--ft_path', path, '--basedir', tmp_path / 'out',
                '--render_factor', 4) == 0
     assert len(list((tmp_path / 'out').rglob('renderonly_test_000003/000.png'))) == 1

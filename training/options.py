@@ -109,6 +109,11 @@ class OptionParser(configargparse.ArgumentParser):
                        '--N_importance')
         if args.lambda_distortion > 0 and args.sampler != 'proposal':
             self.error('argument --lambda_distortion: needs --sampler proposal')
+        if args.contract and not (args.sampler == 'proposal' and args.i_embed == 1):
+            self.error('argument --contract: needs --sampler proposal and --i_embed 1')
+        if args.contract and (args.lindisp or (args.dataset_type == 'llff' and not args.no_ndc)):
+            self.error('argument --contract: not available with --lindisp and in normalised device '
+                       'coordinates; llff scenes need --no_ndc')
         if args.occupancy_grid and args.lindisp:
             self.error('argument --lindisp: not available with --occupancy_grid, whose steps are equal')
         bounded = args.occupancy_grid or args.sampler == 'proposal'
@@ -218,6 +223,8 @@ def _data_options(parser):
         help='sample evenly in disparity rather than depth (not in NDC)')
     add('--spherify', affects='scene', action=BooleanSwitch, default=False,
         help='llff: the cameras look inwards from all around')
+    add('--train_views', affects='training', type=integer(1), default=None,
+        help='train on only so many of the training views, evenly chosen')
     add('--llffhold', affects='scene', type=integer(0), default=8,
         help='llff, colmap and transforms.json: hold out every n-th image as a test view')
     add('--near', affects='networks', type=number(least=0),
@@ -274,6 +281,12 @@ def _training_options(parser):
     add('--sampler', affects='networks', choices=['hierarchical', 'proposal'], default='hierarchical',
         help='hierarchical: coarse samples, then fine ones where their weights are; proposal: two small '
              'networks decide where the N_samples samples of one network lie')
+    add('--contract', affects='networks', action=BooleanSwitch, default=False,
+        help='with --sampler proposal and --i_embed 1, for scenes without bounds: the hash grids cover all '
+             'space, contracted outside the box of --aabb or else of the cameras; --far has no effect')
+    add('--lambda_depth', affects='training', type=number(least=0), default=0.,
+        help="weight of the depth loss: rays through the sparse points of the COLMAP model in the scene's "
+             'folder, sparse/0, should end there')
     add('--lambda_distortion', affects='training', type=number(least=0), default=0.,
         help='with --sampler proposal: weight of the distortion loss, which pulls the weights of a ray '
              'together')

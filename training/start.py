@@ -13,9 +13,10 @@ import torch
 
 from scenes.cameras import sizes_of
 from scenes.checks import check_scene
+from scenes.depths import sparse_depths
 from scenes.errors import UserError
 from scenes.files import make_folder, remove_partial_files, write_text
-from scenes.rays import RaySampler
+from scenes.rays import DEPTH_EVERY, RaySampler
 from scenes.report import text_report, write_report
 from scenes.scene import uses_ndc
 from training.checkpoints import Checkpoints, checkpoint_parts, networks_of, restore
@@ -78,8 +79,12 @@ def ray_sampler(args, scene, pixel_centers, device, processes):
     """The `RaySampler` that draws this process's rays of each step."""
     N_rand = processes.own_rays(args.N_rand)
     N_rand_samples = args.N_rand_samples * N_rand / args.N_rand if args.occupancy_grid else None
+    depths = None
+    if args.lambda_depth > 0:
+        depths = sparse_depths(args.datadir, scene)
+        depths = depths._replace(weight=args.lambda_depth * DEPTH_EVERY * depths.weight)
     return RaySampler(scene, N_rand, args.no_batching, args.precrop_iters, args.precrop_frac, pixel_centers,
-                      device, args.random_bkgd, N_rand_samples, EXPECTED_FRACTION * args.N_samples)
+                      device, args.random_bkgd, N_rand_samples, EXPECTED_FRACTION * args.N_samples, depths)
 
 
 def open_run(args, scene, networks, start, device, console, processes):

@@ -1,18 +1,30 @@
 /* Multiresolution hash encoding of points, and spherical harmonics of directions. The reference implementations are in
  * `accel/hash_grid.py` and `run_nerf_helpers.py`.
  *
- * Point n is at points + n * stride, in the box aabb[2][3]. Level l has cells of 1 / resolutions[l] of the box; its
- * entries, F numbers each, begin at entry level_offsets[l] of the table. A level of (resolution + 1)^3 entries is
- * dense, one with fewer is hashed.
+ * Point n is at points + n * stride, in the box aabb[2][3] or, if `contracted`, anywhere. Level l has cells of
+ * 1 / resolutions[l] of the box; its entries, F numbers each, begin at entry level_offsets[l] of the table. A level of
+ * (resolution + 1)^3 entries is dense, one with fewer is hashed.
  */
 #define POINTS_PER_TASK 2048 /* few enough for a level's entries to stay in a CPU's cache */
 #define MAX_F 8
 
-/* A point in the units of the box, clamped to it; NaN becomes 0. */
-DEVICE void to_unit(const float *point, const float *aabb, float *x)
+/* A point in the units of the box, or of the contraction of all space (`contract` in `accel/hash_grid.py`), clamped to
+ * [0, 1]; NaN becomes 0. */
+DEVICE void to_unit(const float *point, const float *aabb, int64_t contracted, float *x)
 {
+    float norm = 1, scale = 1, shift = 0;
     for (int i = 0; i < 3; i++) {
-        float unit = (point[i] - aabb[i]) / (aabb[3 + i] - aabb[i]);
+        x[i] = (point[i] - aabb[i]) / (aabb[3 + i] - aabb[i]);
+        x[i] = x[i] == x[i] ? x[i] : 0;
+        float distance = fabsf(2 * x[i] - 1);
+        norm = distance > norm ? distance : norm;
+    }
+    if (contracted) {
+        scale = 0.5f * (2 - 1 / norm) / norm;
+        shift = 0.5f - 0.5f * scale;
+    }
+    for (int i = 0; i < 3; i++) {
+        float unit = scale * x[i] + shift;
         x[i] = unit > 0 ? (unit < 1 ? unit : 1) : 0;
     }
 }
@@ -103,11 +115,12 @@ DEVICE void add_gradient(const float *x, const float *grad_out, float *grad, con
 
 #ifndef __CUDACC__
 /* `to_unit` of the points of a task, from `start` on; returns their number. */
-DEVICE int64_t units_of(const float *points, int64_t stride, const float *aabb, int64_t start, int64_t N, float *x)
+DEVICE int64_t units_of(const float *points, int64_t stride, const float *aabb, int64_t contracted, int64_t start,
+                        int64_t N, float *x)
 {
     int64_t count = N - start < POINTS_PER_TASK ? N - start : POINTS_PER_TASK;
     for (int64_t n = 0; n < count; n++)
-        to_unit(points + (start + n) * stride, aabb, x + 3 * n);
+        to_unit(points + (start + n) * stride, aabb, contracted, x + 3 * n);
     return count;
 }
 
@@ -127,15 +140,15 @@ DEVICE void add_gradients(const float *x, const float *grad_out, float *grad, in
 #endif
 
 /* out[N][levels * F] */
-KERNEL encode(const float *points, int64_t stride, const float *aabb, const float *table, float *out, int64_t N,
-              int64_t levels, int64_t F, const int64_t *resolutions, const int64_t *level_offsets)
+KERNEL encode(const float *points, int64_t stride, const float *aabb, int64_t contracted, const float *table, float *out,
+              int64_t N, int64_t levels, int64_t F, const int64_t *resolutions, const int64_t *level_offsets)
 {
 #ifdef __CUDACC__ /* neighbouring threads look up the same level */
     PARALLEL_FOR(i, N * levels)
     {
         int64_t l = i / N, n = i - l * N, size = level_offsets[l + 1] - level_offsets[l];
         float x[3];
-        to_unit(points + n * stride, aabb, x);
+        to_unit(points + n * stride, aabb, contracted, x);
 #define ENCODE(F)                                                                                                      \
     encode_point(x, table + level_offsets[l] * F, out + (n * levels + l) * F, F, resolutions[l], size)
         WITH_CONSTANT_F(ENCODE)
@@ -144,7 +157,7 @@ KERNEL encode(const float *points, int64_t stride, const float *aabb, const floa
 #pragma omp parallel for schedule(dynamic)
     for (int64_t start = 0; start < N; start += POINTS_PER_TASK) {
         float x[3 * POINTS_PER_TASK];
-        int64_t count = units_of(points, stride, aabb, start, N, x);
+        int64_t count = units_of(points, stride, aabb, contracted, start, N, x);
         for (int64_t l = 0; l < levels; l++) {
             int64_t begin = level_offsets[l], size = level_offsets[l + 1] - begin, resolution = resolutions[l];
             const float *entries = table + begin * F;
@@ -159,8 +172,9 @@ KERNEL encode(const float *points, int64_t stride, const float *aabb, const floa
 
 /* Adds to grad, which has the table's layout and is zero on entry to a GPU; a CPU overwrites it. There one thread does
  * a whole level, so that the order of summation does not depend on the number of threads. */
-KERNEL encode_gradient(const float *points, int64_t stride, const float *aabb, const float *grad_out, float *grad,
-                       int64_t N, int64_t levels, int64_t F, const int64_t *resolutions, const int64_t *level_offsets)
+KERNEL encode_gradient(const float *points, int64_t stride, const float *aabb, int64_t contracted,
+                       const float *grad_out, float *grad, int64_t N, int64_t levels, int64_t F,
+                       const int64_t *resolutions, const int64_t *level_offsets)
 {
 #ifdef __CUDACC__
     PARALLEL_FOR(i, N * levels)
@@ -173,7 +187,7 @@ KERNEL encode_gradient(const float *points, int64_t stride, const float *aabb, c
             zero = zero && g[f] == 0;
         if (zero)
             continue;
-        to_unit(points + n * stride, aabb, x);
+        to_unit(points + n * stride, aabb, contracted, x);
 #define GRADIENT(F) add_gradient(x, g, grad + level_offsets[l] * F, F, resolutions[l], size)
         WITH_CONSTANT_F(GRADIENT)
     }
@@ -184,7 +198,7 @@ KERNEL encode_gradient(const float *points, int64_t stride, const float *aabb, c
         float x[3 * POINTS_PER_TASK], *to = grad + begin * F;
         memset(to, 0, size * F * sizeof(float)); /* then it is in the cache */
         for (int64_t start = 0; start < N; start += POINTS_PER_TASK) {
-            int64_t count = units_of(points, stride, aabb, start, N, x), row = levels * F;
+            int64_t count = units_of(points, stride, aabb, contracted, start, N, x), row = levels * F;
             const float *from = grad_out + (start * levels + l) * F;
 #define GRADIENT(F) add_gradients(x, from, to, count, row, F, resolution, size)
             WITH_CONSTANT_F(GRADIENT)

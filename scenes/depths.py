@@ -1,0 +1,86 @@
+"""Depths of the sparse points of a COLMAP model in the training views."""
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from scenes.colmap import model_folder, read_model
+from scenes.errors import UserError
+
+# The cameras of the model and of the scene may differ by this share of the distance between them.
+MAX_MISFIT = 0.1
+
+
+class SparseDepths(NamedTuple):
+    """What is known about the depth of P pixels."""
+    view: np.ndarray    # the view of each pixel, int64 [P]
+    y: np.ndarray       # its row, int64 [P]
+    x: np.ndarray       # its column, int64 [P]
+    t: np.ndarray       # how far away the point is, in units of rays_d, float32 [P]
+    weight: np.ndarray  # from 0 to 1, less for points with large reprojection errors, float32 [P]
+
+
+def sparse_depths(basedir, scene):
+    """The `SparseDepths` of the training views of a `Scene`, from `sparse/` in its folder.
+
+    Weights are those of DS-NeRF (Deng et al., CVPR 2022): exp(-(e / mean e)²) of the reprojection error e.
+
+    Raises:
+      UserError: there is no model, or it is not of these views.
+    """
+    folder = model_folder(Path(basedir))
+    model = read_model(folder)
+    views = photos_of_views(folder, model, scene.names)
+    rotation, scale, translation = similarity(
+        folder, np.stack([photo.c2w for photo in views.values()]), scene.poses[list(views)])
+    points = scale * model.points @ rotation.T + translation
+    weights = np.exp(-(model.errors / max(model.errors.mean(), 1e-9)) ** 2) if len(points) else model.errors
+
+    parts = []
+    for view in np.intersect1d(scene.i_train, list(views)):
+        photo, camera, pose = views[view], scene.cameras[view], scene.poses[view]
+        seen = np.searchsorted(model.numbers, photo.points)
+        size = np.array([camera.W, camera.H])
+        recorded = model.cameras[photo.camera]
+        x, y = np.floor(photo.pixels * size / [recorded.W, recorded.H]).astype(np.int64).T
+        offsets = pose[:, 3] - points[seen]
+        t = np.linalg.norm(offsets, axis=-1) if camera.fisheye else offsets @ pose[:, 2]
+        use = (t > 0) & (x >= 0) & (y >= 0) & (x < camera.W) & (y < camera.H)
+        if scene.masks is not None:
+            use[use] = scene.masks[view][y[use], x[use]]
+        parts.append(np.stack([np.full(len(x), view), y, x, t, weights[seen]])[:, use])
+    view, y, x, t, weight = np.concatenate([np.empty((5, 0)), *parts], 1)
+    if not len(view):
+        raise UserError(f'{folder}: found no points in the training views, expected some for --lambda_depth')
+    return SparseDepths(*(part.astype(np.int64) for part in (view, y, x)),
+                        *(part.astype(np.float32) for part in (t, weight)))
+
+
+def photos_of_views(folder, model, names):
+    """The model's photo of each view that it has, a dict by index: by the names without endings or, if none
+    agrees and there are as many, by their order."""
+    photos = {Path(photo.name).stem: photo for photo in model.photos}
+    stems = [Path(name).stem for name in names]
+    found = {view: photos[stem] for view, stem in enumerate(stems) if stem in photos}
+    if not found and len(stems) == len(model.photos):
+        found = dict(enumerate(model.photos))
+    if len(found) < 2:
+        raise UserError(f'{folder}: found photos such as {model.photos[0].name}, expected those of the '
+                        f'scene, such as {names[0]}')
+    return found
+
+
+def similarity(folder, source, target):
+    """Rotation [3, 3], scale and translation [3] that map cameras `source` to `target`, c2w [N, 3, 4] each.
+    Raises UserError if they do not fit."""
+    u, _, vt = np.linalg.svd(np.einsum('nij,nkj->ik', target[:, :, :3], source[:, :, :3]))
+    rotation = u @ np.diag([1, 1, np.linalg.det(u @ vt)]) @ vt
+    centers = [cameras[:, :, 3].mean(0) for cameras in (source, target)]
+    before = (source[:, :, 3] - centers[0]) @ rotation.T
+    after = target[:, :, 3] - centers[1]
+    scale = (before * after).sum() / max((before ** 2).sum(), 1e-12)
+    misfit = np.linalg.norm(scale * before - after) / max(np.linalg.norm(after), 1e-12)
+    if not (scale > 0 and misfit < MAX_MISFIT):
+        raise UserError(f'{folder}: its cameras are not those of the scene; expected a model of the same '
+                        'photos')
+    return rotation, scale, centers[1] - scale * rotation @ centers[0]
