@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from accel.appearance import ColorCorrection
 from accel.fast_renderer import FastRenderer
 from accel.grid_renderer import GridRenderer
 from accel.hash_grid import HashGrid
@@ -109,7 +110,6 @@ def raw2outputs(raw, z_vals, rays_d, raw_noise_std=0, white_bkgd=False, pytest=F
         dists = torch.cat([dists, torch.full_like(z_vals[..., :1], LAST_INTERVAL)], -1)
         dists = dists * torch.norm(rays_d[..., None, :], dim=-1)                       # [N_rays, N_samples]
         rgb, sigma = torch.sigmoid(raw[..., :3]), raw[..., 3]
-
         weights = weights_of(F.relu(sigma) * dists)                                    # [N_rays, N_samples]
 
         rgb_map = torch.sum(weights[..., None] * rgb, -2)
@@ -313,6 +313,7 @@ def create_nerf(args, checkpoint=None):
     """
     device = pick_device(args.device)
     network_fn = create_network(args, args.netdepth, args.netwidth).to(device)
+    network_fn.appearance = ColorCorrection().to(device) if args.appearance else None
     network_fine = None
     if args.N_importance > 0:
         network_fine = create_network(args, args.netdepth_fine, args.netwidth_fine).to(device)
@@ -417,6 +418,7 @@ def loss_and_gradient(hwf, K, chunk, batch, render_kwargs):
     measures, bkgd = Measures(), float(render_kwargs['white_bkgd'])
     for part, share in batch.split(chunk):
         rgb, _, acc, extras = render(*hwf[:2], K, chunk, part.rays, retsamples=True, **render_kwargs)
+        rgb = render_kwargs['network_fn'].as_photographed(rgb, part.view)
         errors = color_errors(rgb, acc, extras, part.target, bkgd)
         losses = nerf_losses(errors, rgb, acc, extras, part.target, bkgd)
         losses.update(render_kwargs.get('renderer', EXACT).losses(extras, part, **render_kwargs))

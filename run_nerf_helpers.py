@@ -270,6 +270,7 @@ class RadianceField(nn.Module):
     MIN_CHUNK_POINTS = 1024
     adam_options = {'betas': (0.9, 0.999)}  # noqa: RUF012 - read only
     keep_activations = False  # Whether `--backward auto` stores activations: small networks only.
+    appearance = None  # A `ColorCorrection` if the photos differ in exposure.
 
     def half_layers(self):
         """The layers that a bfloat16 evaluation computes in bfloat16; their weights are converted all at
@@ -284,6 +285,10 @@ class RadianceField(nn.Module):
     def density(self, points):
         """The density before its ReLU [N] at `points` [N, 3], equal to `forward(points, …)[:, 3]`."""
         raise NotImplementedError
+
+    def as_photographed(self, rgb, view):
+        """Rendered colours [N, 3] as photos of the views [N] show them: unchanged without `appearance`."""
+        return rgb if self.appearance is None else self.appearance(rgb, view)
 
     def preferred_chunk(self, device):
         """How many points to compute at once on `device`, so that they fit its caches or its memory."""

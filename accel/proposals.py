@@ -71,13 +71,20 @@ class ProposalRenderer(Renderer):
         super().__init__()
         self.grids = nn.ModuleList([ProposalGrid(finest_res, contract) for _, finest_res in PROPOSALS])
         self.lambda_distortion, self.contract = lambda_distortion, contract
-        self.steps = 0  # trained since the grids were new
+        self.set_steps(0)
+
+    def set_steps(self, steps):
+        """Set how many steps have been trained since the grids were new, and whether the next one trains
+        them."""
+        self.steps = steps
+        self.trains_grids = steps < WARMUP_STEPS or steps % TRAIN_EVERY_N_STEPS == 0
+        self.grids.requires_grad_(self.trains_grids)
 
     def get_extra_state(self):
         return torch.tensor(self.steps)
 
     def set_extra_state(self, state):
-        self.steps = int(state)
+        self.set_steps(int(state))
 
     def render_rays(self, ray_batch, network_fn, network_query_fn, N_samples, retraw=False, lindisp=False,
                     perturb=0., N_importance=0, network_fine=None, white_bkgd=False, raw_noise_std=0.,
@@ -106,13 +113,12 @@ class ProposalRenderer(Renderer):
         counts, ret = [*(count for count, _ in PROPOSALS), N_samples], {}
         s_vals = even_edges(near, counts[0], perturb > 0)
         power = self.annealed_power() if torch.is_grad_enabled() else 1
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_grids()):
-            for index, grid in enumerate(self.grids):
-                _, lengths, pts = intervals(s_vals)
-                weights = weights_of(grid(pts.flatten(0, 1)).view(lengths.shape) * lengths)
-                ret.update({f'proposal_s_vals{index}': s_vals, f'proposal_weights{index}': weights})
-                s_vals = resample(s_vals, weights.detach() ** power,
-                                  even_edges(near, counts[index + 1], perturb > 0))
+        for index, grid in enumerate(self.grids):
+            _, lengths, pts = intervals(s_vals)
+            weights = weights_of(grid(pts.flatten(0, 1)).view(lengths.shape) * lengths)
+            ret.update({f'proposal_s_vals{index}': s_vals, f'proposal_weights{index}': weights})
+            s_vals = resample(s_vals, weights.detach() ** power,
+                              even_edges(near, counts[index + 1], perturb > 0))
         mids, lengths, pts = intervals(s_vals)
         raw = network_query_fn(pts, viewdirs, network_fn)
         sigma = raw[..., 3]
@@ -144,10 +150,6 @@ class ProposalRenderer(Renderer):
         aabb = self.grids[0].encoding.aabb
         return 0.5 * (aabb[1] - aabb[0]).mean()
 
-    def trains_grids(self):
-        """Whether the coming training step trains the proposal grids."""
-        return self.steps < WARMUP_STEPS or self.steps % TRAIN_EVERY_N_STEPS == 0
-
     def annealed_power(self):
         """In training, intervals follow the weights to this power, which rises from 0 to 1."""
         progress = min(self.steps / ANNEAL_STEPS, 1.0)
@@ -161,7 +163,7 @@ class ProposalRenderer(Renderer):
 
     def losses(self, extras, batch, **kwargs):
         s_vals, weights, losses = extras['s_vals'], extras['weights'], super().losses(extras, batch, **kwargs)
-        if self.trains_grids():
+        if self.trains_grids:
             for index in range(len(self.grids)):
                 losses[f'proposal{index}'] = histogram_loss(
                     s_vals, weights, extras[f'proposal_s_vals{index}'], extras[f'proposal_weights{index}'])
@@ -170,12 +172,12 @@ class ProposalRenderer(Renderer):
         return losses
 
     def update(self, step, **kwargs):
-        self.steps += 1
+        self.set_steps(self.steps + 1)
 
     def reset(self):
         for grid in self.grids:
             grid.reset_parameters()
-        self.steps = 0
+        self.set_steps(0)
 
     def max_rays(self, device, N_samples, N_importance=0, **kwargs):
         return super().max_rays(device, N_samples + sum(count for count, _ in PROPOSALS))

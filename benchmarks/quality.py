@@ -1,14 +1,17 @@
-"""PSNR of the test views against steps and seconds of training, for several seeds and precisions.
+"""PSNR of the test views against steps and seconds of training, for several seeds, precisions and options.
 
     python benchmarks/quality.py --config configs/demo.txt --seeds 0 1 2 --precisions fp32 bf16
     python benchmarks/quality.py --config configs/lego.txt --datadir data/nerf_synthetic/lego --minutes 9
+    python benchmarks/quality.py --config configs/fern_fast.txt --datadir data/nerf_llff_data/fern \
+        --precisions auto --variants "" "--lambda_distortion 0"
 
 Trains as run_nerf.py does, one run after another, and renders test views --evaluations times in each run,
 fast unless --exact_render is given; that time does not count as training. --minutes limits the time of all
-runs together: a run may then end before --N_iters, but its learning rate falls as in a full run. The last
-table shows the means over the seeds.
+runs together: a run may then end before --N_iters, but its learning rate falls as in a full run. Each of
+--variants is trained with these further options. The last table shows the means over the seeds.
 """
 import itertools
+import shlex
 import statistics
 import time
 
@@ -18,6 +21,7 @@ from run_nerf_helpers import to8b
 from training.checkpoints import networks_of
 from training.devices import pick_device
 from training.metrics import psnr
+from training.options import config_parser
 from training.safeguards import Safeguards
 
 # The time reserved for the last evaluation is this multiple of the longest one so far.
@@ -28,26 +32,31 @@ def main():
     bench, args = parse(
         __doc__, ('--seeds', {'type': int, 'nargs': '+', 'default': [0, 1, 2]}),
         ('--precisions', {'nargs': '+', 'help': 'default: fp32 and those that are faster'}),
+        ('--variants', {'nargs': '+', 'default': [''], 'metavar': 'OPTIONS',
+                        'help': 'further options of run_nerf.py, in quotes'}),
         ('--evaluations', {'type': int, 'default': 4, 'help': 'times to render the test views'}),
         ('--views', {'type': int, 'default': 8, 'help': 'number of test views, evenly spread'}),
         ('--minutes', {'type': float, 'default': 1e9, 'help': 'time for all runs together'}))
     device = pick_device(args.device)
     precisions = bench.precisions or fast_precisions(device)
-    runs, deadline = list(itertools.product(bench.seeds, precisions)), time.monotonic() + 60 * bench.minutes
+    kinds = list(itertools.product(bench.variants, precisions))
+    runs, deadline = list(itertools.product(bench.seeds, kinds)), time.monotonic() + 60 * bench.minutes
     results = []
-    for number, (seed, precision) in enumerate(runs):
-        args.seed, args.precision = seed, precision
+    for number, (seed, kind) in enumerate(runs):
+        args = config_parser().parse_args([*bench.rest, *shlex.split(kind[0])])
+        args.seed, args.precision = seed, kind[1]
         budget = (deadline - time.monotonic()) / (len(runs) - number)
         curve = train(args, bench, budget)
-        show(curve, f'{args.expname}, seed {args.seed}, {args.precision}, {machine(device)}')
-        results.append({'seed': args.seed, 'precision': args.precision, 'curve': curve})
+        show(curve, ' '.join([args.expname, *kind, 'seed', str(seed), machine(device)]))
+        results.append({'seed': seed, 'options': kind[0], 'precision': kind[1], 'curve': curve})
         write_json(bench.json, {'config': args.expname, 'machine': machine(device), 'runs': results})
     means = []
-    for precision in precisions:
-        ends = [result['curve'][-1] for result in results if result['precision'] == precision]
+    for kind in kinds:
+        ends = [result['curve'][-1] for result in results if (result['options'], result['precision']) == kind]
         columns = {key: [end[key] for end in ends] for key in ('step', 'seconds', 'psnr')}
-        means.append({'precision': precision, 'seeds': len(ends),
-                      **{key: statistics.mean(values) for key, values in columns.items()}})
+        means.append({'options': kind[0] or 'as it is', 'precision': kind[1], 'seeds': len(ends),
+                      **{key: statistics.mean(values) for key, values in columns.items()},
+                      'least': min(columns['psnr']), 'most': max(columns['psnr'])})
     show(means, 'means at the end')
 
 

@@ -18,13 +18,14 @@ class Batch(NamedTuple):
     target: torch.Tensor  # colours in [0, 1], [N_rays, 3], or with alpha [N_rays, 4]
     # the t at which rays should end, and how much it counts, 0 where t is not known, [N_rays, 2]; or None
     depth: torch.Tensor | None = None
+    view: torch.Tensor | None = None  # the view of each ray [N_rays], counted from the first training view
 
     def split(self, max_rays):
         """Yield batches of at most `max_rays` rays, each with its share of the rays of this batch."""
-        targets = self.target.split(max_rays)
-        depths = [None] * len(targets) if self.depth is None else self.depth.split(max_rays)
-        for rays, target, depth in zip(self.rays.split(max_rays, 1), targets, depths):
-            yield Batch(rays, target, depth), len(target) / len(self.target)
+        for start in range(0, len(self.target), max_rays):
+            part = slice(start, start + max_rays)
+            rest = [None if value is None else value[part] for value in self[1:]]
+            yield Batch(self.rays[:, part], *rest), len(rest[0]) / len(self.target)
 
 
 class RaySampler:
@@ -72,7 +73,7 @@ class RaySampler:
             *more, t, weight = (part[drawn] for part in self.depths)
             pixels = [torch.cat(parts) for parts in zip(pixels, more)]
             depth = F.pad(torch.stack([t, weight], -1), (0, 0, count - with_depth, 0))
-        return Batch(self.views.rays(*pixels), self.views.colors(*pixels) / 255, depth)
+        return Batch(self.views.rays(*pixels), self.views.colors(*pixels) / 255, depth, pixels[0])
 
     def num_rays(self):
         """Number of rays in the next batch."""

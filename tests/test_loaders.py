@@ -372,7 +372,7 @@ def pixels_of(scene, rays):
 def test_a_batch_has_rays_and_their_colours(tmp_path, no_batching):
     scene = load_blender(blender_scene(tmp_path / 'scene'))
     torch.manual_seed(0)
-    rays, target, _ = ray_sampler(scene, no_batching=no_batching).sample(1)
+    rays, target, *_ = ray_sampler(scene, no_batching=no_batching).sample(1)
     view, y, x = pixels_of(scene, rays)
     assert rays.shape == (2, 500, 3) and target.shape == (500, 3)
     np.testing.assert_allclose(target, scene.images[scene.i_train][view, y, x] / 255, atol=1e-6)
@@ -382,7 +382,7 @@ def test_a_batch_has_rays_and_their_colours(tmp_path, no_batching):
 
 def test_a_batch_has_the_alpha_of_its_pixels(tmp_path):
     scene = load_blender(blender_scene(tmp_path / 'scene'))
-    rays, target, _ = ray_sampler(scene, with_alpha=True).sample(1)
+    rays, target, *_ = ray_sampler(scene, with_alpha=True).sample(1)
     view, y, x = pixels_of(scene, rays)
     np.testing.assert_allclose(target[:, 3], scene.alphas[scene.i_train][view, y, x] / 255, atol=1e-6)
     scene.alphas = None

@@ -26,10 +26,13 @@ OURS = {'N_iters': 200000, 'check_data': False, 'seed': 0, 'device': 'auto', 'ne
         'log2_hashmap_size': 19, 'finest_res': 2048, 'occupancy_grid': False, 'N_rand_samples': 2 ** 18,
         'aabb': None, 'random_bkgd': False, 'exact_render': False, 'overwrite': False,
         'sampler': 'hierarchical', 'contract': False, 'lambda_distortion': 0.0, 'lambda_depth': 0.0,
-        'train_views': None}
+        'train_views': None, 'appearance': False}
 BLENDER = ['chair', 'drums', 'ficus', 'hotdog', 'lego', 'materials', 'mic', 'ship']
-FAST = ['lego_fast', 'fern_fast', 'demo_fast', 'fast']
 LLFF = ['fern', 'flower', 'fortress', 'horns', 'leaves', 'orchids', 'room', 'trex']
+FAST = ['lego_fast', 'demo_fast', 'fast', 'photos_fast', *(f'{scene}_fast' for scene in LLFF)]
+# The factor of each scene.
+MIP_NERF_360 = {'bicycle': 4, 'flowers': 4, 'garden': 4, 'stump': 4, 'treehill': 4,
+                'room': 2, 'counter': 2, 'kitchen': 2, 'bonsai': 2}
 
 
 def parse(*args):
@@ -57,15 +60,15 @@ def test_each_option_is_read():
 
 # Resuming warns if one of these differs from the checkpoint.
 RESUME_WARNED = set(re.findall(r'\w+', """
-    N_importance N_rand N_rand_samples N_samples aabb contract dataset_type factor far finest_res half_res
-    i_embed i_embed_views lambda_depth lambda_distortion lindisp llffhold log2_hashmap_size lrate lrate_decay
-    multires multires_views n_features n_levels near netdepth netdepth_fine netwidth netwidth_fine
+    N_importance N_rand N_rand_samples N_samples aabb appearance contract dataset_type factor far finest_res
+    half_res i_embed i_embed_views lambda_depth lambda_distortion lindisp llffhold log2_hashmap_size lrate
+    lrate_decay multires multires_views n_features n_levels near netdepth netdepth_fine netwidth netwidth_fine
     no_batching no_ndc occupancy_grid perturb precrop_frac precrop_iters random_bkgd raw_noise_std sampler
     seed spherify train_views use_viewdirs white_bkgd"""))
 # --render_only takes these from the checkpoint.
 RENDER_ONLY_ADOPTED = set(re.findall(r'\w+', """
-    N_importance N_samples contract dataset_type datadir expname factor far finest_res half_res i_embed
-    i_embed_views lindisp llffhold log2_hashmap_size multires multires_views n_features n_levels near
+    N_importance N_samples appearance contract dataset_type datadir expname factor far finest_res half_res
+    i_embed i_embed_views lindisp llffhold log2_hashmap_size multires multires_views n_features n_levels near
     netdepth netdepth_fine netwidth netwidth_fine no_ndc occupancy_grid pixel_centers sampler seed
     spherify testskip use_viewdirs white_bkgd"""))
 
@@ -128,17 +131,27 @@ def test_llff_configs(scene):
     assert {key: paper[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize('scene', MIP_NERF_360)
+def test_configs_of_mip_nerf_360(scene):
+    found = parse('--config', ROOT / f'configs/paper/360_{scene}.txt')
+    expected = {'factor': MIP_NERF_360[scene], 'llffhold': 8, 'dataset_type': 'colmap', 'contract': True,
+                'sampler': 'proposal', 'datadir': f'./data/360_v2/{scene}'}
+    assert {key: found[key] for key in expected} == expected
+
+
 @pytest.mark.parametrize('name', FAST)
 def test_fast_configs(name):
     found = parse('--config', ROOT / f'configs/{name}.txt')
-    expected = {'i_embed': 1, 'occupancy_grid': True, 'pixel_centers': True, 'no_batching': False,
-                'N_importance': 0, 'random_bkgd': name != 'fern_fast'}
+    of_photos = name == 'photos_fast' or name.removesuffix('_fast') in LLFF
+    expected = {'i_embed': 1, 'occupancy_grid': not of_photos, 'pixel_centers': True, 'no_batching': False,
+                'sampler': 'proposal' if of_photos else 'hierarchical', 'contract': name == 'photos_fast',
+                'N_importance': 0, 'random_bkgd': not of_photos}
     assert {key: found[key] for key in expected} == expected
 
 
 def test_no_two_configs_share_an_experiment():
     names = [parse('--config', path)['expname'] for path in (ROOT / 'configs').rglob('*.txt')]
-    assert len(names) == len(set(names)) == 2 * 16 + 1 + len(FAST)
+    assert len(names) == len(set(names)) == 2 * 16 + 1 + len(FAST) + len(MIP_NERF_360)
 
 
 def test_the_options_page_lists_every_option():

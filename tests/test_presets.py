@@ -66,9 +66,9 @@ def test_other_combinations_train_and_resume(few_views, tmp_path, capsys, option
 @slow
 def test_forward_facing_photos_train_too(tmp_path):
     assert run('--config', ROOT / 'configs/fern_fast.txt', '--datadir', DATA / 'nerf_llff_data/fern',
-               '--basedir', tmp_path, '--N_iters', 3, *NO_OUTPUTS, '--N_rand_samples', 2048,
+               '--basedir', tmp_path, '--N_iters', 3, *NO_OUTPUTS, '--N_rand', 64,
                '--log2_hashmap_size', 10) == 0
-    aabb = read_checkpoint(tmp_path / 'fern_fast/000003.tar')['renderer_state_dict']['grid.aabb']
+    aabb = read_checkpoint(tmp_path / 'fern_fast/000003.tar')['network_fn_state_dict']['encoding.aabb']
     assert (aabb[0] < -1).all() and (aabb[1] >= 1).all() and (aabb.abs() < 3).all()  # NDC
 
 

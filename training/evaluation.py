@@ -12,7 +12,7 @@ import torch
 from run_nerf_helpers import to8b
 from scenes.cameras import sizes_of
 from scenes.errors import UserError, first_line
-from training.metrics import load_lpips, psnr, ssim, write_metrics
+from training.metrics import corrected_half, load_lpips, psnr, ssim, write_metrics
 from training.outputs import (
     FrameFolder,
     color_map,
@@ -31,6 +31,8 @@ VIEW_FRACTION = 0.02
 # Rendering a ray costs at most this fraction of training on it: training adds a backward pass, cheap if
 # sparse.
 RENDER_COST = 0.6
+# With --appearance, metrics are of this part of the test views.
+MEASURED_HALF = 'right half, after fitting colours to the left'
 # TensorBoard shows the comparison image of the held-out view under this name.
 IMAGE_NAME = 'held-out view/render, target, error, disparity, opacity'
 
@@ -157,8 +159,11 @@ class Evaluator:
         cameras = [scene.cameras[view] for view in scene.i_test]
         frames = self.write_frames(scene.poses[scene.i_test], folder, video, cameras)
         for frame, view in zip(frames, scene.i_test, strict=True):
-            image, target = to8b(frame.rgb), scene.images[view]
+            rgb, target = frame.rgb, scene.images[view]
             mask = None if scene.masks is None else scene.masks[view]
+            if args.appearance:
+                rgb, target, mask = corrected_half(rgb, target, mask)
+            image = to8b(rgb)
             rows.append({'view': int(view), 'image': scene.names[view] if scene.names else None,
                          'psnr': psnr(image, target, mask), 'ssim': ssim(image, target, device, mask),
                          'lpips': lpips(image, target, mask) if lpips else None, 'seconds': frame.seconds})
@@ -166,11 +171,13 @@ class Evaluator:
         about = {'step': step, 'width': cameras[0].W if one_size else None,
                  'height': cameras[0].H if one_size else None, 'views': len(rows),
                  'background': 'white' if args.white_bkgd else 'black',
-                 'device': device_name(self.frames.device), 'seed': args.seed}
+                 'device': device_name(self.frames.device), 'seed': args.seed,
+                 'measured': MEASURED_HALF if args.appearance else 'whole views'}
         means = write_metrics(folder, rows, about)
         measured = [] if means['psnr'] is None else [f'PSNR {means["psnr"]:.2f} dB']
         measured += [f'{key.upper()} {means[key]:.4f}' for key in ('ssim', 'lpips') if means[key] is not None]
         views = f'{len(rows)} test views of {sizes_of(cameras)}'
+        views += f' ({MEASURED_HALF})' if args.appearance else ''
         self.say(f'step {step}: held-out {", ".join(measured)}, mean of {views}')
         return means
 

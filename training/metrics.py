@@ -97,6 +97,30 @@ def load_lpips(device):
     return distance, None
 
 
+def fit_colors(image, target):
+    """The affine change of colour [4, 3] that brings pixels `image` [N, 3] closest to `target` [N, 3]."""
+    pixels = np.concatenate([image, np.ones_like(image[:, :1])], -1)
+    return np.linalg.lstsq(pixels.astype(np.float64), target.astype(np.float64), rcond=None)[0]
+
+
+def corrected_half(rgb, target, mask=None):
+    """The right half of a rendered image after the affine change of colour that fits its left half: the
+    protocol for held-out views whose exposure is not known (Martin-Brualla et al., CVPR 2021).
+
+    Args:
+      rgb: the image, [H, W, 3] in [0, 1]; target: the photo, uint8 [H, W, 3].
+      mask: which pixels count, bool [H, W]; None for all.
+    Returns:
+      rgb, target, mask: of the right half; the mask is None if it was.
+    """
+    half = rgb.shape[1] // 2
+    left = (slice(None), slice(half)) if mask is None else mask & (np.arange(rgb.shape[1]) < half)
+    pixels = rgb[left].reshape(-1, 3)
+    affine = fit_colors(pixels, target[left].reshape(-1, 3) / 255) if len(pixels) else np.eye(4, 3)
+    right = rgb[:, half:] @ affine[:3] + affine[3]
+    return right.astype(np.float32), target[:, half:], None if mask is None else mask[:, half:]
+
+
 def write_metrics(folder, rows, about):
     """Write `metrics.json` and `metrics.csv`: the conditions (`about`), the means, and a row for each image.
 

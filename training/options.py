@@ -114,6 +114,8 @@ class OptionParser(configargparse.ArgumentParser):
         if args.contract and (args.lindisp or (args.dataset_type == 'llff' and not args.no_ndc)):
             self.error('argument --contract: not available with --lindisp and in normalised device '
                        'coordinates; llff scenes need --no_ndc')
+        if args.appearance and (args.N_importance > 0 or args.no_batching):
+            self.error('argument --appearance: not available with --N_importance and --no_batching')
         if args.occupancy_grid and args.lindisp:
             self.error('argument --lindisp: not available with --occupancy_grid, whose steps are equal')
         bounded = args.occupancy_grid or args.sampler == 'proposal'
@@ -284,6 +286,9 @@ def _training_options(parser):
     add('--contract', affects='networks', action=BooleanSwitch, default=False,
         help='with --sampler proposal and --i_embed 1, for scenes without bounds: the hash grids cover all '
              'space, contracted outside the box of --aabb or else of the cameras; --far has no effect')
+    add('--appearance', affects='networks', action=BooleanSwitch, default=False,
+        help='photos differ in exposure: train an affine change of colour for each; held-out views are '
+             'measured on their right half, after fitting one to the left half')
     add('--lambda_depth', affects='training', type=number(least=0), default=0.,
         help="weight of the depth loss: rays through the sparse points of the COLMAP model in the scene's "
              'folder, sparse/0, should end there')

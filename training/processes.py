@@ -102,7 +102,7 @@ class Processes:
         """Replace gradients and tensors by their weighted means over the ranks, in place.
 
         Args:
-          parameters: their `grad` is averaged; a missing one counts as zero.
+          parameters: the `grad` of those that require one is averaged; a missing one counts as zero.
           tensors: function that returns scalar tensors.
           rank_share: this process's fraction of the step's rays.
         Raises:
@@ -110,6 +110,7 @@ class Processes:
         """
         if self.size == 1:
             return
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -11,8 +11,9 @@ import numpy as np
 
 from scenes.cameras import homogeneous
 from scenes.files import partial_path, read_json
-from tools.capture.place import ALL_AROUND, FORWARD_FACING, UNBOUNDED
 
+# The folder of the presets.
+CONFIGS = Path(__file__).parents[2] / 'configs'
 # One view in this many is held out to measure quality, as is usual for LLFF's scenes.
 LLFFHOLD = 8
 # Poses that differ by less than this, in units of the placed scene, are the same.
@@ -26,34 +27,12 @@ MAX_PINHOLE_ERROR = 1.0
 OUTPUTS = re.compile(r'images(_\d+)?|masks|sparse|transforms\.json|sparse_points\.ply|config\.txt|'
                      r'poses_bounds\.npy|report\.(json|html)')
 
-PRESET = '''expname = {name}
-basedir = ./logs
-datadir = {datadir}
-{data}
-pixel_centers = True
-
-use_viewdirs = True
-i_embed = 1
-n_levels = 8
-n_features = 4
-log2_hashmap_size = {log2_hashmap_size}
-finest_res = {finest_res}
-
-occupancy_grid = True
-N_samples = {N_samples}
-N_rand_samples = 131072
-N_rand = 65536
-
-N_iters = {N_iters}
-lrate = 1e-2
-lrate_decay = {lrate_decay}
-
-i_print = 100
-i_img = 500
-i_weights = 1000
-i_testset = {N_iters}
-i_video = {N_iters}
-'''
+# Presets for photos in the LLFF layout, of an object on white, and of anything else.
+FORWARD_PRESET, OBJECT_PRESET, PRESET = 'fern_fast.txt', 'fast.txt', 'photos_fast.txt'
+# Lines of a preset that `write_config` replaces.
+REPLACED = re.compile(r'(#.*|(expname|basedir|datadir|dataset_type|factor|llffhold|random_bkgd) = .*)?\n')
+# The box that is not contracted: `Placement` puts the focus at 0 and the cameras at distance 1.
+UNIT_BOX = (-1, -1, -1, 1, 1, 1)
 
 
 def training_factor(views):
@@ -152,7 +131,7 @@ def quoted(path):
 
 
 def write_config(path, datadir, name, placement, factor, white_bkgd=False, llff_error=None):
-    """Write config.txt with the fast preset for the type of scene.
+    """Write config.txt with the fast preset for the scene.
 
     Args:
       path: of the file.
@@ -169,22 +148,19 @@ def write_config(path, datadir, name, placement, factor, white_bkgd=False, llff_
         head += ('# Uses poses_bounds.npy and images/, with normalised device coordinates. That layout has\n'
                  '# no lens distortion: cameras were fitted without it, with a mean reprojection error of\n'
                  f'# {llff_error:.2f} pixels. transforms.json has it.\n')
-        data = f'dataset_type = llff\nfactor = {factor}\nllffhold = {LLFFHOLD}'
-        options = dict(log2_hashmap_size=18, finest_res=256, N_samples=128, N_iters=3200, lrate_decay=2)
+        data, preset = {'dataset_type': 'llff'}, FORWARD_PRESET
     else:
         head += '# Uses transforms.json, with lens distortion.\n'
-        box = ', '.join(f'{x:.4g}' for x in placement.aabb.ravel())
-        data = (f'dataset_type = blender\nfactor = {factor}\nllffhold = {LLFFHOLD}\n'
-                f'near = {placement.near:.4g}\nfar = {placement.far:.4g}\naabb = [{box}]')
-        large = placement.scene_type in (ALL_AROUND, UNBOUNDED)
-        options = dict(log2_hashmap_size=19 if large else 18, finest_res=1024, N_iters=4000, lrate_decay=3,
-                       N_samples=512 if large else 256)
-        if placement.scene_type == FORWARD_FACING:
-            options['finest_res'] = 256
-    if white_bkgd:
-        data += '\nwhite_bkgd = True'
-    text = PRESET.format(name=name, datadir=quoted(datadir), data=data, **options)
-    path.write_text(head + text, encoding='utf-8')
+        preset = OBJECT_PRESET if white_bkgd else PRESET
+        box = placement.aabb.ravel() if white_bkgd else UNIT_BOX
+        data = {'dataset_type': 'blender', 'near': f'{placement.near:.4g}', 'far': f'{placement.far:.4g}',
+                'aabb': f'[{", ".join(f"{x:.4g}" for x in box)}]'}
+    data = {'expname': name, 'basedir': './logs', 'datadir': quoted(datadir), **data, 'factor': factor,
+            'llffhold': LLFFHOLD, **({'white_bkgd': True} if white_bkgd else {})}
+    lines = (CONFIGS / preset).read_text(encoding='utf-8').splitlines(keepends=True)
+    rest = ''.join(line for line in lines if not REPLACED.fullmatch(line))
+    text = ''.join(f'{key} = {value}\n' for key, value in data.items())
+    path.write_text(f'{head}{text}\n{rest}', encoding='utf-8')
 
 
 def link_files(folder, files):
