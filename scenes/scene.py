@@ -142,7 +142,7 @@ def warn_of_mismatches(args, scene):
     --random_bkgd has no effect."""
     if args.dataset_type != 'llff':  # the axes of forward-facing cameras do not meet
         distance = float(np.median(np.linalg.norm(scene.poses[:, :, 3] - focus_point(scene.poses), axis=-1)))
-        if not scene.near < distance < scene.far:
+        if not scene.near < distance < (np.inf if args.contract else scene.far):
             warnings.warn(f'the cameras look at a point {distance:.3g} away, but samples lie between '
                           f'{scene.near:g} and {scene.far:g}: set --near and --far', stacklevel=2)
     if uses_ndc(args):
