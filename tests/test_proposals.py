@@ -10,6 +10,7 @@ from tiny_runs import FAST_DEMO, NO_OUTPUTS, assert_killed_and_resumed_is_undist
 
 from accel.network_query import NetworkQuery
 from accel.proposals import (
+    CHEAPER,
     FAR,
     PROPOSALS,
     TRAIN_EVERY_N_STEPS,
@@ -250,7 +251,7 @@ def test_after_the_warm_up_only_some_steps_train_the_grids():
 
 def test_a_step_has_as_many_rays_as_fit_in_memory():
     renderer, _ = renderer_and_network()
-    per_ray = 32 + sum(count for count, _ in PROPOSALS)
+    per_ray = 32 + sum(count for count, _ in PROPOSALS) // CHEAPER
     rays = renderer.max_rays(torch.device('cpu'), 32)
     assert rays * per_ray <= 2 ** 18 < (rays + 1) * per_ray
 
