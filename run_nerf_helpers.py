@@ -270,7 +270,10 @@ class RadianceField(nn.Module):
     MIN_CHUNK_POINTS = 1024
     adam_options = {'betas': (0.9, 0.999)}  # noqa: RUF012 - read only
     keep_activations = False  # Whether `--backward auto` stores activations: small networks only.
-    appearance = None  # A `ColorCorrection` if the photos differ in exposure.
+
+    def __init__(self):
+        super().__init__()
+        self.appearance = None  # A `ColorCorrection` if the photos differ in exposure.
 
     def half_layers(self):
         """The layers that a bfloat16 evaluation computes in bfloat16; their weights are converted all at
@@ -324,7 +327,7 @@ class EncodedNeRF(RadianceField, NeRF):
 
     def __init__(self, encoding, encoding_views=None, **kwargs):
         NeRF.__init__(self, **kwargs)
-        self.encoding, self.encoding_views = encoding, encoding_views
+        self.encoding, self.encoding_views, self.appearance = encoding, encoding_views, None
 
     def forward(self, points, viewdirs=None):
         encoded = in_float32(self.encoding, points)

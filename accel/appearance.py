@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 
-# A scene has at most this many views; tables do not depend on the scene, so that checkpoints fit.
+# The table has this many rows, so that a checkpoint fits any scene; in larger ones some views share a row.
 MAX_VIEWS = 4096
 # Trained numbers are multiplied by this, so that colours change more slowly than the network.
 SCALE = 0.1
@@ -10,7 +10,7 @@ SCALE = 0.1
 
 class ColorCorrection(nn.Module):
     """Rendered colours to those of the photos, for training. The mean change over the views of a batch is
-    none, so that frames get the colours of the mean photo."""
+    zero, so that frames get the colours of the mean photo."""
 
     def __init__(self):
         super().__init__()
@@ -21,6 +21,7 @@ class ColorCorrection(nn.Module):
 
     def forward(self, rgb, view):
         """Colours [N, 3] of rays of the views [N], corrected."""
+        view = view % MAX_VIEWS
         present = torch.zeros_like(self.affine[:, 0, 0]).index_fill_(0, view, 1.0)
         mean = torch.tensordot(present, self.affine, 1) / present.sum()
         affine = SCALE * (self.affine.index_select(0, view) - mean)

@@ -22,7 +22,7 @@ PROPOSALS = ((64, 64), (48, 128))
 N_LEVELS = 2
 # Its levels have at most 2 to this many entries; those of PROPOSALS have one for each corner.
 LOG2_HASHMAP_SIZE = 22
-# In this many first training steps, all proposal grids are trained.
+# In each of the first training steps, this many, the grids are trained.
 WARMUP_STEPS = 256
 # Later they are trained once in this many steps, and otherwise only looked up.
 TRAIN_EVERY_N_STEPS = 4
@@ -34,7 +34,7 @@ ANNEAL_SLOPE = 10.0
 EVEN_SHARE = 0.01
 # Rays through contracted space end at this distance, in units of the uncontracted box's half side.
 FAR = 1000.0
-# A sample in a proposal grid needs about this many times less memory than one of the network.
+# A sample of the network takes about this many times the memory of one in a proposal grid.
 CHEAPER = 8
 # This keeps quotients finite.
 EPS = 1e-7
@@ -79,7 +79,7 @@ class ProposalRenderer(Renderer):
         """Set how many steps have been trained since the grids were new, and whether the next one trains
         them."""
         self.steps = steps
-        self.trains_grids = steps < WARMUP_STEPS or steps % TRAIN_EVERY_N_STEPS == 0
+        self.trains_grids = steps < WARMUP_STEPS or (steps + 1) % TRAIN_EVERY_N_STEPS == 0
         self.grids.requires_grad_(self.trains_grids)
 
     def get_extra_state(self):
@@ -226,7 +226,7 @@ def histogram_loss(s_vals, weights, proposal_s_vals, proposal_weights):
 
     Args:
       s_vals, weights: of the radiance field, [N_rays, M + 1] and [N_rays, M].
-      proposal_s_vals, proposal_weights: of a proposal network.
+      proposal_s_vals, proposal_weights: of a proposal grid.
     """
     s_vals, weights, edges = s_vals.detach(), weights.detach(), proposal_s_vals.detach().contiguous()
     total, last = F.pad(torch.cumsum(proposal_weights, -1), (1, 0)), edges.shape[1] - 1

@@ -1,7 +1,7 @@
 """The interface of a renderer, which turns rays into colours.
 
 `ExactRenderer` in run_nerf.py is the paper's hierarchical sampling; `GridRenderer` samples the occupied cells
-of a grid; `ProposalRenderer` asks small networks where to sample; `FastRenderer` skips samples that cannot be
+of a grid; `ProposalRenderer` asks density grids where to sample; `FastRenderer` skips samples that cannot be
 seen. A renderer is a module: its parameters, buffers and submodules are trained, saved and moved like those
 of any other module.
 """

@@ -3,12 +3,12 @@
     python benchmarks/quality.py --config configs/demo.txt --seeds 0 1 2 --precisions fp32 bf16
     python benchmarks/quality.py --config configs/lego.txt --datadir data/nerf_synthetic/lego --minutes 9
     python benchmarks/quality.py --config configs/fern_fast.txt --datadir data/nerf_llff_data/fern \
-        --precisions auto --variants "" "--lambda_distortion 0"
+        --precisions auto --variant= --variant="--lambda_distortion 0"
 
 Trains as run_nerf.py does, one run after another, and renders test views --evaluations times in each run,
 fast unless --exact_render is given; that time does not count as training. --minutes limits the time of all
-runs together: a run may then end before --N_iters, but its learning rate falls as in a full run. Each of
---variants is trained with these further options. The last table shows the means over the seeds.
+runs together: a run may then end before --N_iters, but its learning rate falls as in a full run. Each
+--variant is trained with these further options. The last table shows the means over the seeds.
 """
 import itertools
 import shlex
@@ -32,14 +32,14 @@ def main():
     bench, args = parse(
         __doc__, ('--seeds', {'type': int, 'nargs': '+', 'default': [0, 1, 2]}),
         ('--precisions', {'nargs': '+', 'help': 'default: fp32 and those that are faster'}),
-        ('--variants', {'nargs': '+', 'default': [''], 'metavar': 'OPTIONS',
-                        'help': 'further options of run_nerf.py, in quotes'}),
+        ('--variant', {'action': 'append', 'metavar': 'OPTIONS',
+                       'help': 'further options of run_nerf.py, as in --variant="--lrate 1e-3"; repeatable'}),
         ('--evaluations', {'type': int, 'default': 4, 'help': 'times to render the test views'}),
         ('--views', {'type': int, 'default': 8, 'help': 'number of test views, evenly spread'}),
         ('--minutes', {'type': float, 'default': 1e9, 'help': 'time for all runs together'}))
     device = pick_device(args.device)
     precisions = bench.precisions or fast_precisions(device)
-    kinds = list(itertools.product(bench.variants, precisions))
+    kinds = list(itertools.product(bench.variant or [''], precisions))
     runs, deadline = list(itertools.product(bench.seeds, kinds)), time.monotonic() + 60 * bench.minutes
     results = []
     for number, (seed, kind) in enumerate(runs):

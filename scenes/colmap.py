@@ -273,5 +273,5 @@ def points_from_bytes(content, path):
 
 def points_from_text(lines, path):
     rows = [line.split()[:8] for line in lines if line.strip()]
-    values = np.array([row[1:] for row in rows], np.float64).reshape(-1, 7)
-    return np.array([row[0] for row in rows], np.int64), values[:, :3], values[:, 6]
+    values = np.array([[*row[1:4], row[7] if len(row) > 7 else 0] for row in rows], np.float64).reshape(-1, 4)
+    return np.array([row[0] for row in rows], np.int64), values[:, :3], values[:, 3]

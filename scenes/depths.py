@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scenes.cameras import check_poses
 from scenes.colmap import model_folder, read_model
 from scenes.errors import UserError
 
-# The cameras of the model and of the scene may differ by this share of the distance between them.
+# The cameras of the model and of the scene may differ by this share of their RMS distance from their mean.
 MAX_MISFIT = 0.1
 
 
@@ -21,7 +22,8 @@ class SparseDepths(NamedTuple):
 
 
 def sparse_depths(basedir, scene):
-    """The `SparseDepths` of the training views of a `Scene`, from `sparse/` in its folder.
+    """The `SparseDepths` of the training views of a `Scene`, from `sparse/` in its folder. The model must be
+    of the same images, not of distorted ones if the scene has undistorted ones.
 
     Weights are those of DS-NeRF (Deng et al., CVPR 2022): exp(-(e / mean e)²) of the reprojection error e.
 
@@ -30,22 +32,28 @@ def sparse_depths(basedir, scene):
     """
     folder = model_folder(Path(basedir))
     model = read_model(folder)
-    views = photos_of_views(folder, model, scene.names)
+    views = photos_of_views(folder, model, scene)
+    check_poses(np.stack([photo.c2w for photo in model.photos]),
+                lambda index: f'{folder}: {model.photos[index].name}')
     rotation, scale, translation = similarity(
         folder, np.stack([photo.c2w for photo in views.values()]), scene.poses[list(views)])
     points = scale * model.points @ rotation.T + translation
-    weights = np.exp(-(model.errors / max(model.errors.mean(), 1e-9)) ** 2) if len(points) else model.errors
+    known = np.isfinite(model.errors) & (model.errors >= 0)  # COLMAP writes -1 for errors not computed
+    mean = model.errors[known].mean() if known.any() else 1.0
+    weights = np.exp(-(np.where(known, model.errors, mean) / max(mean, 1e-9)) ** 2)
 
     parts = []
     for view in np.intersect1d(scene.i_train, list(views)):
         photo, camera, pose = views[view], scene.cameras[view], scene.poses[view]
         seen = np.searchsorted(model.numbers, photo.points)
-        size = np.array([camera.W, camera.H])
-        recorded = model.cameras[photo.camera]
+        size, recorded = np.array([camera.W, camera.H]), model.cameras[photo.camera]
+        if abs(camera.H * recorded.W - camera.W * recorded.H) > max(recorded.H, recorded.W):
+            raise UserError(f'{folder}: found {photo.name} of {recorded.W}×{recorded.H} pixels, expected the '
+                            f'shape of the image that is trained, {camera.W}×{camera.H}')
         x, y = np.floor(photo.pixels * size / [recorded.W, recorded.H]).astype(np.int64).T
-        offsets = pose[:, 3] - points[seen]
-        t = np.linalg.norm(offsets, axis=-1) if camera.fisheye else offsets @ pose[:, 2]
-        use = (t > 0) & (x >= 0) & (y >= 0) & (x < camera.W) & (y < camera.H)
+        offsets, back = pose[:, 3] - points[seen], pose[:, 2]
+        t = np.linalg.norm(offsets, axis=-1) if camera.fisheye else offsets @ back / (back @ back)
+        use = (t > 0) & np.isfinite(t) & (x >= 0) & (y >= 0) & (x < camera.W) & (y < camera.H)
         if scene.masks is not None:
             use[use] = scene.masks[view][y[use], x[use]]
         parts.append(np.stack([np.full(len(x), view), y, x, t, weights[seen]])[:, use])
@@ -56,17 +64,17 @@ def sparse_depths(basedir, scene):
                         *(part.astype(np.float32) for part in (t, weight)))
 
 
-def photos_of_views(folder, model, names):
-    """The model's photo of each view that it has, a dict by index: by the names without endings or, if none
-    agrees and there are as many, by their order."""
-    photos = {Path(photo.name).stem: photo for photo in model.photos}
-    stems = [Path(name).stem for name in names]
-    found = {view: photos[stem] for view, stem in enumerate(stems) if stem in photos}
-    if not found and len(stems) == len(model.photos):
+def photos_of_views(folder, model, scene):
+    """The model's photo of each view that it has, a dict by index: by the paths without endings or, if none
+    agrees and there are as many, by their order. Paths of views begin with their folder of images."""
+    photos = {Path(photo.name).with_suffix(''): photo for photo in model.photos}
+    paths = [Path(*Path(name).parts[1:]).with_suffix('') for name in scene.names or ()]
+    found = {view: photos[path] for view, path in enumerate(paths) if path in photos}
+    if not found and len(scene.poses) == len(model.photos):
         found = dict(enumerate(model.photos))
     if len(found) < 2:
-        raise UserError(f'{folder}: found photos such as {model.photos[0].name}, expected those of the '
-                        f'scene, such as {names[0]}')
+        raise UserError(f'{folder}: found photos such as {model.photos[0].name}, expected the '
+                        f'{len(scene.poses)} of the scene' + (f', such as {paths[0]}' if paths else ''))
     return found
 
 

@@ -46,7 +46,7 @@ class RaySampler:
       with_alpha: add the alpha of its pixel to each colour, if the scene has alphas.
       N_rand_samples: samples in a batch, all rays together; None for a fixed number of rays.
       expected_samples: samples per ray expected before the first step; needed with `N_rand_samples`.
-      depths: `SparseDepths`; then one in DEPTH_EVERY rays goes through one of their pixels.
+      depths: `SparseDepths`; then at least one ray, and one in DEPTH_EVERY, goes through their pixels.
     """
 
     def __init__(self, scene, N_rand, no_batching, precrop_iters, precrop_frac, pixel_centers, device,
@@ -59,19 +59,19 @@ class RaySampler:
         self.mean_samples = None  # samples per ray in the last step
         self.depths = None
         if depths is not None:
-            first = min(scene.i_train)
             self.depths = [torch.from_numpy(part).to(device)
-                           for part in (depths.view - first, *depths[1:])]
+                           for part in (depths.view - self.views.first, *depths[1:])]
 
     def sample(self, step):
         """The `Batch` of training step `step` ≥ 1."""
         count, depth = self.num_rays(), None
-        with_depth = 0 if self.depths is None else count // DEPTH_EVERY
+        with_depth = 0 if self.depths is None else max(1, count // DEPTH_EVERY)
         pixels = self.views.draw(count - with_depth, step < self.precrop_iters, self.no_batching)
         if self.depths is not None:
             drawn = torch.randint(len(self.depths[0]), (with_depth,), device=pixels[0].device)
             *more, t, weight = (part[drawn] for part in self.depths)
             pixels = [torch.cat(parts) for parts in zip(pixels, more)]
+            weight = weight * (count / with_depth)  # the loss is a mean over all rays
             depth = F.pad(torch.stack([t, weight], -1), (0, 0, count - with_depth, 0))
         return Batch(self.views.rays(*pixels), self.views.colors(*pixels) / 255, depth, pixels[0])
 

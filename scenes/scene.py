@@ -120,7 +120,7 @@ def apply_options(args, scene):
         scene.far = args.far
     if args.render_poses:
         scene.render_poses = read_render_poses(args.render_poses, scene.applied_transform)
-    if scene.near >= scene.far:
+    if scene.near >= scene.far and not args.contract:
         raise UserError(f'{args.datadir}: found near {scene.near:g} and far {scene.far:g}, '
                         'expected near < far')
     if uses_ndc(args) and (scene.near < 0 or scene.far > 1):

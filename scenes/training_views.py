@@ -25,6 +25,7 @@ class TrainingViews:
     def __init__(self, scene, precrop_frac, pixel_centers, device, with_alpha=False):
         first, last = min(scene.i_train), max(scene.i_train)  # a slice shares memory
         cameras, self.precrop_frac, self.device = scene.cameras[first:last + 1], precrop_frac, device
+        self.first = first
         self.poses = torch.from_numpy(scene.poses[first:last + 1]).to(device)          # [V, 3, 4]
         sizes = [(camera.H, camera.W) for camera in cameras]
         self.size = sizes[0] if len(set(sizes)) == 1 else None                         # None if they differ

@@ -9,6 +9,10 @@ from tiny_networks import hash_nerf
 from tiny_runs import FAST_DEMO, NO_OUTPUTS, assert_killed_and_resumed_is_undisturbed, run
 
 from accel.appearance import ColorCorrection
+from accel.network_query import NetworkQuery
+from accel.proposals import ProposalRenderer
+from run_nerf import loss_and_gradient
+from scenes.rays import Batch
 from training.metrics import corrected_half
 
 # Photos with one exposure: the scale of each.
@@ -67,15 +71,28 @@ def test_held_out_views_are_fitted_on_the_left_and_measured_on_the_right(masked)
 
 
 def test_a_run_is_resumed_exactly(tmp_path):
-    assert_killed_and_resumed_is_undisturbed(tmp_path, *FAST_DEMO, '--appearance')
+    assert_killed_and_resumed_is_undisturbed(tmp_path, *FAST_DEMO, '--appearance', '--no-random_bkgd')
+
+
+def test_a_step_trains_the_corrections():
+    network = hash_nerf().to(DEVICE)
+    network.appearance = ColorCorrection().to(DEVICE)
+    rays = torch.stack([torch.zeros(20, 3) + torch.tensor([0.0, 0, 2]), torch.randn(20, 3)])
+    batch = Batch(rays, torch.rand(20, 3), view=torch.arange(20) % 2)
+    loss_and_gradient([8, 10], None, 20, batch, {
+        'network_fn': network, 'network_query_fn': NetworkQuery(), 'N_samples': 8, 'near': 1.0, 'far': 3.0,
+        'ndc': False, 'use_viewdirs': True, 'white_bkgd': False, 'renderer': ProposalRenderer().to(DEVICE)})
+    gradient = network.appearance.affine.grad
+    assert gradient[:2].abs().sum() > 0 and not gradient[2:].any()
 
 
 def test_metrics_name_the_protocol(tmp_path, capsys):
-    arguments = [*FAST_DEMO, *NO_OUTPUTS, '--basedir', tmp_path, '--N_iters', 2, '--i_testset', 2]
+    arguments = [*FAST_DEMO, '--no-random_bkgd', *NO_OUTPUTS, '--basedir', tmp_path, '--N_iters', 2,
+                 '--i_testset', 2]
     assert run(*arguments, '--appearance') == 0
     (path,) = tmp_path.rglob('metrics.json')
     assert json.loads(path.read_text())['measured'] == 'right half, after fitting colours to the left'
     assert '(right half, after fitting colours to the left)' in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run(*arguments, '--appearance', '--no_batching')
-    assert 'not available with --N_importance and --no_batching' in capsys.readouterr().err
+    assert 'not available with --N_importance, --no_batching or --random_bkgd' in capsys.readouterr().err

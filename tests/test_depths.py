@@ -102,7 +102,7 @@ def test_depths_lead_to_the_points(tmp_path, frame, names):
 @pytest.mark.parametrize('change, problem', [
     (lambda folder: (folder / 'sparse/0/cameras.txt').unlink(), 'found no COLMAP model'),
     (lambda folder: (folder / 'sparse/0/points3D.txt').write_text(''), 'found no points in the training'),
-    (lambda folder: drop_and_rename(folder / 'sparse/0/images.txt'), 'expected those of the scene'),
+    (lambda folder: drop_and_rename(folder / 'sparse/0/images.txt'), 'expected the 8 of the scene'),
     (lambda folder: edit(folder / 'transforms.json', '4.0', '9.0'), 'are not those of the scene')])
 def test_a_model_that_does_not_fit(tmp_path, change, problem):
     folder = write_scene(tmp_path / 'scene')

@@ -135,7 +135,7 @@ def test_llff_configs(scene):
 def test_configs_of_mip_nerf_360(scene):
     found = parse('--config', ROOT / f'configs/paper/360_{scene}.txt')
     expected = {'factor': MIP_NERF_360[scene], 'llffhold': 8, 'dataset_type': 'colmap', 'contract': True,
-                'sampler': 'proposal', 'datadir': f'./data/360_v2/{scene}'}
+                'sampler': 'proposal', 'datadir': f'./data/mipnerf360/{scene}'}
     assert {key: found[key] for key in expected} == expected
 
 

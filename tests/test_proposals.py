@@ -245,7 +245,7 @@ def test_after_the_warm_up_only_some_steps_train_the_grids():
             losses = renderer.losses(ret, NO_DEPTHS)
             trained.append('proposal0' in losses and losses['proposal1'].requires_grad)
         renderer.update(step)
-    every = [True] + [False] * (TRAIN_EVERY_N_STEPS - 1)
+    every = [False] * (TRAIN_EVERY_N_STEPS - 1) + [True]
     assert trained == [True, True, *every, *every]
 
 

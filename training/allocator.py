@@ -4,7 +4,6 @@ Training frees and allocates tensors of many megabytes all the time. By default 
 and the kernel has to clear its pages first, which takes a third of the time of a step.
 """
 import ctypes
-import sys
 from contextlib import suppress
 
 # Parameters of mallopt(3), and the largest value that they can have.
@@ -14,9 +13,8 @@ MAX_BYTES = 2 ** 31 - 1
 
 def keep_freed_memory():
     """Reuse freed memory of this process instead of returning it. Without glibc, nothing happens."""
-    if sys.platform != 'linux':
-        return
-    with suppress(AttributeError):  # other C libraries have no mallopt
+    with suppress(AttributeError, TypeError):  # other C libraries have no mallopt, and Windows none at all
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, MAX_BYTES)
-        mallopt(M_TRIM_THRESHOLD, MAX_BYTES)
+        # older versions of glibc refuse thresholds of more than 32 MiB
+        if mallopt(M_MMAP_THRESHOLD, MAX_BYTES) or mallopt(M_MMAP_THRESHOLD, 2 ** 25):
+            mallopt(M_TRIM_THRESHOLD, MAX_BYTES)

@@ -112,10 +112,13 @@ class OptionParser(configargparse.ArgumentParser):
         if args.contract and not (args.sampler == 'proposal' and args.i_embed == 1):
             self.error('argument --contract: needs --sampler proposal and --i_embed 1')
         if args.contract and (args.lindisp or (args.dataset_type == 'llff' and not args.no_ndc)):
-            self.error('argument --contract: not available with --lindisp and in normalised device '
+            self.error('argument --contract: not available with --lindisp or in normalised device '
                        'coordinates; llff scenes need --no_ndc')
-        if args.appearance and (args.N_importance > 0 or args.no_batching):
-            self.error('argument --appearance: not available with --N_importance and --no_batching')
+        if args.appearance and (args.N_importance > 0 or args.no_batching or args.random_bkgd):
+            self.error('argument --appearance: not available with --N_importance, --no_batching or '
+                       '--random_bkgd')
+        if args.lambda_depth > 0 and (args.no_batching or args.precrop_iters > 0):
+            self.error('argument --lambda_depth: not available with --no_batching or --precrop_iters')
         if args.occupancy_grid and args.lindisp:
             self.error('argument --lindisp: not available with --occupancy_grid, whose steps are equal')
         bounded = args.occupancy_grid or args.sampler == 'proposal'
@@ -281,8 +284,8 @@ def _training_options(parser):
     add('--occupancy_grid', affects='networks', action=BooleanSwitch, default=False,
         help='one network, sampled only in occupied cells; N_samples steps span the diagonal of the box')
     add('--sampler', affects='networks', choices=['hierarchical', 'proposal'], default='hierarchical',
-        help='hierarchical: coarse samples, then fine ones where their weights are; proposal: two small '
-             'networks decide where the N_samples samples of one network lie')
+        help='hierarchical: coarse samples, then fine ones where their weights are; proposal: two '
+             'density grids decide where the N_samples samples of one network lie')
     add('--contract', affects='networks', action=BooleanSwitch, default=False,
         help='with --sampler proposal and --i_embed 1, for scenes without bounds: the hash grids cover all '
              'space, contracted outside the box of --aabb or else of the cameras; --far has no effect')

@@ -16,7 +16,7 @@ from scenes.checks import check_scene
 from scenes.depths import sparse_depths
 from scenes.errors import UserError
 from scenes.files import make_folder, remove_partial_files, write_text
-from scenes.rays import DEPTH_EVERY, RaySampler
+from scenes.rays import RaySampler
 from scenes.report import text_report, write_report
 from scenes.scene import uses_ndc
 from training.checkpoints import Checkpoints, checkpoint_parts, networks_of, restore
@@ -49,8 +49,8 @@ def start_run(args, scene, checkpoint, render_kwargs, optimizer, start, console,
       UserError: the folder of the run cannot be written to.
     """
     networks, device = networks_of(render_kwargs), next(render_kwargs['network_fn'].parameters()).device
-    logger = open_run(args, scene, networks, start, device, console, processes)
     rays = ray_sampler(args, scene, render_kwargs['pixel_centers'], device, processes)
+    logger = open_run(args, scene, networks, start, device, console, processes)
     followers = {'renderer': render_kwargs['renderer'], 'ray_sampler': rays}
     safeguards = Safeguards(networks, optimizer, args.seed, not args.no_restart, console.say, followers)
     path, state = checkpoint
@@ -68,7 +68,8 @@ def report_on_scene(args, scene, say):
     """`--check_data`: check a `Scene`, print what was found, and write `report.html` and `report.json` to the
     folder of the run; returns the exit code, 1 if there is an error."""
     folder = Path(args.basedir, args.expname)
-    report = check_scene(scene, args.expname, uses_ndc(args), args.aabb)
+    box = None if args.contract else args.aabb  # what is outside of it is contracted, not lost
+    report = check_scene(scene, args.expname, uses_ndc(args), box)
     if Processes().is_main:
         write_report(report, folder)
     say(f'{text_report(report)}\nThe report is {folder / "report.html"}')
@@ -82,7 +83,7 @@ def ray_sampler(args, scene, pixel_centers, device, processes):
     depths = None
     if args.lambda_depth > 0:
         depths = sparse_depths(args.datadir, scene)
-        depths = depths._replace(weight=args.lambda_depth * DEPTH_EVERY * depths.weight)
+        depths = depths._replace(weight=args.lambda_depth * depths.weight)
     return RaySampler(scene, N_rand, args.no_batching, args.precrop_iters, args.precrop_frac, pixel_centers,
                       device, args.random_bkgd, N_rand_samples, EXPECTED_FRACTION * args.N_samples, depths)
 

@@ -77,7 +77,7 @@ class Kernels:
         for argument in arguments:
             assert not torch.is_tensor(argument) or (
                 argument.device == tensor.device and argument.is_contiguous() and argument.dtype in DTYPES)
-        # under another name: some of `arguments` live no longer than that tuple
+        # reassigning `arguments` would free temporary tensors before the kernel has run
         pointers = [as_ctypes(argument) for argument in (tensor, *arguments)]
         self.libraries[tensor.device].call(function, size, pointers)
 
