@@ -65,19 +65,13 @@ def contract(points):
     return points * ((2 - 1 / norm) / norm)
 
 
-def uncontract(points):
-    """The inverse of `contract`, inside the cube [-2, 2]³."""
-    norm = points.abs().amax(-1, keepdim=True).clamp(min=1)
-    return points / (norm * (2 - norm))
-
-
 def encode(points, aabb, contracted, table, resolutions, level_offsets):
     """The reference implementation, all levels at once.
 
     Args:
-      points: [N, 3]; those outside the box are clamped to it, NaN counts as its lowest corner.
+      points: [N, 3]; NaN counts as the lowest corner. Points outside are clamped to the box.
       aabb: bounding box [2, 3].
-      contracted: whether the grids cover the contraction of all space, in which the box is [-1, 1]³.
+      contracted: cover the contraction of all space, in which the box is [-1, 1]³; nothing is clamped.
       table: entries of all levels [E, F].
       resolutions: cells along a side of each level [L].
       level_offsets: first entry of each level, and the end of the last [L + 1].

@@ -288,7 +288,7 @@ def _training_options(parser):
              'density grids decide where the N_samples samples of one network lie')
     add('--contract', affects='networks', action=BooleanSwitch, default=False,
         help='with --sampler proposal and --i_embed 1, for scenes without bounds: the hash grids cover all '
-             'space, contracted outside the box of --aabb or else of the cameras; --far has no effect')
+             'space, contracted outside --aabb or the cube around the cameras; --far only scales depth maps')
     add('--appearance', affects='networks', action=BooleanSwitch, default=False,
         help='photos differ in exposure: train an affine change of colour for each; held-out views are '
              'measured on their right half, after fitting one to the left half')

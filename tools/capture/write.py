@@ -31,7 +31,7 @@ OUTPUTS = re.compile(r'images(_\d+)?|masks|sparse|transforms\.json|sparse_points
 FORWARD_PRESET, OBJECT_PRESET, PRESET = 'fern_fast.txt', 'fast.txt', 'photos_fast.txt'
 # Lines of a preset that `write_config` replaces.
 REPLACED = re.compile(r'(#.*|(expname|basedir|datadir|dataset_type|factor|llffhold|random_bkgd) = .*)?\n')
-# The box that is not contracted: `Placement` puts the focus at 0 and the cameras at distance 1.
+# The box that is not contracted: `Placement` puts the focus at 0, at distance 1 from cameras or subject.
 UNIT_BOX = (-1, -1, -1, 1, 1, 1)
 
 
