@@ -233,7 +233,7 @@ def test_scenes_come_to_where_the_configs_look_for_them():
         (folder,) = [line.split('=')[1].strip() for line in path.read_text().splitlines()
                      if line.startswith('datadir')] or [None]
         if folder and folder != './data/demo':
-            name = folder.rpartition('/')[2]
+            name = folder.removeprefix('./data/') if 'mipnerf360' in folder else folder.rpartition('/')[2]
             (scene,) = find_scenes([name], Path('data'), [])
             assert scene.folder == Path(folder)
 
