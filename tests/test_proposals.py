@@ -168,7 +168,7 @@ def test_rays_through_contracted_space_reach_everywhere():
         grid.encoding.set_aabb([[-2.0] * 3, [2.0] * 3])
     near, s_vals = torch.tensor([[0.5]]), torch.linspace(0, 1, 65)[None]
     t = renderer.positions(s_vals, near, near + 1, False)[0]
-    assert t[0] == pytest.approx(0.5) and t[-1] == pytest.approx(2 * FAR, rel=1e-3)
+    assert float(t[0]) == pytest.approx(0.5) and float(t[-1]) == pytest.approx(2 * FAR, rel=1e-3)
     inside = t < 2
     assert 20 < inside.sum() < 40
     for steps in (t[inside].diff(), (1 / t[~inside]).diff()):
