@@ -22,9 +22,9 @@ PROPOSALS = ((64, 64), (48, 128))
 N_LEVELS = 2
 # Its levels have at most 2 to this many entries; those of PROPOSALS have one for each corner.
 LOG2_HASHMAP_SIZE = 22
-# In each of the first training steps, this many, the grids are trained.
+# The proposal grids are trained in every one of this many first steps,
 WARMUP_STEPS = 256
-# Later they are trained once in this many steps, and otherwise only looked up.
+# and later once in this many steps.
 TRAIN_EVERY_N_STEPS = 4
 # Over this many training steps, intervals change from even ones to those that follow the weights.
 ANNEAL_STEPS = 1000
@@ -34,8 +34,8 @@ ANNEAL_SLOPE = 10.0
 EVEN_SHARE = 0.01
 # Rays through contracted space end at this distance, in units of the uncontracted box's half side.
 FAR = 1000.0
-# A sample of the network takes about this many times the memory of one in a proposal grid.
-CHEAPER = 8
+# A sample in a proposal grid takes about this fraction of the memory of one of the network.
+RELATIVE_MEMORY = 1 / 8
 # This keeps quotients finite.
 EPS = 1e-7
 
@@ -76,11 +76,14 @@ class ProposalRenderer(Renderer):
         self.set_steps(0)
 
     def set_steps(self, steps):
-        """Set how many steps have been trained since the grids were new, and whether the next one trains
-        them."""
+        """Set how many steps have been trained since the grids were new."""
         self.steps = steps
-        self.trains_grids = steps < WARMUP_STEPS or (steps + 1) % TRAIN_EVERY_N_STEPS == 0
         self.grids.requires_grad_(self.trains_grids)
+
+    @property
+    def trains_grids(self):
+        """Whether the next step trains the grids."""
+        return self.steps < WARMUP_STEPS or (self.steps + 1) % TRAIN_EVERY_N_STEPS == 0
 
     def get_extra_state(self):
         return torch.tensor(self.steps)
@@ -95,8 +98,9 @@ class ProposalRenderer(Renderer):
 
         Args: as those of `render_rays` in run_nerf.py.
         Returns:
-          dict: rgb_map, disp_map, acc_map, depth_map; with retsamples s_vals, weights and z_vals, the
-            middles of the intervals, and for each proposal grid proposal_s_vals0, proposal_weights0, ….
+          dict: rgb_map, disp_map, acc_map, depth_map, see `depth_map`; with retsamples s_vals, weights and
+            z_vals, the middles of the intervals, and for each proposal grid proposal_s_vals0,
+            proposal_weights0, ….
         Raises:
           ValueError: retraw, pytest or N_importance, which are not available.
         """
@@ -129,7 +133,7 @@ class ProposalRenderer(Renderer):
         weights = weights_of(F.relu(sigma) * lengths)
 
         rgb_map = (weights[..., None] * torch.sigmoid(raw[..., :3])).sum(-2)
-        acc_map, depth_map = weights.sum(-1), (weights * mids).sum(-1)
+        acc_map, depth_map = weights.sum(-1), self.depth_map(weights, mids)
         if white_bkgd:
             rgb_map = rgb_map + (1.0 - acc_map[:, None])
         maps = {'rgb_map': rgb_map, 'disp_map': disparity(depth_map, acc_map), 'acc_map': acc_map,
@@ -146,6 +150,14 @@ class ProposalRenderer(Renderer):
         if lindisp:
             return 1 / (1 / near * (1 - s_vals) + 1 / far * s_vals)
         return near * (1 - s_vals) + far * s_vals
+
+    def depth_map(self, weights, mids):
+        """The sum of weights [N_rays, M] times middles of intervals. In contracted space, the opacity times
+        the depth of the mean disparity: a little weight far away would dominate the mean of the depths."""
+        if not self.contract:
+            return (weights * mids).sum(-1)
+        acc, unit = weights.sum(-1), self.unit()
+        return acc * unit * from_disparity((weights * to_disparity(mids / unit)).sum(-1) / acc.clamp(min=EPS))
 
     def unit(self):
         """Half the mean side of the box that is not contracted, a scalar tensor."""
@@ -182,7 +194,8 @@ class ProposalRenderer(Renderer):
         self.set_steps(0)
 
     def max_rays(self, device, N_samples, N_importance=0, **kwargs):
-        return super().max_rays(device, N_samples + sum(count for count, _ in PROPOSALS) // CHEAPER)
+        equivalent = RELATIVE_MEMORY * sum(count for count, _ in PROPOSALS)
+        return super().max_rays(device, N_samples + int(equivalent))
 
 
 # --- intervals ----------------------------------------------------------------------------------------------

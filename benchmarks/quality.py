@@ -20,7 +20,7 @@ from common import build, clock, fast_precisions, machine, parse, show, write_js
 from run_nerf_helpers import to8b
 from training.checkpoints import networks_of
 from training.devices import pick_device
-from training.metrics import psnr
+from training.metrics import corrected_half, psnr
 from training.options import config_parser
 from training.safeguards import Safeguards
 
@@ -36,6 +36,9 @@ def main():
                        'help': 'further options of run_nerf.py, as in --variant="--lrate 1e-3"; repeatable'}),
         ('--evaluations', {'type': int, 'default': 4, 'help': 'times to render the test views'}),
         ('--views', {'type': int, 'default': 8, 'help': 'number of test views, evenly spread'}),
+        ('--right_half', {'action': 'store_true',
+                          'help': 'measure as with --appearance, to compare with it: right halves of the '
+                                  'views after fitting colours to their left halves'}),
         ('--minutes', {'type': float, 'default': 1e9, 'help': 'time for all runs together'}))
     device = pick_device(args.device)
     precisions = bench.precisions or fast_precisions(device)
@@ -78,20 +81,24 @@ def train(args, bench, budget):
         last = step == args.N_iters or time_left < RESERVED_EVALUATIONS * longest_evaluation
         if last or step % max(1, args.N_iters // bench.evaluations) == 0:
             started = time.monotonic()
-            curve.append({'step': step, 'seconds': seconds, 'psnr': evaluate(run, bench.views),
+            mean_psnr = evaluate(run, bench.views, bench.right_half)
+            curve.append({'step': step, 'seconds': seconds, 'psnr': mean_psnr,
                           'restarts': safeguards.restarts})
             longest_evaluation = max(longest_evaluation, time.monotonic() - started)
         if last:
             return curve
 
 
-def evaluate(run, count):
-    """Mean PSNR of `count` test views."""
+def evaluate(run, count, right_half):
+    """Mean PSNR of `count` test views, or of their right halves as in `corrected_half`."""
     scene = run.scene
     views = scene.i_test[:: max(1, len(scene.i_test) // count)][:count]
     run.frames.drop_cache()
-    frames = run.frames.render_path(scene.poses[views])
-    return statistics.mean(psnr(to8b(frame.rgb), scene.images[view]) for view, frame in zip(views, frames))
+    pairs = []
+    for view, frame in zip(views, run.frames.render_path(scene.poses[views])):
+        pair = frame.rgb, scene.images[view]
+        pairs.append(corrected_half(*pair)[:2] if right_half else pair)
+    return statistics.mean(psnr(to8b(rgb), target) for rgb, target in pairs)
 
 
 if __name__ == '__main__':

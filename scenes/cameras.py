@@ -16,6 +16,8 @@ UNDISTORT_STEPS = 50
 MAX_UNDISTORT_ERROR = 1e-6
 # Directions of this many pixels are computed at once.
 PIXELS_AT_ONCE = 2 ** 20
+# Cameras surround a scene if the angle between neighbouring azimuths is at most this, in radians.
+LARGEST_GAP = np.pi / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,17 +229,31 @@ def focus_point(poses):
 
 
 def orbit_of_cameras(poses, count=40):
-    """A circle around the point that the cameras look at, at their mean height and mean distance from the
-    vertical axis through it; [count, 4, 4] float32."""
+    """A path around the point that the cameras look at, at their mean height and mean distance from the
+    vertical axis through it; [count, 4, 4] float32.
+
+    It is a circle or, if the cameras leave out more than LARGEST_GAP of it, an ellipse in the middle of them:
+    what is behind may never have been photographed.
+    """
     poses = poses.astype(np.float64)
     up, focus = normalize(poses[:, :3, 1].sum(0)), focus_point(poses)
     arms = poses[:, :3, 3] - focus
     height = (arms @ up).mean()
     radius = np.linalg.norm(arms - (arms @ up)[:, None] * up, axis=-1).mean()
     across = normalize(np.cross(up, np.eye(3)[np.argmin(np.abs(up))]))  # any direction perpendicular to up
+    ahead = np.cross(up, across)
+    turn = np.linspace(0, 2 * np.pi, count + 1)[:-1]
+    azimuths, heights = turn, np.full(count, height)
+    covered = np.sort(np.arctan2(arms @ ahead, arms @ across))
+    gaps = np.diff(covered, append=covered[0] + 2 * np.pi)
+    if gaps.max() > LARGEST_GAP:
+        covered = np.concatenate([covered[gaps.argmax() + 1:], covered[:gaps.argmax() + 1] + 2 * np.pi])
+        # azimuths and heights vary along the path as much as those of the cameras
+        azimuths = covered.mean() + np.sqrt(2) * covered.std() * np.sin(turn)
+        heights = height + np.sqrt(2) * (arms @ up).std() * np.cos(turn)
     path = []
-    for angle in np.linspace(0, 2 * np.pi, count + 1)[:-1]:
-        arm = radius * (np.cos(angle) * across + np.sin(angle) * np.cross(up, across)) + height * up
+    for azimuth, height in zip(azimuths, heights, strict=True):
+        arm = radius * (np.cos(azimuth) * across + np.sin(azimuth) * ahead) + height * up
         path.append(homogeneous(viewmatrix(arm, up, focus + arm)))
     if not np.isfinite(path).all():
         raise UserError('found cameras that are all in one place, expected cameras around a scene')

@@ -12,7 +12,7 @@ from tiny_scenes import blender_scene, edit_json, llff_scene, noise
 from load_blender import load_blender_data, load_blender_scene, pose_spherical
 from load_llff import load_llff_data, load_llff_scene
 from run_nerf_helpers import get_rays
-from scenes.cameras import focus_point
+from scenes.cameras import focus_point, orbit_of_cameras, viewmatrix
 from scenes.errors import UserError
 from scenes.images import area_weights, read_image, resize_area, write_image
 from scenes.rays import Batch, RaySampler
@@ -260,6 +260,24 @@ def test_cameras_that_face_different_ways_do_not_fit_ndc(tmp_path):
     scene.poses = np.stack([np.eye(3, 4, dtype=np.float32), turned])
     with pytest.warns(UserWarning, match='the cameras surround the scene'):
         finish_scene(options(tmp_path), scene)
+
+
+@pytest.mark.parametrize('first, last', [(0, 340), (-100, 100), (80, 170)])
+def test_the_path_goes_only_where_cameras_were(first, last):
+    """A circle if they surround the scene, otherwise an ellipse among them."""
+    random, up = np.random.RandomState(0), [0, 0, 1]
+    azimuths = np.radians(np.linspace(first, last, 18))
+    elevations = random.uniform(0.1, 0.5, 18)
+    arms = 3 * np.stack([np.cos(azimuths) * np.cos(elevations), np.sin(azimuths) * np.cos(elevations),
+                         np.sin(elevations)], -1)
+    poses = np.stack([viewmatrix(arm, up, np.ones(3) + arm) for arm in arms])
+    path = orbit_of_cameras(poses, 24)
+    # all directions of the path are near those of cameras, and it uses most of their range
+    axes = path[:, :3, 2] @ (arms / 3).T
+    assert np.degrees(np.arccos(axes.max(1))).max() < 25
+    np.testing.assert_allclose(np.linalg.norm(path[:, :3, 3] - 1, axis=-1), 3, rtol=0.15)
+    turned = np.degrees(np.unwrap(np.arctan2(path[:, 1, 3] - 1, path[:, 0, 3] - 1)))
+    assert 0.75 * (last - first) < np.ptp(turned) < 1.02 * (last - first)
 
 
 def test_a_panorama_has_no_orbit(tmp_path):

@@ -10,9 +10,9 @@ from tiny_runs import FAST_DEMO, NO_OUTPUTS, assert_killed_and_resumed_is_undist
 
 from accel.network_query import NetworkQuery
 from accel.proposals import (
-    CHEAPER,
     FAR,
     PROPOSALS,
+    RELATIVE_MEMORY,
     TRAIN_EVERY_N_STEPS,
     WARMUP_STEPS,
     ProposalRenderer,
@@ -175,6 +175,17 @@ def test_rays_through_contracted_space_reach_everywhere():
         torch.testing.assert_close(steps, steps[:1].expand(len(steps)), rtol=1e-2, atol=0)
 
 
+def test_a_little_weight_far_away_hardly_moves_the_depth():
+    renderer, _ = renderer_and_network(contract=True)
+    for grid in renderer.grids:
+        grid.encoding.set_aabb([[-2.0] * 3, [2.0] * 3])
+    mids = torch.tensor([[1.0, 1.0, 1800.0]])
+    for weights in ([0.5, 0.5, 0.0], [0.4, 0.4, 0.0]):
+        torch.testing.assert_close(renderer.depth_map(torch.tensor([weights]), mids),
+                                   torch.tensor([sum(weights)]))
+    assert 1 < float(renderer.depth_map(torch.tensor([[0.5, 0.49, 0.01]]), mids)) < 1.05
+
+
 @given(st.floats(1e-3, 900))
 def test_spacing_inverts(x):
     x = torch.tensor(x, dtype=torch.float64)
@@ -251,7 +262,7 @@ def test_after_the_warm_up_only_some_steps_train_the_grids():
 
 def test_a_step_has_as_many_rays_as_fit_in_memory():
     renderer, _ = renderer_and_network()
-    per_ray = 32 + sum(count for count, _ in PROPOSALS) // CHEAPER
+    per_ray = 32 + int(RELATIVE_MEMORY * sum(count for count, _ in PROPOSALS))
     rays = renderer.max_rays(torch.device('cpu'), 32)
     assert rays * per_ray <= 2 ** 18 < (rays + 1) * per_ray
 
