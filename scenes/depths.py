@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scenes.cameras import check_poses
-from scenes.colmap import model_folder, read_model
+from scenes.colmap import depths_of, model_folder, read_model
 from scenes.errors import UserError
 
 # The cameras of the model and of the scene may differ by this share of their RMS distance from their mean.
@@ -51,8 +51,7 @@ def sparse_depths(basedir, scene):
             raise UserError(f'{folder}: found {photo.name} of {recorded.W}×{recorded.H} pixels, expected the '
                             f'shape of the image that is trained, {camera.W}×{camera.H}')
         x, y = np.floor(photo.pixels * size / [recorded.W, recorded.H]).astype(np.int64).T
-        offsets, back = pose[:, 3] - points[seen], pose[:, 2]
-        t = np.linalg.norm(offsets, axis=-1) if camera.fisheye else offsets @ back / (back @ back)
+        t = depths_of(points[seen], pose, camera.fisheye)
         use = (t > 0) & np.isfinite(t) & (x >= 0) & (y >= 0) & (x < camera.W) & (y < camera.H)
         if scene.masks is not None:
             use[use] = scene.masks[view][y[use], x[use]]
