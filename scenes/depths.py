@@ -1,4 +1,5 @@
 """Depths of the sparse points of a COLMAP model in the training views."""
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,16 +66,25 @@ def sparse_depths(basedir, scene):
 
 def photos_of_views(folder, model, scene):
     """The model's photo of each view that it has, a dict by index: by the paths without endings or, if none
-    agrees and there are as many, by their order. Paths of views begin with their folder of images."""
-    photos = {Path(photo.name).with_suffix(''): photo for photo in model.photos}
-    paths = [Path(*Path(name).parts[1:]).with_suffix('') for name in scene.names or ()]
-    found = {view: photos[path] for view, path in enumerate(paths) if path in photos}
+    agrees and there are as many, by their order. A model has the paths within the scene or, more often,
+    within its folder of images; those that several views or photos then share are not used."""
+    photos = index_of_unique([Path(photo.name).with_suffix('').parts for photo in model.photos])
+    paths = [Path(name).with_suffix('').parts for name in scene.names or ()]
+    ways = [index_of_unique(paths), index_of_unique([path[1:] for path in paths])]
+    found = max(({view: model.photos[photos[path]] for path, view in views.items() if path in photos}
+                 for views in ways), key=len)
     if not found and len(scene.poses) == len(model.photos):
         found = dict(enumerate(model.photos))
     if len(found) < 2:
         raise UserError(f'{folder}: found photos such as {model.photos[0].name}, expected the '
-                        f'{len(scene.poses)} of the scene' + (f', such as {paths[0]}' if paths else ''))
+                        f'{len(scene.poses)} of the scene' + (f', such as {scene.names[0]}' if paths else ''))
     return found
+
+
+def index_of_unique(items):
+    """The index of each item that occurs once in the list `items`, a dict."""
+    counts = Counter(items)
+    return {item: index for index, item in enumerate(items) if counts[item] == 1}
 
 
 def similarity(folder, source, target):
