@@ -59,7 +59,7 @@ def sparse_depths(basedir, scene):
         parts.append(np.stack([np.full(len(x), view), y, x, t, weights[seen]])[:, use])
     view, y, x, t, weight = np.concatenate([np.empty((5, 0)), *parts], 1)
     if not len(view):
-        raise UserError(f'{folder}: found no points in the training views, expected some for --lambda_depth')
+        raise UserError(f'{folder}: found no points in the training views, expected some')
     return SparseDepths(*(part.astype(np.int64) for part in (view, y, x)),
                         *(part.astype(np.float32) for part in (t, weight)))
 

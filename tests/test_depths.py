@@ -206,7 +206,7 @@ def test_positions_in_normalised_device_coordinates():
     torch.testing.assert_close(at, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_with_depths(tmp_path):
+def test_a_run_with_depths(tmp_path, capsys):
     folder = write_scene(tmp_path / 'scene')
     args = [*arguments(folder), *NO_OUTPUTS, '--i_embed', 1, '--log2_hashmap_size', 10, '--sampler',
             'proposal', '--N_samples', 8, '--N_rand', 64, '--contract', '--lambda_depth', 0.1, '--N_iters', 2]
@@ -219,3 +219,4 @@ def test_a_run_with_depths(tmp_path):
     torch.testing.assert_close(box, torch.stack([(low + high) / 2 - half, (low + high) / 2 + half]))
     (folder / 'sparse/0/cameras.txt').unlink()
     assert run(*args, '--basedir', tmp_path / 'other') == 2
+    assert f'--lambda_depth: {folder}: found no COLMAP model' in capsys.readouterr().err
