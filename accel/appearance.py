@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 
-# The table has this many rows, so that a checkpoint fits any scene; in larger ones some views share a row.
+# The table has this many rows, so that a checkpoint fits any scene with at most as many views.
 MAX_VIEWS = 4096
 # Trained numbers are multiplied by this, so that colours change more slowly than the network.
 SCALE = 0.1
@@ -20,8 +20,7 @@ class ColorCorrection(nn.Module):
         nn.init.zeros_(self.affine)
 
     def forward(self, rgb, view):
-        """Colours [N, 3] of rays of the views [N], corrected."""
-        view = view % MAX_VIEWS
+        """Colours [N, 3] of rays of the views [N], each less than MAX_VIEWS, corrected."""
         present = torch.zeros_like(self.affine[:, 0, 0]).index_fill_(0, view, 1.0)
         mean = torch.tensordot(present, self.affine, 1) / present.sum()
         affine = SCALE * (self.affine.index_select(0, view) - mean)

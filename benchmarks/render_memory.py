@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from load_blender import pose_spherical
 from run_nerf import create_nerf, frame_renderer
 from scenes.scene import Scene
+from training.allocator import keep_freed_memory
 from training.evaluation import Evaluator
 from training.logger import memory_gib
 from training.options import config_parser
@@ -32,6 +33,7 @@ def main():
     parser.add_argument('--frames', type=int, default=40)
     parser.add_argument('--size', type=int, default=1000, help='width and height of a frame in pixels')
     bench = parser.parse_args()
+    keep_freed_memory()
     torch.manual_seed(0)
     size, no_views, device = bench.size, np.arange(0), torch.device('cpu')
     poses = np.stack([pose_spherical(angle, -30, 4)[:3] for angle in np.linspace(0, 360, bench.frames)])

@@ -110,15 +110,20 @@ def bounds_of(model, photos):
     nearest, farthest = [], []
     for photo in photos:
         seen = model.points[np.searchsorted(model.numbers, photo.points)]
-        offsets = photo.c2w[:, 3] - seen
-        fisheye = model.cameras[photo.camera].fisheye  # its rays_d have unit length
-        depths = np.linalg.norm(offsets, axis=-1) if fisheye else offsets @ photo.c2w[:, 2]
+        depths = depths_of(seen, photo.c2w, model.cameras[photo.camera].fisheye)
         depths = depths[depths > 0]
         if len(depths):
             low, high = np.percentile(depths, [OUTLIERS, 100 - OUTLIERS])
             nearest.append(low)
             farthest.append(high)
     return (float(min(nearest) / ROOM), float(max(farthest) * ROOM)) if nearest else (0.1, 10.0)
+
+
+def depths_of(points, c2w, fisheye):
+    """How far `points` [M, 3] are from a camera, c2w [3, 4], in units of rays_d, [M]: depths, negative behind
+    it, or distances from a fisheye camera, whose rays_d have unit length."""
+    offsets, back = c2w[:, 3] - points, c2w[:, 2]
+    return np.linalg.norm(offsets, axis=-1) if fisheye else offsets @ back / (back @ back)
 
 
 def read_model(folder):

@@ -1,11 +1,12 @@
 """Depths of the sparse points of a COLMAP model in the training views."""
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from scenes.cameras import check_poses
-from scenes.colmap import model_folder, read_model
+from scenes.colmap import depths_of, model_folder, read_model
 from scenes.errors import UserError
 
 # The cameras of the model and of the scene may differ by this share of their RMS distance from their mean.
@@ -51,31 +52,39 @@ def sparse_depths(basedir, scene):
             raise UserError(f'{folder}: found {photo.name} of {recorded.W}×{recorded.H} pixels, expected the '
                             f'shape of the image that is trained, {camera.W}×{camera.H}')
         x, y = np.floor(photo.pixels * size / [recorded.W, recorded.H]).astype(np.int64).T
-        offsets, back = pose[:, 3] - points[seen], pose[:, 2]
-        t = np.linalg.norm(offsets, axis=-1) if camera.fisheye else offsets @ back / (back @ back)
+        t = depths_of(points[seen], pose, camera.fisheye)
         use = (t > 0) & np.isfinite(t) & (x >= 0) & (y >= 0) & (x < camera.W) & (y < camera.H)
         if scene.masks is not None:
             use[use] = scene.masks[view][y[use], x[use]]
         parts.append(np.stack([np.full(len(x), view), y, x, t, weights[seen]])[:, use])
     view, y, x, t, weight = np.concatenate([np.empty((5, 0)), *parts], 1)
     if not len(view):
-        raise UserError(f'{folder}: found no points in the training views, expected some for --lambda_depth')
+        raise UserError(f'{folder}: found no points in the training views, expected some')
     return SparseDepths(*(part.astype(np.int64) for part in (view, y, x)),
                         *(part.astype(np.float32) for part in (t, weight)))
 
 
 def photos_of_views(folder, model, scene):
     """The model's photo of each view that it has, a dict by index: by the paths without endings or, if none
-    agrees and there are as many, by their order. Paths of views begin with their folder of images."""
-    photos = {Path(photo.name).with_suffix(''): photo for photo in model.photos}
-    paths = [Path(*Path(name).parts[1:]).with_suffix('') for name in scene.names or ()]
-    found = {view: photos[path] for view, path in enumerate(paths) if path in photos}
+    agrees and there are as many, by their order. A model has the paths within the scene or, more often,
+    within its folder of images; those that several views or photos then share are not used."""
+    photos = index_of_unique([Path(photo.name).with_suffix('').parts for photo in model.photos])
+    paths = [Path(name).with_suffix('').parts for name in scene.names or ()]
+    ways = [index_of_unique(paths), index_of_unique([path[1:] for path in paths])]
+    found = max(({view: model.photos[photos[path]] for path, view in views.items() if path in photos}
+                 for views in ways), key=len)
     if not found and len(scene.poses) == len(model.photos):
         found = dict(enumerate(model.photos))
     if len(found) < 2:
         raise UserError(f'{folder}: found photos such as {model.photos[0].name}, expected the '
-                        f'{len(scene.poses)} of the scene' + (f', such as {paths[0]}' if paths else ''))
+                        f'{len(scene.poses)} of the scene' + (f', such as {scene.names[0]}' if paths else ''))
     return found
+
+
+def index_of_unique(items):
+    """The index of each item that occurs once in the list `items`, a dict."""
+    counts = Counter(items)
+    return {item: index for index, item in enumerate(items) if counts[item] == 1}
 
 
 def similarity(folder, source, target):

@@ -86,6 +86,12 @@ def test_a_step_trains_the_corrections():
     assert gradient[:2].abs().sum() > 0 and not gradient[2:].any()
 
 
+def test_each_view_has_its_own_correction(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('accel.appearance.MAX_VIEWS', 5)
+    assert run(*FAST_DEMO, *NO_OUTPUTS, '--no-random_bkgd', '--appearance', '--basedir', tmp_path) == 2
+    assert 'views from the first training view to the last, expected at most 5' in capsys.readouterr().err
+
+
 def test_metrics_name_the_protocol(tmp_path, capsys):
     arguments = [*FAST_DEMO, '--no-random_bkgd', *NO_OUTPUTS, '--basedir', tmp_path, '--N_iters', 2,
                  '--i_testset', 2]

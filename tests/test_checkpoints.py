@@ -13,6 +13,7 @@ from tiny_devices import DEVICE
 
 from accel.grid_renderer import GridRenderer
 from accel.occupancy import OccupancyGrid
+from run_nerf import create_nerf
 from run_nerf_helpers import NeRF
 from scenes.errors import UserError
 from scenes.files import remove_partial_files
@@ -21,6 +22,7 @@ from training.checkpoints import (
     Checkpoints,
     adopt_options,
     changed_options,
+    checkpoint_parts,
     load_checkpoint,
     load_newest,
     read_checkpoint,
@@ -211,6 +213,19 @@ def test_parts_that_do_not_fit_are_named(saved, change, match):
         restore(path, state, {**make_parts(), **change})
     with pytest.raises(UserError, match='netwidth 8'):
         restore(path, state, {**make_parts(), **change}, ['netwidth 8 (was 4)'])
+
+
+def test_only_options_of_the_networks_can_make_a_checkpoint_unfit(tmp_path, monkeypatch):
+    """Not the learning rate, if the proposal grids of another version were larger."""
+    given = ['--ft_path', tmp_path / '000001.tar', '--i_embed', 1, '--log2_hashmap_size', 4, '--sampler',
+             'proposal']
+    kwargs, *_, optimizer = create_nerf(options(*given), (None, None))
+    keeper(tmp_path, *given, parts=checkpoint_parts(kwargs, optimizer)).save(1)
+    with pytest.raises(UserError, match=r'does not fit these options \(log2_hashmap_size 5 \(was 4\)\)'):
+        create_nerf(options(*given, '--lrate', 1e-3, '--log2_hashmap_size', 5))
+    monkeypatch.setattr('accel.proposals.PROPOSALS', ((64, 32), (48, 64)))
+    with pytest.raises(UserError, match=r'renderer_state_dict does not fit .* this version .*grids\.'):
+        create_nerf(options(*given, '--lrate', 1e-3))
 
 
 def test_a_missing_network_is_named(tmp_path):

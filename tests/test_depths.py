@@ -1,5 +1,6 @@
 """Depth supervision: depths of sparse points in the training views, and the loss."""
 import json
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -16,7 +17,7 @@ from accel.network_query import NetworkQuery
 from accel.proposals import ProposalRenderer, to_disparity
 from run_nerf import EXACT, load_scene, render
 from run_nerf_helpers import ndc_positions, ndc_rays
-from scenes.depths import sparse_depths
+from scenes.depths import photos_of_views, sparse_depths
 from scenes.errors import UserError
 from scenes.rays import DEPTH_EVERY, Batch, RaySampler
 from training.options import config_parser
@@ -97,6 +98,26 @@ def test_depths_lead_to_the_points(tmp_path, frame, names):
         assert distances.min() < 0.75 * t / FOCAL
         error = ERRORS[distances.argmin()]
         assert weight == pytest.approx(np.exp(-(error / ERRORS.mean()) ** 2), rel=1e-4)
+
+
+@pytest.mark.parametrize('photos, names, expected', [
+    ('a.jpg b.jpg', 'images_4/b.png images_4/a.png', {0: 1, 1: 0}),
+    ('1/a.png 2/a.png', 'images/1/a.png images/2/a.png', {0: 0, 1: 1}),
+    ('a.png b.png', 'a.png b.png', {0: 0, 1: 1}),
+    ('test/0.png train/0.png train/1.png', 'train/0.png train/1.png test/0.png', {0: 1, 1: 2, 2: 0}),
+    ('0.png 1.png 2.png', 'train/0.png train/1.png train/2.png test/0.png', {1: 1, 2: 2}),
+    ('a.jpg a.png b.png c.png', 'images/a.jpg images/b.png images/c.png', {1: 2, 2: 3}),
+    ('0.png 1.png', 'train/0.png train/1.png test/0.png test/1.png', None)])
+def test_photos_of_views(photos, names, expected):
+    """By their paths, unless several views or photos share them."""
+    photos, names = [SimpleNamespace(name=name) for name in photos.split()], names.split()
+    model, scene = SimpleNamespace(photos=photos), SimpleNamespace(names=names, poses=names)
+    if expected is None:
+        with pytest.raises(UserError, match=r'such as 0\.png, expected the 4 .* such as train/0\.png'):
+            photos_of_views('sparse', model, scene)
+        return
+    found = photos_of_views('sparse', model, scene)
+    assert {view: photos.index(photo) for view, photo in found.items()} == expected
 
 
 @pytest.mark.parametrize('change, problem', [
@@ -185,7 +206,7 @@ def test_positions_in_normalised_device_coordinates():
     torch.testing.assert_close(at, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_with_depths(tmp_path):
+def test_a_run_with_depths(tmp_path, capsys):
     folder = write_scene(tmp_path / 'scene')
     args = [*arguments(folder), *NO_OUTPUTS, '--i_embed', 1, '--log2_hashmap_size', 10, '--sampler',
             'proposal', '--N_samples', 8, '--N_rand', 64, '--contract', '--lambda_depth', 0.1, '--N_iters', 2]
@@ -198,3 +219,4 @@ def test_a_run_with_depths(tmp_path):
     torch.testing.assert_close(box, torch.stack([(low + high) / 2 - half, (low + high) / 2 + half]))
     (folder / 'sparse/0/cameras.txt').unlink()
     assert run(*args, '--basedir', tmp_path / 'other') == 2
+    assert f'--lambda_depth: {folder}: found no COLMAP model' in capsys.readouterr().err

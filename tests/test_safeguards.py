@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_networks import encoded_nerf
 
+from accel.proposals import ProposalRenderer
 from run_nerf_helpers import get_embedder
 from training.processes import Processes
 from training.safeguards import (
@@ -179,6 +180,19 @@ def test_a_collapsed_network_starts_again_alone():
     torch.rand(5)  # all processes draw the same parameters, whatever their random state
     collapse(again)
     assert equal(again.weights(), after)
+
+
+def test_what_is_reset_with_a_network_starts_again_in_the_optimizer_too():
+    renderer = ProposalRenderer()
+    problem = Problem(renderer=renderer)
+    problem.optimizer.add_param_group({'params': [*renderer.parameters()]})
+    problem.parameters += renderer.parameters()
+    problem.update()
+    collapse(problem)
+    assert not any(parameter.any() for parameter in renderer.parameters())
+    problem.update()
+    steps = [problem.optimizer.state[parameter]['step'].item() for parameter in problem.parameters]
+    assert steps == [3, 3, 1, 1, 1, 1], 'of the coarse network, of the fine one, of the grids'
 
 
 def test_a_scaled_loss_is_not_judged_but_the_error(monkeypatch):

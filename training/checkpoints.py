@@ -226,8 +226,11 @@ def restore(path, state, parts, changed=()):
         try:
             part.load_state_dict(state[key])
         except Exception as error:  # missing, unexpected or reshaped entries; the last line names one
-            reason = ', '.join(changed) or str(error).strip().splitlines()[-1].strip()
-            raise UserError(f'{path}: its {key} does not fit these options ({reason})') from None
+            cause = f'these options ({", ".join(changed)})'
+            if not changed:
+                reason = str(error).strip().splitlines()[-1].strip()
+                cause = f'these options or this version of the code ({reason})'
+            raise UserError(f'{path}: its {key} does not fit {cause}') from None
 
 
 def restore_random_state(state, seed, device):
@@ -261,7 +264,7 @@ def load_into(args, path, state, render_kwargs, optimizer):
       UserError: it fits other networks.
     """
     parts = checkpoint_parts(render_kwargs, None if args.render_only else optimizer)
-    restore(path, state, parts, changed_options(args, state))
+    restore(path, state, parts, changed_options(args, state, 'networks'))
     restore_random_state(state, args.seed, next(render_kwargs['network_fn'].parameters()).device)
     render_kwargs['pixel_centers'] = trained_pixel_centers(args, path, state)
     return state['steps_done']

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import configargparse
 
+from scenes.scene import uses_ndc
+
 BooleanSwitch = argparse.BooleanOptionalAction
 # An option affects one of these.
 KINDS = ('networks', 'scene', 'training', 'source', 'rendering', 'nothing')
@@ -111,7 +113,7 @@ class OptionParser(configargparse.ArgumentParser):
             self.error('argument --lambda_distortion: needs --sampler proposal')
         if args.contract and not (args.sampler == 'proposal' and args.i_embed == 1):
             self.error('argument --contract: needs --sampler proposal and --i_embed 1')
-        if args.contract and (args.lindisp or (args.dataset_type == 'llff' and not args.no_ndc)):
+        if args.contract and (args.lindisp or uses_ndc(args)):
             self.error('argument --contract: not available with --lindisp or in normalised device '
                        'coordinates; llff scenes need --no_ndc')
         if args.appearance and (args.N_importance > 0 or args.no_batching or args.random_bkgd):
@@ -229,7 +231,7 @@ def _data_options(parser):
     add('--spherify', affects='scene', action=BooleanSwitch, default=False,
         help='llff: the cameras look inwards from all around')
     add('--train_views', affects='training', type=integer(1), default=None,
-        help='train on only so many of the training views, evenly chosen')
+        help='train on only this many of the training views, evenly spaced')
     add('--llffhold', affects='scene', type=integer(0), default=8,
         help='llff, colmap and transforms.json: hold out every n-th image as a test view')
     add('--near', affects='networks', type=number(least=0),

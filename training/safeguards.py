@@ -292,13 +292,14 @@ class Safeguards:
                          f'it starts again with seed {seed}')
 
     def _reinitialize(self, name, seed):
-        """Draw new parameters of a network from `seed`, drop their history in the optimizer, and reset what
-        depends on them."""
+        """Draw new parameters of a network from `seed`, reset what depends on them, and drop the history of
+        both in the optimizer."""
         reinitialize(self.networks[name], seed)
-        for parameter in self.networks[name].parameters():
-            self.optimizer.state.pop(parameter, None)
         for follower in self.followers.values():
             follower.reset()
+        for part in (self.networks[name], *self.followers.values()):
+            for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
+                self.optimizer.state.pop(parameter, None)
 
 
 def reinitialize(network, seed):

@@ -46,10 +46,15 @@ def start_run(args, scene, checkpoint, render_kwargs, optimizer, start, console,
     Returns:
       `Logger`, `RaySampler`, `Safeguards`, `Checkpoints`.
     Raises:
-      UserError: the folder of the run cannot be written to.
+      UserError: as `ray_sampler` does; there are too many views for --appearance, or the folder of the run
+        cannot be written to.
     """
     networks, device = networks_of(render_kwargs), next(render_kwargs['network_fn'].parameters()).device
     rays = ray_sampler(args, scene, render_kwargs['pixel_centers'], device, processes)
+    views, appearance = len(rays.views.poses), render_kwargs['network_fn'].appearance
+    if appearance is not None and views > len(appearance.affine):
+        raise UserError(f'--appearance: found {views} views from the first training view to the last, '
+                        f'expected at most {len(appearance.affine)}')
     logger = open_run(args, scene, networks, start, device, console, processes)
     followers = {'renderer': render_kwargs['renderer'], 'ray_sampler': rays}
     safeguards = Safeguards(networks, optimizer, args.seed, not args.no_restart, console.say, followers)
@@ -77,12 +82,19 @@ def report_on_scene(args, scene, say):
 
 
 def ray_sampler(args, scene, pixel_centers, device, processes):
-    """The `RaySampler` that draws this process's rays of each step."""
+    """The `RaySampler` that draws this process's rays of each step.
+
+    Raises:
+      UserError: there are no depths for --lambda_depth.
+    """
     N_rand = processes.own_rays(args.N_rand)
     N_rand_samples = args.N_rand_samples * N_rand / args.N_rand if args.occupancy_grid else None
     depths = None
     if args.lambda_depth > 0:
-        depths = sparse_depths(args.datadir, scene)
+        try:
+            depths = sparse_depths(args.datadir, scene)
+        except UserError as error:
+            raise UserError(f'--lambda_depth: {error}') from None
         depths = depths._replace(weight=args.lambda_depth * depths.weight)
     return RaySampler(scene, N_rand, args.no_batching, args.precrop_iters, args.precrop_frac, pixel_centers,
                       device, args.random_bkgd, N_rand_samples, EXPECTED_FRACTION * args.N_samples, depths)
