@@ -22,8 +22,6 @@ from pathlib import Path
 
 import configargparse
 
-from scenes.scene import uses_ndc
-
 BooleanSwitch = argparse.BooleanOptionalAction
 # An option affects one of these.
 KINDS = ('networks', 'scene', 'training', 'source', 'rendering', 'nothing')
@@ -113,7 +111,7 @@ class OptionParser(configargparse.ArgumentParser):
             self.error('argument --lambda_distortion: needs --sampler proposal')
         if args.contract and not (args.sampler == 'proposal' and args.i_embed == 1):
             self.error('argument --contract: needs --sampler proposal and --i_embed 1')
-        if args.contract and (args.lindisp or uses_ndc(args)):
+        if args.contract and (args.lindisp or (args.dataset_type == 'llff' and not args.no_ndc)):
             self.error('argument --contract: not available with --lindisp or in normalised device '
                        'coordinates; llff scenes need --no_ndc')
         if args.appearance and (args.N_importance > 0 or args.no_batching or args.random_bkgd):
