@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from accel.appearance import ColorCorrection
 from accel.fast_renderer import FastRenderer
+from accel.fused_rays import FusedRenderer
 from accel.grid_renderer import GridRenderer
 from accel.hash_grid import HashGrid
 from accel.hash_nerf import HashNeRF
@@ -374,16 +375,17 @@ def prepare(args, processes):
 def frame_renderer(args, scene, kwargs_train, kwargs_test, processes, stop, say):
     """The `ImageRenderer` of a run. Camera paths and test views are rendered fast unless --exact_render is
     given; TensorBoard's view (`render_view`) with all samples, in the precision of training."""
-    query, exact_query = kwargs_train['network_query_fn'], kwargs_test['network_query_fn']
-    view_kwargs = {**kwargs_test, 'network_query_fn': query}
-    render_factor = args.render_factor if args.render_only else 0
-    if kwargs_test['renderer'].dense and not args.exact_render:
+    renderer = kwargs_test['renderer']
+    queries = kwargs_train['network_query_fn'], kwargs_test['network_query_fn']
+    view_kwargs = {**kwargs_test, 'network_query_fn': queries[0]}
+    if renderer.dense and not args.exact_render:
         aabb = box_of_rays(scene, kwargs_test['ndc'], np.arange(len(scene.poses)))
-        queries = [query, exact_query] if query.precision != exact_query.precision else [exact_query]
-        renderer = FastRenderer(kwargs_test['renderer'], queries, aabb, say)
-        kwargs_test = {**kwargs_test, 'renderer': renderer}
-    return ImageRenderer(scene.hwf, scene.K, args.chunk, kwargs_test, render_factor, view_kwargs, processes,
-                         stop, values_of(args, 'networks', 'scene', 'rendering'))
+        renderer = FastRenderer(renderer, queries, aabb, say)
+    if args.sampler == 'proposal' and not args.exact_render:
+        renderer = FusedRenderer(renderer, bf16=args.precision != 'fp32')
+    return ImageRenderer(scene.hwf, scene.K, args.chunk, {**kwargs_test, 'renderer': renderer},
+                         args.render_factor if args.render_only else 0, view_kwargs, processes, stop,
+                         values_of(args, 'networks', 'scene', 'rendering'))
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -408,8 +410,7 @@ def nerf_losses(errors, rgb, acc, extras, target, bkgd):
       target: colours [N, 3], or colours on `bkgd` and alpha [N, 4].
       bkgd: grey value of the background, 0 or 1.
     """
-    losses = {**errors}
-    return losses
+    return {**errors}
 
 
 def loss_and_gradient(hwf, K, chunk, batch, render_kwargs):
@@ -426,9 +427,8 @@ def loss_and_gradient(hwf, K, chunk, batch, render_kwargs):
 
         with torch.no_grad():
             opacities = {'coarse': extras['acc0'], 'fine': acc} if 'acc0' in extras else {'coarse': acc}
-            no_color, no_opacity = torch.full_like(rgb, bkgd), torch.zeros_like(acc)
             measures.add(share, losses, errors, {name: part.mean() for name, part in opacities.items()},
-                         color_error(no_color, no_opacity, part.target, bkgd),
+                         color_error(torch.full_like(rgb, bkgd), torch.zeros_like(acc), part.target, bkgd),
                          extras['packed'].mean_samples if 'packed' in extras else None)
     return measures
 

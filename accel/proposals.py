@@ -154,10 +154,14 @@ class ProposalRenderer(Renderer):
     def depth_map(self, weights, mids):
         """The sum of weights [N_rays, M] times middles of intervals. In contracted space, the opacity times
         the depth of the mean disparity: a little weight far away would dominate the mean of the depths."""
-        if not self.contract:
-            return (weights * mids).sum(-1)
-        acc, unit = weights.sum(-1), self.unit()
-        return acc * unit * from_disparity((weights * to_disparity(mids / unit)).sum(-1) / acc.clamp(min=EPS))
+        if self.contract:
+            mids = to_disparity(mids / self.unit())
+        return self.depth_of((weights * mids).sum(-1), weights.sum(-1))
+
+    def depth_of(self, total, acc):
+        """`depth_map` from the sum of weights times depths or, in contracted space, disparities [N_rays], and
+        the opacity [N_rays]."""
+        return acc * self.unit() * from_disparity(total / acc.clamp(min=EPS)) if self.contract else total
 
     def unit(self):
         """Half the mean side of the box that is not contracted, a scalar tensor."""

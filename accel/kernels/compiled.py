@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import tempfile
 import warnings
@@ -83,8 +84,10 @@ class Kernels:
 
 
 def read_source(name):
-    """The text of `kernel.h` and `<name>.c`."""
-    return ''.join((FOLDER / file).read_text() for file in ('kernel.h', f'{name}.c'))
+    """The text of `kernel.h` and `<name>.c`, which may begin with an #include of another kernel file."""
+    text = (FOLDER / f'{name}.c').read_text()
+    text = re.sub(r'^#include "(\w+\.c)"$', lambda found: (FOLDER / found[1]).read_text(), text, flags=re.M)
+    return (FOLDER / 'kernel.h').read_text() + text
 
 
 def as_ctypes(argument):

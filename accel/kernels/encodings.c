@@ -207,28 +207,32 @@ KERNEL encode_gradient(const float *points, int64_t stride, const float *aabb, i
 #endif
 }
 
+/* The 16 spherical harmonics of degree 0 to 3 of a unit direction. */
+DEVICE void harmonics_of(const float *direction, float *to)
+{
+    const float x = direction[0], y = direction[1], z = direction[2];
+    float xx = x * x, yy = y * y, zz = z * z;
+    to[0] = 0.28209479177387814f;
+    to[1] = -0.48860251190291987f * y;
+    to[2] = 0.48860251190291987f * z;
+    to[3] = -0.48860251190291987f * x;
+    to[4] = 1.0925484305920792f * x * y;
+    to[5] = -1.0925484305920792f * y * z;
+    to[6] = 0.31539156525252005f * (3 * zz - 1);
+    to[7] = -1.0925484305920792f * x * z;
+    to[8] = 0.5462742152960396f * (xx - yy);
+    to[9] = -0.5900435899266435f * y * (3 * xx - yy);
+    to[10] = 2.890611442640554f * x * y * z;
+    to[11] = -0.4570457994644658f * y * (5 * zz - 1);
+    to[12] = 0.3731763325901154f * z * (5 * zz - 3);
+    to[13] = -0.4570457994644658f * x * (5 * zz - 1);
+    to[14] = 1.445305721320277f * z * (xx - yy);
+    to[15] = -0.5900435899266435f * x * (xx - 3 * yy);
+}
+
 /* Direction n is at directions + n * stride; out[N][16]. */
 KERNEL spherical_harmonics(const float *directions, int64_t stride, float *out, int64_t N)
 {
     PARALLEL_FOR(n, N)
-    {
-        const float x = directions[n * stride], y = directions[n * stride + 1], z = directions[n * stride + 2];
-        float xx = x * x, yy = y * y, zz = z * z, *to = out + 16 * n;
-        to[0] = 0.28209479177387814f;
-        to[1] = -0.48860251190291987f * y;
-        to[2] = 0.48860251190291987f * z;
-        to[3] = -0.48860251190291987f * x;
-        to[4] = 1.0925484305920792f * x * y;
-        to[5] = -1.0925484305920792f * y * z;
-        to[6] = 0.31539156525252005f * (3 * zz - 1);
-        to[7] = -1.0925484305920792f * x * z;
-        to[8] = 0.5462742152960396f * (xx - yy);
-        to[9] = -0.5900435899266435f * y * (3 * xx - yy);
-        to[10] = 2.890611442640554f * x * y * z;
-        to[11] = -0.4570457994644658f * y * (5 * zz - 1);
-        to[12] = 0.3731763325901154f * z * (5 * zz - 3);
-        to[13] = -0.4570457994644658f * x * (5 * zz - 1);
-        to[14] = 1.445305721320277f * z * (xx - yy);
-        to[15] = -0.5900435899266435f * x * (xx - 3 * yy);
-    }
+        harmonics_of(directions + n * stride, out + 16 * n);
 }
