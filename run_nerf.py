@@ -28,6 +28,7 @@ from accel.hash_nerf import HashNeRF
 from accel.network_query import NetworkQuery
 from accel.occupancy import RESOLUTION
 from accel.packed import can_composite_dense, composite_dense
+from accel.poses import PoseOffsets
 from accel.proposals import ProposalRenderer
 from accel.renderer import Renderer, join
 from load_blender import load_blender_scene
@@ -56,14 +57,7 @@ from scenes.errors import UserError
 from scenes.rays import camera_rays
 from scenes.scene import finish_scene, scene_from_checkpoint, uses_ndc
 from training.allocator import keep_freed_memory
-from training.checkpoints import (
-    changed_options,
-    find_checkpoint,
-    load_checkpoint,
-    load_into,
-    networks_of,
-    warn_of_changes,
-)
+from training.checkpoints import changed_options, find_checkpoint, load_checkpoint, load_into, warn_of_changes
 from training.console import rank0_console
 from training.devices import MemoryLimit, pick_device, pick_precision, rendering_precision
 from training.evaluation import Evaluator
@@ -251,7 +245,7 @@ def render_frame(pose, hwf, K, chunk, render_kwargs, render_factor=0, stride=1, 
 
 class ImageRenderer(FrameRenderer):
     """Renders the frames of a scene with `render`."""
-    render_frame = staticmethod(render_frame)
+    render_frame, render_rays = staticmethod(render_frame), staticmethod(render)
 
 
 def render_path(render_poses, hwf, K, chunk, render_kwargs, gt_imgs=None, savedir=None, render_factor=0):
@@ -315,6 +309,7 @@ def create_nerf(args, checkpoint=None):
     device = pick_device(args.device)
     network_fn = create_network(args, args.netdepth, args.netwidth).to(device)
     network_fn.appearance = ColorCorrection().to(device) if args.appearance else None
+    network_fn.poses = PoseOffsets().to(device) if args.refine_poses else None
     network_fine = None
     if args.N_importance > 0:
         network_fine = create_network(args, args.netdepth_fine, args.netwidth_fine).to(device)
@@ -329,9 +324,9 @@ def create_nerf(args, checkpoint=None):
         'raw_noise_std': args.raw_noise_std, 'white_bkgd': args.white_bkgd, 'use_viewdirs': args.use_viewdirs,
         'ndc': ndc, 'lindisp': args.lindisp and not ndc, 'pixel_centers': args.pixel_centers,
     }
-    networks = networks_of(render_kwargs_train).values()
+    networks = [network for network in (network_fn, network_fine) if network is not None]
     grad_vars = [*nn.ModuleList([*networks, renderer]).parameters()]
-    optimizer = adam(grad_vars, args.lrate, network_fn.adam_options)
+    optimizer = adam(grad_vars, args.lrate, network_fn.adam_options, network_fn.poses, args.lrate_poses)
 
     path, state = load_checkpoint(args) if checkpoint is None else checkpoint
     start = 0 if state is None else load_into(args, path, state, render_kwargs_train, optimizer)
@@ -365,7 +360,7 @@ def prepare(args, processes):
     for render_kwargs in (kwargs_train, kwargs_test):
         render_kwargs.update(near=scene.near, far=scene.far)
     if state is None:
-        modules = [*networks_of(kwargs_train).values(), kwargs_train['renderer']]
+        modules = [part for part in kwargs_train.values() if isinstance(part, nn.Module)]
         fit_bounds(modules, scene, kwargs_train['ndc'], RESOLUTION, args.aabb, args.contract)
     else:
         warn_of_changes(args, scene, path, state)
@@ -418,6 +413,7 @@ def loss_and_gradient(hwf, K, chunk, batch, render_kwargs):
     and return the `Measures`. The other arguments are those of `render`."""
     measures, bkgd = Measures(), float(render_kwargs['white_bkgd'])
     for part, share in batch.split(chunk):
+        part = render_kwargs['network_fn'].as_posed(part)
         rgb, _, acc, extras = render(*hwf[:2], K, chunk, part.rays, retsamples=True, **render_kwargs)
         rgb = render_kwargs['network_fn'].as_photographed(rgb, part.view)
         errors = color_errors(rgb, acc, extras, part.target, bkgd)
@@ -470,6 +466,7 @@ def train(args, console):
                     optimizer.step()
                 safeguards.recover(step, measures, checkpoints, processes)
                 kwargs_train['renderer'].update(step, **kwargs_train)  # the occupancy grid
+                kwargs_train['network_fn'].update()
                 rays.adapt_to(measures.mean_samples)
 
                 # log, save, evaluate

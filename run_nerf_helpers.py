@@ -274,6 +274,7 @@ class RadianceField(nn.Module):
     def __init__(self):
         super().__init__()
         self.appearance = None  # A `ColorCorrection` if the photos differ in exposure.
+        self.poses = None       # `PoseOffsets` if the poses are refined.
 
     def half_layers(self):
         """The layers that a bfloat16 evaluation computes in bfloat16; their weights are converted all at
@@ -292,6 +293,15 @@ class RadianceField(nn.Module):
     def as_photographed(self, rgb, view):
         """Rendered colours [N, 3] as photos of the views [N] show them: unchanged without `appearance`."""
         return rgb if self.appearance is None else self.appearance(rgb, view)
+
+    def as_posed(self, batch):
+        """A `Batch` with the rays of the refined poses: unchanged without `poses`."""
+        return batch if self.poses is None else batch._replace(rays=self.poses(batch.rays, batch.view))
+
+    def update(self):
+        """Called after each training step."""
+        if self.poses is not None:
+            self.poses.steps += 1
 
     def preferred_chunk(self, device):
         """How many points to compute at once on `device`, so that they fit its caches or its memory."""
@@ -327,7 +337,8 @@ class EncodedNeRF(RadianceField, NeRF):
 
     def __init__(self, encoding, encoding_views=None, **kwargs):
         NeRF.__init__(self, **kwargs)
-        self.encoding, self.encoding_views, self.appearance = encoding, encoding_views, None
+        self.encoding, self.encoding_views = encoding, encoding_views
+        self.appearance = self.poses = None
 
     def forward(self, points, viewdirs=None):
         encoded = in_float32(self.encoding, points)

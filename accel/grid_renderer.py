@@ -48,10 +48,10 @@ class GridRenderer(Renderer):
         """
         if retraw or lindisp or pytest or N_importance:
             raise ValueError('GridRenderer does not support retraw, lindisp, pytest and N_importance')
-        near, uses_viewdirs = ray_batch[:, 6], ray_batch.shape[-1] > 8
+        near, uses_viewdirs, fixed = ray_batch[:, 6], ray_batch.shape[-1] > 8, ray_batch.detach()
         step_size = self.grid.step_size(N_samples)
         jitter = torch.rand_like(near) if perturb > 0 else torch.full_like(near, 0.5)
-        spacing, num_candidates = self.grid.candidates(ray_batch, step_size, jitter)
+        spacing, num_candidates = self.grid.candidates(fixed, step_size, jitter)
         step_sizes = torch.full_like(near, step_size)
 
         def query(t, ray_indices):
@@ -66,7 +66,7 @@ class GridRenderer(Renderer):
         if not torch.is_grad_enabled():
             out = self.render_until_opaque(query, ray_batch, spacing, num_candidates, step_sizes)
             return split_maps(out, white_bkgd)
-        t, ray_indices, offsets = self.grid.march(ray_batch, spacing, num_candidates)
+        t, ray_indices, offsets = self.grid.march(fixed, spacing, num_candidates)
         out, weights = composite(query(t, ray_indices), t, ray_indices, step_sizes, offsets)
         ret = split_maps(out, white_bkgd)
         if retsamples:

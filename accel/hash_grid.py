@@ -50,8 +50,7 @@ class HashGrid(BoundedModule):
     def forward(self, points):
         flat = points.reshape(-1, 3)
         arguments = self.aabb, self.contract, self.table, self.resolutions, self.level_offsets
-        differentiable = flat.requires_grad and torch.is_grad_enabled()
-        if flat.dtype == torch.float32 and not differentiable and KERNELS.usable(flat.device):
+        if flat.dtype == torch.float32 and KERNELS.usable(flat.device):
             encoded = CompiledEncoding.apply(flat, *arguments)
         else:
             encoded = encode(flat, *arguments)
@@ -103,13 +102,14 @@ def encode(points, aabb, contracted, table, resolutions, level_offsets):
 
 
 class CompiledEncoding(torch.autograd.Function):
-    """`encode` by `encodings.c`, without a gradient of the points; their rows may be apart."""
+    """`encode` by `encodings.c`; the rows of the points may be apart."""
 
     @staticmethod
     def forward(ctx, points, aabb, contracted, table, resolutions, level_offsets):
         assert table.shape[1] in SUPPORTED_N_FEATURES
         points = points if points.stride(1) == 1 else points.contiguous()
-        ctx.save_for_backward(points, aabb, resolutions, level_offsets)
+        ctx.save_for_backward(points, aabb, resolutions, level_offsets,
+                              table if ctx.needs_input_grad[0] else None)
         ctx.contracted, ctx.table_shape = int(contracted), table.shape
         N, L, F = len(points), len(resolutions), table.shape[1]
         encoded = points.new_empty(N, L * F)
@@ -120,13 +120,18 @@ class CompiledEncoding(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_encoded):
-        points, aabb, resolutions, level_offsets = ctx.saved_tensors
+        points, aabb, resolutions, level_offsets, table = ctx.saved_tensors
         N, L, F = len(points), len(resolutions), ctx.table_shape[1]
-        overwrites = isinstance(KERNELS.libraries[points.device], CpuLibrary)
-        grad = (points.new_empty if overwrites else points.new_zeros)(ctx.table_shape)
-        KERNELS.call('encode_gradient', N * L, points, points.stride(0), aabb, ctx.contracted,
-                     grad_encoded.contiguous(), grad, N, L, F, resolutions, level_offsets)
-        return None, None, None, grad, None, None
+        where, sizes = (points, points.stride(0), aabb, ctx.contracted), (N, L, F, resolutions, level_offsets)
+        grad_points, grad_table, grad_encoded = None, None, grad_encoded.contiguous()
+        if ctx.needs_input_grad[0]:
+            grad_points = torch.empty_like(points, memory_format=torch.contiguous_format)
+            KERNELS.call('encode_point_gradient', N, *where, table, grad_encoded, grad_points, *sizes)
+        if ctx.needs_input_grad[3]:
+            overwrites = isinstance(KERNELS.libraries[points.device], CpuLibrary)
+            grad_table = (points.new_empty if overwrites else points.new_zeros)(ctx.table_shape)
+            KERNELS.call('encode_gradient', N * L, *where, grad_encoded, grad_table, *sizes)
+        return grad_points, None, None, grad_table, None, None
 
 
 def encode_directions(encoding, directions):
@@ -151,16 +156,17 @@ def check_kernels(device):
         table, points, weights = (torch.rand(*shape, generator=generator, device='cpu') for shape in
                                   (grid.table.shape, (257, 3), (257, grid.out_dim)))
         table, weights = table.to(device).requires_grad_(), weights.to(device)
-        points = (3 * points - 1.5).to(device)  # some outside
+        points = (3 * points - 1.5).to(device).requires_grad_()  # some outside
         aabb, *levels = [part.to(device) for part in (grid.aabb, grid.resolutions, grid.level_offsets)]
         for contracted in (False, True):
             results = []
             for function in (CompiledEncoding.apply, encode):
                 encoded = function(points, aabb, contracted, table, *levels)
-                results.append((encoded, *torch.autograd.grad((encoded * weights).sum(), table)))
+                by_table, by_points = torch.autograd.grad((encoded * weights).sum(), (table, points))
+                results.append((encoded, by_table, by_points / grid.resolutions[-1]))
             for found, expected in zip(*results):
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    harmonics = SphericalHarmonics()
+    harmonics, points = SphericalHarmonics(), points.detach()
     torch.testing.assert_close(encode_directions(harmonics, points), harmonics(points), rtol=1e-4, atol=1e-4)
 
 

@@ -61,7 +61,10 @@ class HashNeRF(RadianceField):
 
     def features(self, points):
         """Points [N, 3] to the outputs of the density's MLP [N, DENSITY_OUTPUTS]."""
-        h = F.relu(self.density_linears[0](self.encoding(points)), inplace=True)
+        encoded = self.encoding(points)
+        if self.poses is not None:
+            encoded = self.poses.fade_in(encoded, len(self.encoding.resolutions))
+        h = F.relu(self.density_linears[0](encoded), inplace=True)
         return in_float32(self.density_linears[1], h)
 
     def density(self, points):

@@ -120,7 +120,7 @@ class ProposalRenderer(Renderer):
         s_vals = even_edges(near, counts[0], perturb > 0)
         power = self.annealed_power() if torch.is_grad_enabled() else 1
         for index, grid in enumerate(self.grids):
-            _, lengths, pts = intervals(s_vals)
+            _, lengths, pts = (part.detach() for part in intervals(s_vals))  # they do not move cameras
             weights = weights_of(grid(pts.flatten(0, 1)).view(lengths.shape) * lengths)
             ret.update({f'proposal_s_vals{index}': s_vals, f'proposal_weights{index}': weights})
             s_vals = resample(s_vals, weights.detach() ** power,

@@ -26,7 +26,7 @@ OURS = {'N_iters': 200000, 'check_data': False, 'seed': 0, 'device': 'auto', 'ne
         'log2_hashmap_size': 19, 'finest_res': 2048, 'occupancy_grid': False, 'N_rand_samples': 2 ** 18,
         'aabb': None, 'random_bkgd': False, 'exact_render': False, 'overwrite': False,
         'sampler': 'hierarchical', 'contract': False, 'lambda_distortion': 0.0, 'lambda_depth': 0.0,
-        'train_views': None, 'appearance': False}
+        'train_views': None, 'appearance': False, 'refine_poses': False, 'lrate_poses': 1e-3}
 BLENDER = ['chair', 'drums', 'ficus', 'hotdog', 'lego', 'materials', 'mic', 'ship']
 LLFF = ['fern', 'flower', 'fortress', 'horns', 'leaves', 'orchids', 'room', 'trex']
 FAST = ['lego_fast', 'demo_fast', 'fast', 'photos_fast', *(f'{scene}_fast' for scene in LLFF)]
@@ -62,15 +62,15 @@ def test_each_option_is_read():
 RESUME_WARNED = set(re.findall(r'\w+', """
     N_importance N_rand N_rand_samples N_samples aabb appearance contract dataset_type factor far finest_res
     half_res i_embed i_embed_views lambda_depth lambda_distortion lindisp llffhold log2_hashmap_size lrate
-    lrate_decay multires multires_views n_features n_levels near netdepth netdepth_fine netwidth netwidth_fine
-    no_batching no_ndc occupancy_grid perturb precrop_frac precrop_iters random_bkgd raw_noise_std sampler
-    seed spherify train_views use_viewdirs white_bkgd"""))
+    lrate_decay lrate_poses multires multires_views n_features n_levels near netdepth netdepth_fine netwidth
+    netwidth_fine no_batching no_ndc occupancy_grid perturb precrop_frac precrop_iters random_bkgd
+    raw_noise_std refine_poses sampler seed spherify train_views use_viewdirs white_bkgd"""))
 # --render_only takes these from the checkpoint.
 RENDER_ONLY_ADOPTED = set(re.findall(r'\w+', """
     N_importance N_samples appearance contract dataset_type datadir expname factor far finest_res half_res
     i_embed i_embed_views lindisp llffhold log2_hashmap_size multires multires_views n_features n_levels near
-    netdepth netdepth_fine netwidth netwidth_fine no_ndc occupancy_grid pixel_centers sampler seed
-    spherify testskip use_viewdirs white_bkgd"""))
+    netdepth netdepth_fine netwidth netwidth_fine no_ndc occupancy_grid pixel_centers refine_poses sampler
+    seed spherify testskip use_viewdirs white_bkgd"""))
 
 
 def test_each_option_affects_one_kind_of_thing():

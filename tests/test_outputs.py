@@ -381,8 +381,8 @@ class Logger:
 def evaluator(tmp_path, is_main=True, **options):
     """An Evaluator with stand-ins around it, and a list of the lines that it says."""
     args = SimpleNamespace(i_img=2, i_testset=3, i_video=4, N_rand=1024, seed=0, white_bkgd=True,
-                           appearance=False, overwrite=False, render_only=False, render_test=False,
-                           render_factor=0, basedir=str(tmp_path), expname='name')
+                           appearance=False, refine_poses=False, overwrite=False, render_only=False,
+                           render_test=False, render_factor=0, basedir=str(tmp_path), expname='name')
     vars(args).update(options)
     poses = camera_path(5).astype(np.float32)
     scene = SimpleNamespace(H=12, W=12, far=6.0, poses=poses, render_poses=poses[:3],

@@ -31,8 +31,11 @@ VIEW_FRACTION = 0.02
 # Rendering a ray costs at most this fraction of training on it: training adds a backward pass, cheap if
 # sparse.
 RENDER_COST = 0.6
-# With --appearance, metrics are of this part of the test views.
-MEASURED_HALF = 'right half, after fitting colours to the left'
+# What metrics are of, by --appearance and --refine_poses.
+MEASURED = {(False, False): 'whole views',
+            (True, False): 'right half, after fitting colours to the left',
+            (False, True): 'whole views, after fitting their poses to them',
+            (True, True): 'right half, after fitting pose and colours to the left'}
 # TensorBoard shows the comparison image of the held-out view under this name.
 IMAGE_NAME = 'held-out view/render, target, error, disparity, opacity'
 
@@ -157,7 +160,8 @@ class Evaluator:
         args, scene, rows, lpips = self.args, self.scene, [], self.lpips
         device = self.frames.device if self.frames.device.type == 'cuda' else 'cpu'  # others may lack float64
         cameras = [scene.cameras[view] for view in scene.i_test]
-        frames = self.write_frames(scene.poses[scene.i_test], folder, video, cameras)
+        measured = MEASURED[args.appearance, args.refine_poses]
+        frames = self.write_frames(self.test_poses(), folder, video, cameras)
         for frame, view in zip(frames, scene.i_test, strict=True):
             rgb, target = frame.rgb, scene.images[view]
             mask = None if scene.masks is None else scene.masks[view]
@@ -172,14 +176,28 @@ class Evaluator:
                  'height': cameras[0].H if one_size else None, 'views': len(rows),
                  'background': 'white' if args.white_bkgd else 'black',
                  'device': device_name(self.frames.device), 'seed': args.seed,
-                 'measured': MEASURED_HALF if args.appearance else 'whole views'}
+                 'measured': measured}
         means = write_metrics(folder, rows, about)
-        measured = [] if means['psnr'] is None else [f'PSNR {means["psnr"]:.2f} dB']
-        measured += [f'{key.upper()} {means[key]:.4f}' for key in ('ssim', 'lpips') if means[key] is not None]
+        figures = [] if means['psnr'] is None else [f'PSNR {means["psnr"]:.2f} dB']
+        figures += [f'{key.upper()} {means[key]:.4f}' for key in ('ssim', 'lpips') if means[key] is not None]
         views = f'{len(rows)} test views of {sizes_of(cameras)}'
-        views += f' ({MEASURED_HALF})' if args.appearance else ''
-        self.say(f'step {step}: held-out {", ".join(measured)}, mean of {views}')
+        views += f' ({measured})' if args.appearance or args.refine_poses else ''
+        self.say(f'step {step}: held-out {", ".join(figures)}, mean of {views}')
         return means
+
+    def test_poses(self):
+        """The poses of the test views [N, 3, 4]. With --refine_poses each is first aligned to its image, with
+        --appearance only to the half that is not measured."""
+        scene, appearance, poses = self.scene, self.args.appearance, self.scene.poses[self.scene.i_test]
+        if not self.args.refine_poses:
+            return poses
+        for index, view in enumerate(scene.i_test):
+            camera, mask = scene.cameras[view], None if scene.masks is None else scene.masks[view]
+            if appearance:
+                left = np.arange(camera.W) < camera.W // 2
+                mask = np.broadcast_to(left, (camera.H, camera.W)) if mask is None else mask & left
+            poses[index] = self.frames.align(poses[index], camera, scene.images[view], mask, appearance)
+        return poses
 
     def write_frames(self, poses, folder, video=True, cameras=None):
         """Render `poses` with the camera of the path, or with `cameras`, to `folder`, reusing equal frames

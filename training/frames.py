@@ -5,13 +5,16 @@ import torch
 from tqdm import tqdm
 
 from scenes.cameras import camera_table
+from scenes.rays import camera_rays
+from training.alignment import find_offset, frozen
 from training.devices import MemoryLimit
 from training.outputs import code_version, frames_fingerprint
 from training.processes import Processes
 
 
 class FrameRenderer:
-    """Renders frames of one scene; the processes of a run share the work. Subclasses define `render_frame`.
+    """Renders frames of one scene; the processes of a run share the work. Subclasses define `render_frame`
+    and `render_rays`.
 
     Args:
       hwf: [H, W, focal]; K: intrinsics [3, 3]; both in pixels.
@@ -39,6 +42,10 @@ class FrameRenderer:
         place of hwf and K unless it is None."""
         raise NotImplementedError
 
+    def render_rays(self, H, W, K, **kwargs):
+        """`render` of run_nerf.py."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def render(self, pose, stride=1, render_kwargs=None, camera=None):
         """The `Frame` of one pose; every `stride`-th pixel of both axes. `camera` is a `Camera`; that of the
@@ -60,6 +67,32 @@ class FrameRenderer:
     def render_view(self, pose, stride=1, camera=None):
         """The `Frame` of one pose with the arguments `view_kwargs`."""
         return self.render(pose, stride, self.view_kwargs, camera)
+
+    def align(self, pose, camera, image, mask=None, corrects_colors=False):
+        """The pose [3, 4] at which the networks see a photo best, starting from `pose`.
+
+        Args:
+          pose: c2w [3, 4]; camera: its `Camera`.
+          image: the photo, uint8 [H, W, 3]; mask: which of its pixels count, bool [H, W], None for all.
+          corrects_colors: see `find_offset`.
+        """
+        kwargs, c2w = self.view_kwargs, torch.as_tensor(pose, dtype=torch.float32, device=self.device)
+        poses, parts = kwargs['network_fn'].poses, [part for part in kwargs.values()
+                                                    if isinstance(part, torch.nn.Module)]
+        rays = torch.stack(camera_rays(camera, c2w, kwargs['pixel_centers'])).flatten(1, 2)  # [2, H * W, 3]
+        target = torch.from_numpy(image).to(self.device).view(-1, 3) / 255
+        if mask is not None:
+            counts = torch.from_numpy(mask).to(self.device).flatten()
+            rays, target = rays[:, counts], target[counts]
+
+        def render(rays):
+            return self.render_rays(camera.H, camera.W, camera.K, rays=rays, **kwargs)[0]
+        with self.stop.interruptible() if self.stop else contextlib.nullcontext(), frozen(parts):
+            offset = find_offset(render, poses.move, rays, target, corrects_colors) if len(target) else None
+        if offset is None:
+            return pose
+        center, axes = poses.move(torch.stack([c2w[:, 3].expand(3, 3), c2w[:, :3].T]), offset)
+        return torch.cat([axes.T, center[:1].T], -1).cpu().numpy()
 
     def render_item(self, item):
         """The `Frame` of a pair of pose and camera."""

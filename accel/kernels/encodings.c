@@ -29,12 +29,30 @@ DEVICE void to_unit(const float *point, const float *aabb, int64_t contracted, f
     }
 }
 
-/* The eight entries around a point x, counted from the level's first one, and their weights. */
-DEVICE void corner_entries(const float *x, int64_t resolution, int64_t size, int64_t *entry, float *weight)
+/* The gradient by a point from g[3], that by its `to_unit`; 0 for coordinates that are clamped or NaN. */
+DEVICE void to_unit_gradient(const float *point, const float *aabb, int64_t contracted, const float *g, float *grad)
 {
-    const int dense = (resolution + 1) * (resolution + 1) * (resolution + 1) <= size;
-    int64_t cell[3];
-    float fraction[3];
+    float y[3], norm = 1, scale = 1, slope = 0, along = 0; /* y is in [-1, 1] in the box */
+    for (int i = 0; i < 3; i++) {
+        y[i] = 2 * (point[i] - aabb[i]) / (aabb[3 + i] - aabb[i]) - 1;
+        y[i] = y[i] == y[i] ? y[i] : -1;
+        norm = fabsf(y[i]) > norm ? fabsf(y[i]) : norm;
+        along += g[i] * y[i];
+    }
+    if (contracted) {
+        scale = 0.5f * (2 - 1 / norm) / norm;
+        slope = (1 / norm - 1) / (norm * norm); /* of scale, by norm */
+    }
+    for (int i = 0; i < 3; i++) {
+        bool moves = point[i] == point[i] && (contracted || fabsf(y[i]) <= 1);
+        float by_norm = contracted && fabsf(y[i]) == norm ? (y[i] < 0 ? -slope : slope) * along : 0;
+        grad[i] = moves ? (scale * g[i] + by_norm) / (aabb[3 + i] - aabb[i]) : 0;
+    }
+}
+
+/* The cell of a level that holds a point x, and the position in it. */
+DEVICE void find_cell(const float *x, int64_t resolution, int64_t *cell, float *fraction)
+{
     for (int i = 0; i < 3; i++) {
         float scaled = x[i] * (float)resolution;
         float base = floorf(scaled);
@@ -43,6 +61,15 @@ DEVICE void corner_entries(const float *x, int64_t resolution, int64_t size, int
         cell[i] = (int64_t)base;
         fraction[i] = scaled - base;
     }
+}
+
+/* The eight entries around a point x, counted from the level's first one, and their weights. */
+DEVICE void corner_entries(const float *x, int64_t resolution, int64_t size, int64_t *entry, float *weight)
+{
+    const int dense = (resolution + 1) * (resolution + 1) * (resolution + 1) <= size;
+    int64_t cell[3];
+    float fraction[3];
+    find_cell(x, resolution, cell, fraction);
     for (int c = 0; c < 8; c++) {
         int64_t p[3];
         float w = 1;
@@ -101,6 +128,26 @@ DEVICE void add_gradient(const float *x, const float *grad_out, float *grad, con
         for (int f = 0; f < F; f++)
             atomicAdd(to + f, w * grad_out[f]);
 #endif
+    }
+}
+
+/* Adds to grad[3] the gradient by x of a level's encoding. */
+DEVICE void add_point_gradient(const float *x, const float *entries, const float *grad_out, float *grad, const int F,
+                               int64_t resolution, int64_t size)
+{
+    int64_t entry[8], cell[3];
+    float weight[8], fraction[3];
+    corner_entries(x, resolution, size, entry, weight);
+    find_cell(x, resolution, cell, fraction);
+    for (int c = 0; c < 8; c++) {
+        float value = 0;
+        for (int f = 0; f < F; f++)
+            value += grad_out[f] * entries[entry[c] * F + f];
+        for (int i = 0; i < 3; i++) { /* the weight without its factor of axis i, whose derivative is 1 or -1 */
+            int j = (i + 1) % 3, k = (i + 2) % 3;
+            float others = (c >> j & 1 ? fraction[j] : 1 - fraction[j]) * (c >> k & 1 ? fraction[k] : 1 - fraction[k]);
+            grad[i] += (c >> i & 1 ? value : -value) * others * (float)resolution;
+        }
     }
 }
 
@@ -205,6 +252,26 @@ KERNEL encode_gradient(const float *points, int64_t stride, const float *aabb, i
         }
     }
 #endif
+}
+
+/* grad[N][3] */
+KERNEL encode_point_gradient(const float *points, int64_t stride, const float *aabb, int64_t contracted,
+                             const float *table, const float *grad_out, float *grad, int64_t N, int64_t levels,
+                             int64_t F, const int64_t *resolutions, const int64_t *level_offsets)
+{
+    PARALLEL_FOR(n, N)
+    {
+        const float *point = points + n * stride;
+        float x[3], by_unit[3] = {0};
+        to_unit(point, aabb, contracted, x);
+        for (int64_t l = 0; l < levels; l++) {
+            int64_t begin = level_offsets[l], size = level_offsets[l + 1] - begin;
+            const float *g = grad_out + (n * levels + l) * F;
+#define POINT_GRADIENT(F) add_point_gradient(x, table + begin * F, g, by_unit, F, resolutions[l], size)
+            WITH_CONSTANT_F(POINT_GRADIENT)
+        }
+        to_unit_gradient(point, aabb, contracted, by_unit, grad + 3 * n);
+    }
 }
 
 /* The 16 spherical harmonics of degree 0 to 3 of a unit direction. */
