@@ -16,6 +16,7 @@ from accel.hash_nerf import HashNeRF
 from accel.kernels import compiled
 from accel.kernels.compiled import Kernels
 from accel.network_query import NetworkQuery
+from accel.poses import PoseOffsets
 from accel.proposals import ProposalRenderer
 from run_nerf_helpers import get_embedder
 
@@ -127,3 +128,12 @@ def test_frames_of_a_run_are_fused_unless_they_are_to_be_exact(option, fused, tm
                option) == 0
     assert bool(frames) == fused
     assert (tmp_path / 'demo_fast/testset_000002/metrics.json').is_file()
+
+
+def test_levels_that_fade_in():
+    exact, network = scene()
+    network.poses = PoseOffsets()
+    found, expected = render_both(exact, network)
+    assert_close(found, expected, tolerance=2e-4)
+    network.poses = None
+    assert (render_both(exact, network)[0]['rgb_map'] - found['rgb_map']).abs().max() > 1e-3
