@@ -66,11 +66,26 @@ DEVICE void middles_of(const float *ray, Spacing spacing, const float *s, int64_
     SIMD for (int64_t m = 0; m < count; m++) {
         middle[m] = 0.5f * (t[m] + t[m + 1]);
         length[m] = norm * (t[m + 1] - t[m]);
-        float point[3] = {ray[0] + ray[3] * middle[m], ray[1] + ray[4] * middle[m], ray[2] + ray[5] * middle[m]};
-        float unit[3];
-        to_unit(point, grid->aabb, grid->contracted, unit);
-        x[0][m] = unit[0], x[1][m] = unit[1], x[2][m] = unit[2];
     }
+    /* `to_unit`, but in loops that the compiler makes vectors of */
+    for (int i = 0; i < 3; i++) {
+        const float low = grid->aabb[i], side = grid->aabb[3 + i] - low;
+        SIMD for (int64_t m = 0; m < count; m++) {
+            float unit = (ray[i] + ray[3 + i] * middle[m] - low) / side;
+            x[i][m] = unit == unit ? unit : 0;
+        }
+    }
+    const int64_t to_contract = grid->contracted ? count : 0;
+    SIMD for (int64_t m = 0; m < to_contract; m++) {
+        float a = fabsf(2 * x[0][m] - 1), b = fabsf(2 * x[1][m] - 1), c = fabsf(2 * x[2][m] - 1);
+        float larger = a > b ? a : b, norm = larger > c ? larger : c, inverse = norm > 1 ? 1 / norm : 1;
+        float scale = 0.5f * (2 - inverse) * inverse;
+        for (int i = 0; i < 3; i++)
+            x[i][m] = 0.5f + scale * (x[i][m] - 0.5f);
+    }
+    for (int i = 0; i < 3; i++)
+        SIMD for (int64_t m = 0; m < count; m++)
+            x[i][m] = x[i][m] > 0 ? (x[i][m] < 1 ? x[i][m] : 1) : 0;
     for (int64_t m = count; m % TILE; m++)
         x[0][m] = x[1][m] = x[2][m] = 0;
 }
@@ -213,9 +228,9 @@ DEVICE Vector add_pairs(Vector sum, uint32_t W, const uint32_t *in)
 #endif
 }
 
-/* out = W in + b, or the positive part of that. Eight rows at once take the registers of AVX-512; they have names
- * because GCC keeps arrays in memory. */
-DEVICE void linear(const Layer *layer, const Tile in, Tile out, bool relu)
+/* out = W in + b; with `relu` of the positive part of `in`, which may be overwritten. Eight rows at once take the
+ * registers of AVX-512; they have names because GCC keeps arrays in memory. */
+DEVICE void linear(const Layer *layer, bool relu, Tile in, Tile out)
 {
 #define ROWS(each) each(0) each(1) each(2) each(3) each(4) each(5) each(6) each(7)
 #define START(r) Vector left##r = (Vector){0} + layer->b[o + r], right##r = left##r;
@@ -226,9 +241,15 @@ DEVICE void linear(const Layer *layer, const Tile in, Tile out, bool relu)
 #define STORE(r) *(Vector *)out[o + r] = left##r, *(Vector *)(out[o + r] + LANES) = right##r;
     const int64_t n_in = layer->n_in;
     uint32_t paired[MAX_CHANNELS / 2][TILE] __attribute__((aligned(64)));
-    for (int64_t i = 0; i < n_in / 2 && layer->pairs; i++)
+    for (int64_t i = 0; i < n_in && relu && !layer->pairs; i++)
         SIMD for (int m = 0; m < TILE; m++)
-            paired[i][m] = to_pair(in[2 * i][m], in[2 * i + 1][m]);
+            in[i][m] = in[i][m] > 0 ? in[i][m] : 0;
+    const float least = relu ? 0 : -INFINITY;
+    for (int64_t i = 0; i < n_in / 2 && layer->pairs; i++)
+        SIMD for (int m = 0; m < TILE; m++) {
+            float a = in[2 * i][m], b = in[2 * i + 1][m];
+            paired[i][m] = to_pair(a > least ? a : least, b > least ? b : least);
+        }
     for (int64_t o = 0; o < layer->n_out; o += 8) {
         const float *W = layer->W + o * n_in;
         const uint32_t *pairs = layer->pairs + o * n_in / 2;
@@ -242,16 +263,13 @@ DEVICE void linear(const Layer *layer, const Tile in, Tile out, bool relu)
         }
         ROWS(STORE)
     }
-    for (int64_t o = 0; o < layer->n_out && relu; o++)
-        for (int m = 0; m < TILE; m++)
-            out[o][m] = out[o][m] > 0 ? out[o][m] : 0;
 }
 
 /* out[N][5]: colour, opacity, and the sum of weights times depths or, with spacing of kind 2, disparities, of samples
  * in intervals with edges s_vals[N][M + 1]. Layers 0 and 1 give `n_features` channels, the first of which is the log
  * density less initial_log_density; 2, 3 and 4 the colour, of which the last has 8 rows. Added in layer 2 is D[width][16]
  * times the spherical harmonics of the direction, unless D is NULL. With `bf16`, where the processor has it, products
- * in layers 0, 2 and 3 are bfloat16. */
+ * are bfloat16. */
 KERNEL shade(const float *rays, int64_t stride, int64_t N, int64_t kind, float unit, float last_disparity,
              const float *s_vals, int64_t M, const float *aabb, int64_t contracted, const float *table, int64_t levels,
              int64_t F, const int64_t *resolutions, const int64_t *level_offsets, const float *W0, const float *b0,
@@ -265,7 +283,7 @@ KERNEL shade(const float *rays, int64_t stride, int64_t N, int64_t kind, float u
                        {W2, b2, NULL, n_features, width}, {W3, b3, NULL, width, width}, {W4, b4, NULL, width, 8}};
     uint32_t pairs[5][MAX_CHANNELS * MAX_CHANNELS / 2];
 #ifdef __AVX512BF16__
-    for (int l = 0; l < 4 && bf16; l += l == 0 ? 2 : 1) {
+    for (int l = 0; l < 5 && bf16; l++) {
         for (int64_t i = 0; i < layers[l].n_in * layers[l].n_out / 2; i++)
             pairs[l][i] = to_pair(layers[l].W[2 * i], layers[l].W[2 * i + 1]);
         layers[l].pairs = pairs[l];
@@ -291,13 +309,13 @@ KERNEL shade(const float *rays, int64_t stride, int64_t N, int64_t kind, float u
         }
         for (int64_t start = 0; start < M; start += TILE) {
             encode_tile(&grid, x, start, a);
-            linear(layers, a, b, true);
-            linear(layers + 1, b, a, false);
+            linear(layers, false, a, b);
+            linear(layers + 1, true, b, a);
             for (int m = 0; m < TILE; m++)
                 weight[start + m] = a[0][m] + initial_log_density;
-            linear(&first, a, b, true);
-            linear(layers + 3, b, a, true);
-            linear(layers + 4, a, b, false);
+            linear(&first, false, a, b);
+            linear(layers + 3, true, b, a);
+            linear(layers + 4, true, a, b);
             for (int i = 0; i < 3; i++)
                 for (int m = 0; m < TILE; m++)
                     rgb[i][start + m] = -b[i][m];
