@@ -90,12 +90,16 @@ def train(args, bench, budget):
 
 
 def evaluate(run, count, right_half):
-    """Mean PSNR of `count` test views, or of their right halves as in `corrected_half`."""
+    """Mean PSNR of `count` test views, or of their right halves as in `corrected_half`; with --refine_poses
+    after aligning their poses."""
     scene = run.scene
     views = scene.i_test[:: max(1, len(scene.i_test) // count)][:count]
     run.frames.drop_cache()
-    pairs = []
-    for view, frame in zip(views, run.frames.render_path(scene.poses[views])):
+    pairs, poses = [], scene.poses[views]
+    if run.args.refine_poses:
+        poses = [run.frames.align(pose, scene.cameras[view], scene.images[view])
+                 for view, pose in zip(views, poses)]
+    for view, frame in zip(views, run.frames.render_path(poses)):
         pair = frame.rgb, scene.images[view]
         pairs.append(corrected_half(*pair)[:2] if right_half else pair)
     return statistics.mean(psnr(to8b(rgb), target) for rgb, target in pairs)
