@@ -17,7 +17,7 @@ from accel.renderer import Renderer
 from run_nerf_helpers import disparity, invert_cdf, split_rays, weights_of
 
 # The proposal grids, first to last: intervals of a ray, and cells along each side of the finest level.
-PROPOSALS = ((48, 64), (32, 128))
+PROPOSALS = ((32, 64), (24, 128))
 # A proposal grid has this many levels.
 N_LEVELS = 2
 # Its levels have at most 2 to this many entries; those of PROPOSALS have one for each corner.
