@@ -11,9 +11,9 @@ from accel.proposals import EVEN_SHARE, FAR, PROPOSALS, ProposalRenderer
 from accel.renderer import Renderer
 from run_nerf_helpers import SphericalHarmonics, disparity, get_embedder
 
-# The kernels take at most this many intervals of a ray,
+# The kernels take at most this many intervals of a ray.
 MAX_INTERVALS = 128
-# and at most this many channels of an encoding.
+# The kernels take at most this many channels of an encoding.
 MAX_CHANNELS = 64
 # This many rays are rendered at once, so that a signal to stop does not wait for a whole frame.
 MAX_RAYS = 2 ** 15
@@ -24,7 +24,7 @@ class FusedRenderer(Renderer):
 
     Args:
       exact: a `ProposalRenderer`.
-      bf16: use bfloat16 products in the hidden layers, if the processor has them.
+      bf16: use bfloat16 products in all layers, if the processor has them.
     """
 
     def __init__(self, exact, bf16=True):
@@ -32,13 +32,14 @@ class FusedRenderer(Renderer):
         self.exact, self.bf16 = exact, bf16
 
     def render_rays(self, ray_batch, network_fn, network_query_fn, N_samples, lindisp=False, perturb=0.,
-                    white_bkgd=False, raw_noise_std=0., retsamples=False, **kwargs):
+                    white_bkgd=False, raw_noise_std=0., retsamples=False, retraw=False, pytest=False,
+                    N_importance=0, **kwargs):
         """The maps that `exact` renders, with the arguments of its `render_rays`."""
-        if (retsamples or perturb or raw_noise_std or torch.is_grad_enabled()
-                or not can_fuse(ray_batch.device, network_fn, N_samples)):
+        if (retsamples or retraw or pytest or N_importance or perturb or raw_noise_std
+                or torch.is_grad_enabled() or not can_fuse(ray_batch.device, network_fn, N_samples)):
             return self.exact.render_rays(
-                ray_batch, network_fn, network_query_fn, N_samples, lindisp=lindisp, perturb=perturb,
-                white_bkgd=white_bkgd, raw_noise_std=raw_noise_std, retsamples=retsamples, **kwargs)
+                ray_batch, network_fn, network_query_fn, N_samples, retraw, lindisp, perturb, N_importance,
+                white_bkgd=white_bkgd, raw_noise_std=raw_noise_std, pytest=pytest, retsamples=retsamples)
         out = shade(ray_batch, self.exact.grids, network_fn, N_samples, spacing_of(self.exact, lindisp),
                     self.bf16)
         rgb_map, acc_map, depth_sum = out[:, :3], out[:, 3], out[:, 4]

@@ -22,9 +22,9 @@ PROPOSALS = ((32, 64), (24, 128))
 N_LEVELS = 2
 # Its levels have at most 2 to this many entries; those of PROPOSALS have one for each corner.
 LOG2_HASHMAP_SIZE = 22
-# The proposal grids are trained in every one of this many first steps,
+# The proposal grids are trained in every one of this many first steps.
 WARMUP_STEPS = 256
-# and later once in this many steps.
+# After the warm-up, the proposal grids are trained once in this many steps.
 TRAIN_EVERY_N_STEPS = 4
 # Over this many training steps, intervals change from even ones to those that follow the weights.
 ANNEAL_STEPS = 1000

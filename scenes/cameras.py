@@ -16,8 +16,9 @@ UNDISTORT_STEPS = 50
 MAX_UNDISTORT_ERROR = 1e-6
 # Directions of this many pixels are computed at once.
 PIXELS_AT_ONCE = 2 ** 20
-# Cameras surround a scene if the angle between neighbouring azimuths is at most this, in radians.
-LARGEST_GAP = np.pi / 2
+# Cameras surround a scene if the angle between neighbouring azimuths is at most this, in radians: a little
+# more than that of four cameras.
+LARGEST_GAP = np.radians(100)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,6 +229,12 @@ def focus_point(poses):
     return (np.linalg.pinv(normal.mean(0)) @ (project @ origins).mean(0))[:, 0]
 
 
+def within(values, wave):
+    """Numbers that follow a sine `wave` [M], with the mean and standard deviation of `values` [N], but inside
+    their range; [M]."""
+    return (values.mean() + np.sqrt(2) * values.std() * wave).clip(values.min(), values.max())
+
+
 def orbit_of_cameras(poses, count=40):
     """A path around the point that the cameras look at, at their mean height and mean distance from the
     vertical axis through it; [count, 4, 4] float32.
@@ -243,17 +250,15 @@ def orbit_of_cameras(poses, count=40):
     across = normalize(np.cross(up, np.eye(3)[np.argmin(np.abs(up))]))  # any direction perpendicular to up
     ahead = np.cross(up, across)
     turn = np.linspace(0, 2 * np.pi, count + 1)[:-1]
-    azimuths, heights = turn, np.full(count, height)
+    azimuths, levels = turn, np.full(count, height)
     covered = np.sort(np.arctan2(arms @ ahead, arms @ across))
     gaps = np.diff(covered, append=covered[0] + 2 * np.pi)
     if gaps.max() > LARGEST_GAP:
         covered = np.concatenate([covered[gaps.argmax() + 1:], covered[:gaps.argmax() + 1] + 2 * np.pi])
-        # azimuths and heights vary along the path as much as those of the cameras
-        azimuths = covered.mean() + np.sqrt(2) * covered.std() * np.sin(turn)
-        heights = height + np.sqrt(2) * (arms @ up).std() * np.cos(turn)
+        azimuths, levels = within(covered, np.sin(turn)), within(arms @ up, np.cos(turn))
     path = []
-    for azimuth, height in zip(azimuths, heights, strict=True):
-        arm = radius * (np.cos(azimuth) * across + np.sin(azimuth) * ahead) + height * up
+    for azimuth, level in zip(azimuths, levels, strict=True):
+        arm = radius * (np.cos(azimuth) * across + np.sin(azimuth) * ahead) + level * up
         path.append(homogeneous(viewmatrix(arm, up, focus + arm)))
     if not np.isfinite(path).all():
         raise UserError('found cameras that are all in one place, expected cameras around a scene')

@@ -262,6 +262,26 @@ def test_cameras_that_face_different_ways_do_not_fit_ndc(tmp_path):
         finish_scene(options(tmp_path), scene)
 
 
+@pytest.mark.parametrize('turn', np.linspace(0, 1.5, 7))
+def test_four_cameras_surround_a_scene(turn):
+    azimuths = turn + np.arange(4) * np.pi / 2
+    arms = np.stack([np.cos(azimuths), np.sin(azimuths), np.full(4, 0.3)], -1)
+    poses = np.stack([viewmatrix(arm, [0, 0, 1], arm) for arm in arms]).astype(np.float32)
+    path = orbit_of_cameras(poses, 12)
+    between = np.linalg.norm(path[:, :3, 3] - np.roll(path[:, :3, 3], 1, 0), axis=-1)
+    np.testing.assert_allclose(between, 2 * np.sin(np.pi / 12), rtol=1e-4)
+
+
+@pytest.mark.parametrize('degrees', [[-17, 17], [-29, -28, 28, 29], [5]])
+def test_the_path_of_few_cameras_stays_between_them(degrees):
+    azimuths = np.radians(degrees)
+    arms = np.stack([np.cos(azimuths), np.sin(azimuths), np.zeros(len(degrees))], -1)
+    path = orbit_of_cameras(np.stack([viewmatrix(arm, [0, 0, 1], arm) for arm in arms]), 12)
+    turned = np.degrees(np.arctan2(path[:, 1, 3], path[:, 0, 3]))
+    assert min(degrees) - 0.1 < turned.min() and turned.max() < max(degrees) + 0.1
+    np.testing.assert_allclose(path[:, 2, 3], 0, atol=1e-4)
+
+
 @pytest.mark.parametrize('first, last', [(0, 340), (-100, 100), (80, 170)])
 def test_the_path_goes_only_where_cameras_were(first, last):
     """A circle if they surround the scene, otherwise an ellipse among them."""

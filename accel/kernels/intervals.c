@@ -6,6 +6,8 @@
  *
  * Ray n is at rays + n * stride: origin, direction, near, far and, where colours depend on it, the unit direction. The
  * edges of its intervals are at s from 0 to 1, and its samples in the middle of intervals.
+ *
+ * These kernels are for CPUs only: on a GPU a thread would have too few registers for a ray.
  */
 #ifndef __CUDACC__
 #ifdef __AVX512BF16__
@@ -19,7 +21,7 @@
 #define SIMD _Pragma("omp simd")
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef float Four __attribute__((vector_size(16)));
+typedef float Vector4 __attribute__((vector_size(16)));
 typedef float Tile[MAX_CHANNELS][TILE] __attribute__((aligned(64)));
 
 /* Edges are even in distance (kind 0), in disparity (1), or in distance up to `unit` and in disparity beyond (2), where
@@ -120,9 +122,9 @@ DEVICE void encode_tile(const Grid *grid, float (*x)[MAX_SAMPLES], int64_t start
         }
         if (F == 4)
             for (int m = 0; m < TILE; m++) {
-                Four sum = {0};
+                Vector4 sum = {0};
                 for (int c = 0; c < 8; c++)
-                    sum += weight[c][m] * *(const Four *)(entries + 4 * (int64_t)entry[c][m]);
+                    sum += weight[c][m] * *(const Vector4 *)(entries + 4 * (int64_t)entry[c][m]);
                 for (int f = 0; f < 4; f++)
                     out[4 * l + f][m] = sum[f];
             }
@@ -137,13 +139,13 @@ DEVICE void encode_tile(const Grid *grid, float (*x)[MAX_SAMPLES], int64_t start
     }
 }
 
-/* Replaces numbers by their exponentials, to 1e-5 of these; those beyond ±87 count as ±87. */
+/* Replaces numbers by their exponentials, to 1e-5 of these; those beyond ±87 count as ±87, NaN stays. */
 DEVICE void exponentials(float *x, int64_t count)
 {
     SIMD for (int64_t i = 0; i < count; i++) {
-        float scaled = 1.44269504f * (x[i] > -87 ? (x[i] < 87 ? x[i] : 87) : -87), whole = rintf(scaled);
+        float scaled = 1.44269504f * (x[i] < -87 ? -87 : x[i] > 87 ? 87 : x[i]), whole = rintf(scaled);
         float rest = 0.693147181f * (scaled - whole);
-        union { int32_t bits; float value; } power = {((int32_t)whole + 127) * (1 << 23)};
+        union { uint32_t bits; float value; } power = {((uint32_t)(int32_t)whole + 127) << 23};
         x[i] = power.value * (1 + rest * (1 + rest * (1 / 2.0f + rest * (1 / 6.0f + rest * (1 / 24.0f + rest / 120)))));
     }
 }
@@ -153,7 +155,7 @@ DEVICE void to_weights(float *log_density, const float *length, int64_t count, f
 {
     float passing[MAX_SAMPLES + 1], optical_depth = 0;
     for (int64_t m = 0; m < count; m++)
-        log_density[m] = log_density[m] < max_log_density ? log_density[m] : max_log_density;
+        log_density[m] = log_density[m] > max_log_density ? max_log_density : log_density[m];
     exponentials(log_density, count);
     for (int64_t m = 0; m < count; m++)
         passing[m + 1] = -(optical_depth += log_density[m] * length[m]);
@@ -201,6 +203,7 @@ KERNEL resample(const float *rays, int64_t stride, int64_t N, int64_t kind, floa
             float share = (quantile - sum) / weight[m];
             to[k] = s[m] + (share < 1 ? share : 1) * (s[m + 1] - s[m]);
         }
+        to[count] = s[M];
     }
 }
 
@@ -243,16 +246,16 @@ DEVICE void linear(const Layer *layer, bool relu, Tile in, Tile out)
     uint32_t paired[MAX_CHANNELS / 2][TILE] __attribute__((aligned(64)));
     for (int64_t i = 0; i < n_in && relu && !layer->pairs; i++)
         SIMD for (int m = 0; m < TILE; m++)
-            in[i][m] = in[i][m] > 0 ? in[i][m] : 0;
+            in[i][m] = in[i][m] < 0 ? 0 : in[i][m];
     const float least = relu ? 0 : -INFINITY;
     for (int64_t i = 0; i < n_in / 2 && layer->pairs; i++)
         SIMD for (int m = 0; m < TILE; m++) {
             float a = in[2 * i][m], b = in[2 * i + 1][m];
-            paired[i][m] = to_pair(a > least ? a : least, b > least ? b : least);
+            paired[i][m] = to_pair(a < least ? least : a, b < least ? least : b);
         }
     for (int64_t o = 0; o < layer->n_out; o += 8) {
         const float *W = layer->W + o * n_in;
-        const uint32_t *pairs = layer->pairs + o * n_in / 2;
+        const uint32_t *pairs = layer->pairs ? layer->pairs + o * n_in / 2 : NULL;
         ROWS(START)
         for (int64_t i = 0; i < n_in / 2 && layer->pairs; i++) {
             ROWS(ADD_PAIRS)
@@ -281,8 +284,8 @@ KERNEL shade(const float *rays, int64_t stride, int64_t N, int64_t kind, float u
     const Grid grid = {aabb, table, contracted, levels, F, resolutions, level_offsets};
     Layer layers[5] = {{W0, b0, NULL, levels * F, width}, {W1, b1, NULL, width, n_features},
                        {W2, b2, NULL, n_features, width}, {W3, b3, NULL, width, width}, {W4, b4, NULL, width, 8}};
-    uint32_t pairs[5][MAX_CHANNELS * MAX_CHANNELS / 2];
 #ifdef __AVX512BF16__
+    uint32_t pairs[5][MAX_CHANNELS * MAX_CHANNELS / 2];
     for (int l = 0; l < 5 && bf16; l++) {
         for (int64_t i = 0; i < layers[l].n_in * layers[l].n_out / 2; i++)
             pairs[l][i] = to_pair(layers[l].W[2 * i], layers[l].W[2 * i + 1]);
