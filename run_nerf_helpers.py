@@ -299,7 +299,7 @@ class RadianceField(nn.Module):
         return batch if self.poses is None else batch._replace(rays=self.poses(batch.rays, batch.view))
 
     def update(self):
-        """Called after each training step."""
+        """Called after each training step: count it for the levels that fade in."""
         if self.poses is not None:
             self.poses.steps += 1
 
