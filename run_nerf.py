@@ -466,7 +466,6 @@ def train(args, console):
                     optimizer.step()
                 safeguards.recover(step, measures, checkpoints, processes)
                 kwargs_train['renderer'].update(step, **kwargs_train)  # the occupancy grid
-                kwargs_train['network_fn'].update()
                 rays.adapt_to(measures.mean_samples)
 
                 # log, save, evaluate

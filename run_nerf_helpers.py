@@ -298,11 +298,6 @@ class RadianceField(nn.Module):
         """A `Batch` with the rays of the refined poses: unchanged without `poses`."""
         return batch if self.poses is None else batch._replace(rays=self.poses(batch.rays, batch.view))
 
-    def update(self):
-        """Called after each training step."""
-        if self.poses is not None:
-            self.poses.steps += 1
-
     def preferred_chunk(self, device):
         """How many points to compute at once on `device`, so that they fit its caches or its memory."""
         activations = by_device(self.CHUNK_ACTIVATIONS, device)

@@ -61,10 +61,7 @@ class HashNeRF(RadianceField):
 
     def features(self, points):
         """Points [N, 3] to the outputs of the density's MLP [N, DENSITY_OUTPUTS]."""
-        encoded = self.encoding(points)
-        if self.poses is not None:
-            encoded = self.poses.fade_in(encoded, len(self.encoding.resolutions))
-        h = F.relu(self.density_linears[0](encoded), inplace=True)
+        h = F.relu(self.density_linears[0](self.encoding(points)), inplace=True)
         return in_float32(self.density_linears[1], h)
 
     def density(self, points):

@@ -1,10 +1,5 @@
-"""Poses of photos are estimates: a small rotation and shift of each camera is trained with the network.
-
-While cameras move, the fine levels of a hash grid mislead them: their gradient points to the nearest ripple.
-They fade in over the first steps (Lin et al., "BARF: Bundle-Adjusting Neural Radiance Fields", ICCV 2021).
-"""
-import math
-
+"""Poses of photos are estimates: a small rotation and shift of each camera is trained with the network (Lin
+et al., "BARF: Bundle-Adjusting Neural Radiance Fields", ICCV 2021)."""
 import torch
 from torch import nn
 
@@ -12,32 +7,21 @@ from run_nerf_helpers import BoundedModule
 
 # The table has this many rows, so that a checkpoint fits any scene; in larger ones some views share a row.
 MAX_VIEWS = 4096
-# This share of the levels, the coarse ones, has full weight from the start.
-FIRST_LEVELS = 0.5
-# After this many steps all levels have.
-FADE_IN_STEPS = 600
-# Below this angle, in radians, the series of its sine and cosine are exact in float32.
+# Below this angle, in radians, two terms of a series are as exact as sine and cosine.
 SMALL_ANGLE = 1e-3
 
 
 class PoseOffsets(BoundedModule):
     """Rays of the given cameras to those of the refined ones. An offset [6] is a rotation vector, in radians
     and the axes of the scene, and a shift in units of half the mean side of the box. The mean offset of the
-    views is zero: a motion of all cameras would only move the scene."""
+    views is subtracted: a motion of all cameras would only move the scene."""
 
     def __init__(self):
         super().__init__()
-        self.offsets, self.steps = nn.Parameter(torch.zeros(MAX_VIEWS, 6)), 0
+        self.offsets = nn.Parameter(torch.zeros(MAX_VIEWS, 6))
 
     def reset_parameters(self):
         nn.init.zeros_(self.offsets)
-        self.steps = 0
-
-    def get_extra_state(self):
-        return torch.tensor(self.steps)
-
-    def set_extra_state(self, state):
-        self.steps = int(state)
 
     def forward(self, rays, view):
         """Rays [2, N, 3] of the training views [N], counted from the first one."""
@@ -54,16 +38,6 @@ class PoseOffsets(BoundedModule):
         """Half the mean side of the box, a scalar tensor."""
         return 0.5 * (self.aabb[1] - self.aabb[0]).mean()
 
-    def fade_in(self, encoded, n_levels):
-        """An encoding [N, n_levels * F] with the weights of its levels, which change with the steps (BARF,
-        Eq. 14)."""
-        if self.steps >= FADE_IN_STEPS:
-            return encoded
-        visible = n_levels * (FIRST_LEVELS + (1 - FIRST_LEVELS) * self.steps / FADE_IN_STEPS)
-        shares = [min(max(visible - level, 0), 1) for level in range(n_levels)]
-        weights = encoded.new_tensor([0.5 - 0.5 * math.cos(math.pi * share) for share in shares])
-        return (encoded.view(len(encoded), n_levels, -1) * weights[:, None]).flatten(1)
-
 
 def rotate(vectors, rotation):
     """Vectors [N, 3] turned by rotation vectors [N or 1, 3]: Rodrigues' formula, with a finite gradient at
@@ -72,7 +46,8 @@ def rotate(vectors, rotation):
     small = square < SMALL_ANGLE ** 2
     angle = torch.where(small, 1, square).sqrt()
     sine = torch.where(small, 1 - square / 6, angle.sin() / angle)                 # sin(angle) / angle
-    cosine = torch.where(small, 0.5 - square / 24, (1 - angle.cos()) / angle ** 2)
+    # 1 - cos(angle) = 2 sin²(angle / 2), which loses no digits
+    cosine = torch.where(small, 0.5 - square / 24, 2 * ((angle / 2).sin() / angle) ** 2)
     axis = rotation.expand_as(vectors)
     across = torch.linalg.cross(axis, vectors)
     return vectors + sine * across + cosine * torch.linalg.cross(axis, across)

@@ -84,7 +84,6 @@ class Run(NamedTuple):
         if finite:
             self.optimizer.step()
         self.kwargs_train['renderer'].update(step, **self.kwargs_train)
-        self.kwargs_train['network_fn'].update()
         self.rays.adapt_to(measures.mean_samples)
 
     def train_step(self, step):

@@ -26,7 +26,7 @@ OURS = {'N_iters': 200000, 'check_data': False, 'seed': 0, 'device': 'auto', 'ne
         'log2_hashmap_size': 19, 'finest_res': 2048, 'occupancy_grid': False, 'N_rand_samples': 2 ** 18,
         'aabb': None, 'random_bkgd': False, 'exact_render': False, 'overwrite': False,
         'sampler': 'hierarchical', 'contract': False, 'lambda_distortion': 0.0, 'lambda_depth': 0.0,
-        'train_views': None, 'appearance': False, 'refine_poses': False, 'lrate_poses': 1e-3}
+        'train_views': None, 'appearance': False, 'refine_poses': False, 'lrate_poses': 3e-4}
 BLENDER = ['chair', 'drums', 'ficus', 'hotdog', 'lego', 'materials', 'mic', 'ship']
 LLFF = ['fern', 'flower', 'fortress', 'horns', 'leaves', 'orchids', 'room', 'trex']
 FAST = ['lego_fast', 'demo_fast', 'fast', 'photos_fast', *(f'{scene}_fast' for scene in LLFF)]

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 from tiny_devices import DEVICE, Random
-from tiny_networks import hash_nerf
+from tiny_networks import encoded_nerf, hash_nerf
 from tiny_runs import FAST_DEMO, NO_OUTPUTS, assert_killed_and_resumed_is_undisturbed, read_state, run
 
 from accel.grid_renderer import GridRenderer
 from accel.network_query import NetworkQuery
-from accel.poses import FADE_IN_STEPS, PoseOffsets, rotate
+from accel.poses import PoseOffsets, rotate
 from accel.proposals import ProposalRenderer
 from run_nerf import EXACT, ImageRenderer, loss_and_gradient, render
 from run_nerf_helpers import RadianceField, img2mse, mse2psnr
@@ -69,30 +69,6 @@ def test_a_motion_of_all_cameras_has_no_effect():
     torch.testing.assert_close(offsets(rays, torch.arange(50) % 7), rays)
 
 
-# --- levels that fade in ------------------------------------------------------------------------------------
-
-def test_levels_fade_in():
-    offsets, encoded = PoseOffsets(), torch.ones(3, 8 * 2)
-    assert offsets.fade_in(encoded, 8)[0].tolist() == [1.0] * 8 + [0.0] * 8
-    before = torch.zeros(16)
-    for offsets.steps in range(0, FADE_IN_STEPS + 1, 50):
-        weights = offsets.fade_in(encoded, 8)[1]
-        assert (weights >= before).all() and weights[::2].equal(weights[1::2])
-        before = weights
-    assert offsets.fade_in(encoded, 8) is encoded
-
-
-def test_hidden_levels_are_not_trained():
-    network, points = hash_nerf(use_viewdirs=False).to(DEVICE), torch.rand(50, 3)
-    network.poses = PoseOffsets().to(DEVICE)
-    network(points).sum().backward()
-    start = network.encoding.level_offsets[2]
-    assert network.encoding.table.grad[:start].any() and not network.encoding.table.grad[start:].any()
-    network.poses.steps = FADE_IN_STEPS
-    network(points).sum().backward()
-    assert network.encoding.table.grad[start:].any()
-
-
 # --- training -----------------------------------------------------------------------------------------------
 
 class Ball(RadianceField):
@@ -108,7 +84,6 @@ class Ball(RadianceField):
 
 def with_poses(network):
     network.poses = PoseOffsets()
-    network.poses.steps = FADE_IN_STEPS
     return network.to(DEVICE)
 
 
@@ -148,21 +123,29 @@ def psnr(rgb, target):
     return float(mse2psnr(img2mse(rgb, target)))
 
 
+def assert_a_step_moves_the_cameras_of_its_rays(network, **changes):
+    rays = rays_of(cameras(1)[0])[:, ::37]
+    batch = Batch(rays, torch.rand(rays.shape[1:]), view=torch.arange(rays.shape[1]) % 2)
+    loss_and_gradient([24, 32], CAMERA.K, 2 ** 16, batch, {**arguments(network), **changes})
+    gradient = network.poses.offsets.grad
+    assert gradient[:2].any(-1).all() and not gradient[2:].any() and torch.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize('renderer', [EXACT, ProposalRenderer(), GridRenderer()])
 @pytest.mark.parametrize('backward', ['auto', 'sparse', 'plain'])
 @pytest.mark.parametrize('ndc', [False, True])
 def test_a_step_moves_the_cameras_of_its_rays(renderer, backward, ndc):
-    network = with_poses(hash_nerf())
-    options = {**arguments(network, renderer.to(DEVICE)), 'ndc': ndc,
-               'network_query_fn': NetworkQuery(backward=backward)}
-    if ndc:
-        options.update(near=0.0, far=1.0)
-    rays = rays_of(cameras(1)[0])[:, ::37]
-    batch = Batch(rays, torch.rand(rays.shape[1:]), view=torch.arange(rays.shape[1]) % 2)
-    loss_and_gradient([24, 32], CAMERA.K, 2 ** 16, batch, options)
-    gradient = network.poses.offsets.grad
-    assert gradient[:2].any(-1).all() and not gradient[2:].any()
-    assert torch.isfinite(gradient).all()
+    bounds = {'near': 0.0, 'far': 1.0} if ndc else {}
+    assert_a_step_moves_the_cameras_of_its_rays(
+        with_poses(hash_nerf()), renderer=renderer.to(DEVICE), ndc=ndc,
+        network_query_fn=NetworkQuery(backward=backward), **bounds)
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_the_default_method_moves_cameras_too(precision):
+    assert_a_step_moves_the_cameras_of_its_rays(
+        with_poses(encoded_nerf()), network_fine=encoded_nerf().to(DEVICE), N_importance=8,
+        network_query_fn=NetworkQuery(precision=precision))
 
 
 # An error of about a degree and 2 % of the half box, and two pixels.
@@ -261,14 +244,13 @@ def test_a_network_that_starts_again_drops_its_poses():
     network = with_poses(hash_nerf())
     torch.nn.init.normal_(network.poses.offsets)
     network.reset_parameters()
-    assert not network.poses.offsets.any() and network.poses.steps == 0
+    assert not network.poses.offsets.any()
 
 
 def test_a_run_is_resumed_exactly(tmp_path):
     assert_killed_and_resumed_is_undisturbed(tmp_path, *FAST_DEMO, '--refine_poses')
     (path,) = tmp_path.rglob('whole/*/000060.tar')
-    state = read_state(path)['network_fn_state_dict']
-    assert state['poses._extra_state'] == 60 and state['poses.offsets'].any()
+    assert read_state(path)['network_fn_state_dict']['poses.offsets'].any()
 
 
 @pytest.mark.parametrize('appearance', [False, True])
@@ -285,11 +267,3 @@ def test_metrics_name_the_protocol(tmp_path, capsys, monkeypatch, appearance):
     assert run(*arguments, '--render_only', '--render_test') == 0
     (again,) = tmp_path.rglob('renderonly_test_000002/metrics.json')
     assert json.loads(again.read_text())['mean']['psnr'] == json.loads(path.read_text())['mean']['psnr']
-
-
-@pytest.mark.parametrize('options', [['--i_embed', 0], ['--N_importance', 8, '--no-occupancy_grid']])
-def test_what_cannot_be_combined_is_refused(options, capsys):
-    with pytest.raises(SystemExit):
-        run(*FAST_DEMO, '--no-random_bkgd', '--refine_poses', *options)
-    expected = '--refine_poses: needs --i_embed 1, and is not available with --N_importance'
-    assert expected in capsys.readouterr().err

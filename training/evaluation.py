@@ -194,8 +194,8 @@ class Evaluator:
         for index, view in enumerate(scene.i_test):
             camera, mask = scene.cameras[view], None if scene.masks is None else scene.masks[view]
             if appearance:
-                left = np.arange(camera.W) < camera.W // 2
-                mask = np.broadcast_to(left, (camera.H, camera.W)) if mask is None else mask & left
+                mask = np.ones((camera.H, camera.W), bool) if mask is None else mask
+                mask = mask & (np.arange(camera.W) < camera.W // 2)
             poses[index] = self.frames.align(poses[index], camera, scene.images[view], mask, appearance)
         return poses
 

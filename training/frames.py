@@ -77,21 +77,21 @@ class FrameRenderer:
           corrects_colors: see `find_offset`.
         """
         kwargs, c2w = self.view_kwargs, torch.as_tensor(pose, dtype=torch.float32, device=self.device)
-        poses, parts = kwargs['network_fn'].poses, [part for part in kwargs.values()
-                                                    if isinstance(part, torch.nn.Module)]
+        move = kwargs['network_fn'].poses.move
         rays = torch.stack(camera_rays(camera, c2w, kwargs['pixel_centers'])).flatten(1, 2)  # [2, H * W, 3]
         target = torch.from_numpy(image).to(self.device).view(-1, 3) / 255
         if mask is not None:
             counts = torch.from_numpy(mask).to(self.device).flatten()
             rays, target = rays[:, counts], target[counts]
+        if not len(target):
+            return pose
 
         def render(rays):
             return self.render_rays(camera.H, camera.W, camera.K, rays=rays, **kwargs)[0]
+        parts = [part for part in kwargs.values() if isinstance(part, torch.nn.Module)]
         with self.stop.interruptible() if self.stop else contextlib.nullcontext(), frozen(parts):
-            offset = find_offset(render, poses.move, rays, target, corrects_colors) if len(target) else None
-        if offset is None:
-            return pose
-        center, axes = poses.move(torch.stack([c2w[:, 3].expand(3, 3), c2w[:, :3].T]), offset)
+            offset = find_offset(render, move, rays, target, corrects_colors)
+        center, axes = move(torch.stack([c2w[:, 3].expand(3, 3), c2w[:, :3].T]), offset)
         return torch.cat([axes.T, center[:1].T], -1).cpu().numpy()
 
     def render_item(self, item):

@@ -117,8 +117,6 @@ class OptionParser(configargparse.ArgumentParser):
         if args.appearance and (args.N_importance > 0 or args.no_batching or args.random_bkgd):
             self.error('argument --appearance: not available with --N_importance, --no_batching or '
                        '--random_bkgd')
-        if args.refine_poses and (args.i_embed != 1 or args.N_importance > 0):
-            self.error('argument --refine_poses: needs --i_embed 1, and is not available with --N_importance')
         if args.lambda_depth > 0 and (args.no_batching or args.precrop_iters > 0):
             self.error('argument --lambda_depth: not available with --no_batching or --precrop_iters')
         if args.occupancy_grid and args.lindisp:
@@ -295,9 +293,9 @@ def _training_options(parser):
         help='photos differ in exposure: train an affine change of colour for each; held-out views are '
              'measured on their right half, after fitting one to the left half')
     add('--refine_poses', affects='networks', action=BooleanSwitch, default=False,
-        help='camera poses are not exact: train a small rotation and shift of each; held-out views are '
+        help='camera poses are estimates: train a small rotation and shift of each; held-out views are '
              'measured after aligning their poses to them')
-    add('--lrate_poses', affects='training', type=number(above=0), default=1e-3,
+    add('--lrate_poses', affects='training', type=number(above=0), default=3e-4,
         help='with --refine_poses: initial learning rate of the poses, in radians and halves of the box')
     add('--lambda_depth', affects='training', type=number(least=0), default=0.,
         help="weight of the depth loss: rays through the sparse points of the COLMAP model in the scene's "
