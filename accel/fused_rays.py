@@ -82,8 +82,6 @@ def shade(ray_batch, grids, network, N_samples, spacing, bf16):
     first, second, third = network.rgb_linears
     of_features, of_direction = first.weight.tensor_split([DENSITY_OUTPUTS], 1)
     layers = [part for layer in network.density_linears for part in (layer.weight, layer.bias)]
-    if network.poses is not None:
-        layers[0] = network.poses.fade_in(layers[0], len(network.encoding.resolutions))
     layers += [of_features.contiguous(), of_direction.contiguous() if of_direction.numel() else None,
                first.bias, second.weight, second.bias]
     layers += [F.pad(third.weight, (0, 0, 0, 5)), F.pad(third.bias, (0, 5))]  # to eight rows

@@ -3,18 +3,21 @@ et al., "BARF: Bundle-Adjusting Neural Radiance Fields", ICCV 2021)."""
 import torch
 from torch import nn
 
+from accel.appearance import MAX_VIEWS
 from run_nerf_helpers import BoundedModule
 
-# The table has this many rows, so that a checkpoint fits any scene; in larger ones some views share a row.
-MAX_VIEWS = 4096
 # Below this angle, in radians, two terms of a series are as exact as sine and cosine.
 SMALL_ANGLE = 1e-3
 
 
 class PoseOffsets(BoundedModule):
-    """Rays of the given cameras to those of the refined ones. An offset [6] is a rotation vector, in radians
-    and the axes of the scene, and a shift in units of half the mean side of the box. The mean offset of the
-    views is subtracted: a motion of all cameras would only move the scene."""
+    """Turns rays of the given cameras into those of the refined ones.
+
+    An offset [6] is a rotation vector, in radians and the axes of the scene, and a shift in units of half the
+    mean side of the box; in normalised device coordinates, where LLFF scenes have a side of about 2, the
+    unit is one of the scene. The mean offset of the views is subtracted: a motion of all cameras would only
+    move the scene.
+    """
 
     def __init__(self):
         super().__init__()
@@ -27,7 +30,7 @@ class PoseOffsets(BoundedModule):
         """Rays [2, N, 3] of the training views [N], counted from the first one."""
         trained = (self.offsets.detach() != 0).any(-1).sum()  # rows of views without rays stay zero
         mean = self.offsets.detach().sum(0) / trained.clamp(min=1)
-        return self.move(rays, self.offsets.index_select(0, view % MAX_VIEWS) - mean)
+        return self.move(rays, self.offsets.index_select(0, view) - mean)
 
     def move(self, rays, offsets):
         """Rays [2, N, 3] from cameras with the `offsets` [N or 1, 6]."""

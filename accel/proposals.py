@@ -118,7 +118,7 @@ class ProposalRenderer(Renderer):
 
         counts, ret = [*(count for count, _ in PROPOSALS), N_samples], {}
         s_vals = even_edges(near, counts[0], perturb > 0)
-        power = self.annealed_power() if torch.is_grad_enabled() else 1
+        power = self.annealed_power() if retsamples else 1  # in training
         for index, grid in enumerate(self.grids):
             _, lengths, pts = (part.detach() for part in intervals(s_vals))  # they do not move cameras
             weights = weights_of(grid(pts.flatten(0, 1)).view(lengths.shape) * lengths)

@@ -97,8 +97,7 @@ def evaluate(run, count, right_half):
     run.frames.drop_cache()
     pairs, poses = [], scene.poses[views]
     if run.args.refine_poses:
-        poses = [run.frames.align(pose, scene.cameras[view], scene.images[view])
-                 for view, pose in zip(views, poses)]
+        poses = run.frames.align_views(scene, views, left_half=right_half)
     for view, frame in zip(views, run.frames.render_path(poses)):
         pair = frame.rgb, scene.images[view]
         pairs.append(corrected_half(*pair)[:2] if right_half else pair)

@@ -16,7 +16,6 @@ from accel.hash_nerf import HashNeRF
 from accel.kernels import compiled
 from accel.kernels.compiled import Kernels
 from accel.network_query import NetworkQuery
-from accel.poses import PoseOffsets
 from accel.proposals import ProposalRenderer
 from run_nerf_helpers import get_embedder
 
@@ -56,7 +55,8 @@ def test_maps_are_those_of_the_reference(N_samples, options):
 
 
 @pytest.mark.parametrize('settings', [{'contract': True}, {'n_features': 2}, {'n_features': 8},
-                                      {'n_features': 1}, {'views': None}, {'n_levels': 16}])
+                                      {'n_features': 1}, {'views': None}, {'n_levels': 16},
+                                      {'n_levels': 8, 'n_features': 8}])
 def test_any_hash_network(settings):
     exact, network = scene(**settings)
     assert can_fuse(CPU, network, 24)
@@ -71,6 +71,31 @@ def test_emptiness_and_solid_matter(log_density):
     found, expected = render_both(exact, network)
     assert all(values.isfinite().all() for values in found.values())
     assert_close(found, expected, tolerance=2e-4)
+
+
+def test_edges_reach_from_near_to_far(monkeypatch):
+    calls, call, (exact, network) = [], fused_rays.KERNELS.call, scene(contract=True)
+    monkeypatch.setattr(fused_rays.KERNELS, 'call', lambda *args: calls.append(args) or call(*args))
+    render_both(exact, network)
+    edges = [args[-1] for args in calls if args[0] == 'resample']
+    assert len(edges) == 2
+    for s_vals in edges:
+        assert (s_vals[:, 0] == 0).all() and (s_vals[:, -1] == 1).all() and (s_vals.diff() >= 0).all()
+
+
+def test_nan_stays_visible():
+    exact, network = scene()
+    with torch.no_grad():
+        network.density_linears[1].bias[3] = float('nan')
+    for bf16 in (False, True):
+        found, expected = render_both(exact, network, bf16=bf16)
+        assert expected['rgb_map'].isnan().all() and found['rgb_map'].isnan().all()
+
+
+def test_what_the_reference_refuses_is_refused():
+    exact, network = scene()
+    with pytest.raises(ValueError, match='does not support retraw'), torch.no_grad():
+        FusedRenderer(exact).render_rays(ray_batch(3), network, QUERY, 8, retraw=True)
 
 
 def test_bfloat16_changes_colours_by_less_than_an_8_bit_step():
@@ -128,12 +153,3 @@ def test_frames_of_a_run_are_fused_unless_they_are_to_be_exact(option, fused, tm
                option) == 0
     assert bool(frames) == fused
     assert (tmp_path / 'demo_fast/testset_000002/metrics.json').is_file()
-
-
-def test_levels_that_fade_in():
-    exact, network = scene()
-    network.poses = PoseOffsets()
-    found, expected = render_both(exact, network)
-    assert_close(found, expected, tolerance=2e-4)
-    network.poses = None
-    assert (render_both(exact, network)[0]['rgb_map'] - found['rgb_map']).abs().max() > 1e-3

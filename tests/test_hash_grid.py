@@ -146,6 +146,17 @@ def test_only_gradients_that_are_needed_are_computed():
     assert torch.isfinite(points.grad).all() and points.grad.any() and grid.table.grad is None
 
 
+@each_kernel
+def test_axes_of_equal_distance_share_the_gradient(kernels):
+    grid = random_grid(contract=True)
+    points = torch.tensor([[3.0, 3, 0.5], [3, -3, 3], [-2, 2, 0]], requires_grad=True)
+    with implementation(kernels):
+        (found,) = torch.autograd.grad(grid(points).sum(), points)
+    with implementation('reference'):
+        (expected,) = torch.autograd.grad(grid(points).sum(), points)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_points_outside_of_the_box_are_clamped_to_it():
     grid = random_grid()
     grid.set_aabb([[0.0, 0, 0], [2, 2, 2]])

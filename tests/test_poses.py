@@ -1,5 +1,6 @@
 """Refined camera poses: the moved rays, their gradient, what training finds, and held-out views."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,6 +196,31 @@ def test_a_held_out_view_is_aligned(masked):
     before, after = (psnr(view_of(network, rays_of(pose)), photo)
                      for pose in (given, torch.from_numpy(found).to(DEVICE)))
     assert after > before + 10
+
+
+@pytest.mark.parametrize('left_half, masked', [(False, False), (True, False), (True, True)])
+def test_only_pixels_that_are_not_measured_align_a_view(left_half, masked, monkeypatch, recwarn):
+    network, poses = with_poses(Ball()), np.stack([pose.cpu().numpy() for pose in cameras(3)])
+    masks = np.ones([3, 24, 32], bool)
+    masks[:, :12] = False
+    scene = SimpleNamespace(poses=poses.copy(), cameras=[CAMERA] * 3, masks=masks if masked else None,
+                            images=np.zeros([3, 24, 32, 3], np.uint8))
+    frames, drawn = ImageRenderer([24, 32, 40.0], CAMERA.K, None, arguments(network)), []
+
+    def find_offset(render, move, rays, target, corrects_colors):
+        drawn.append((rays.shape[1], corrects_colors))
+        return torch.tensor([[0, 0, 0, 1.0, 0, 0]])
+    monkeypatch.setattr('training.frames.find_offset', find_offset)
+    found = frames.align_views(scene, np.array([0, 2]), left_half)
+    assert drawn == [(24 * 32 // (2 if left_half else 1) // (2 if masked else 1), left_half)] * 2
+    np.testing.assert_allclose(found[:, :, 3] - poses[[0, 2]][:, :, 3], [[1, 0, 0]] * 2, atol=1e-6)
+    assert np.array_equal(scene.poses, poses) and not recwarn.list
+
+
+def test_each_view_has_its_own_offset(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('accel.poses.MAX_VIEWS', 5)
+    assert run(*FAST_DEMO, *NO_OUTPUTS, '--refine_poses', '--basedir', tmp_path) == 2
+    assert '--refine_poses: found 80 views from the first' in capsys.readouterr().err
 
 
 def test_a_view_without_pixels_stays_where_it_is():

@@ -186,18 +186,11 @@ class Evaluator:
         return means
 
     def test_poses(self):
-        """The poses of the test views [N, 3, 4]. With --refine_poses each is first aligned to its image, with
+        """The poses of the test views [N, 3, 4]; with --refine_poses they are aligned to their images, with
         --appearance only to the half that is not measured."""
-        scene, appearance, poses = self.scene, self.args.appearance, self.scene.poses[self.scene.i_test]
-        if not self.args.refine_poses:
-            return poses
-        for index, view in enumerate(scene.i_test):
-            camera, mask = scene.cameras[view], None if scene.masks is None else scene.masks[view]
-            if appearance:
-                mask = np.ones((camera.H, camera.W), bool) if mask is None else mask
-                mask = mask & (np.arange(camera.W) < camera.W // 2)
-            poses[index] = self.frames.align(poses[index], camera, scene.images[view], mask, appearance)
-        return poses
+        if self.args.refine_poses:
+            return self.frames.align_views(self.scene, self.scene.i_test, left_half=self.args.appearance)
+        return self.scene.poses[self.scene.i_test]
 
     def write_frames(self, poses, folder, video=True, cameras=None):
         """Render `poses` with the camera of the path, or with `cameras`, to `folder`, reusing equal frames
@@ -262,6 +255,7 @@ class Evaluator:
             else:
                 if args.render_test:
                     self.say('no metrics with --render_factor: the test images are larger than the frames')
+                    poses = self.test_poses()
                 frames = self.write_frames(poses, folder, cameras=cameras)
                 seconds = [frame.seconds for frame in frames if frame.seconds is not None]
                 rate = f', {np.mean(seconds):.2f} s each' if seconds else ''

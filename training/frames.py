@@ -1,6 +1,7 @@
 """Renders the frames of a scene, one after another or by all processes of a run together."""
 import contextlib
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -67,6 +68,18 @@ class FrameRenderer:
     def render_view(self, pose, stride=1, camera=None):
         """The `Frame` of one pose with the arguments `view_kwargs`."""
         return self.render(pose, stride, self.view_kwargs, camera)
+
+    def align_views(self, scene, views, left_half=False):
+        """The poses [N, 3, 4] at which the networks see the photos of the `views` [N] best; with `left_half`
+        the left halves of the photos, whose colours are fitted too."""
+        poses = scene.poses[views]
+        for index, view in enumerate(views):
+            camera, mask = scene.cameras[view], None if scene.masks is None else scene.masks[view]
+            if left_half:
+                whole = np.ones((camera.H, camera.W), bool) if mask is None else mask
+                mask = whole & (np.arange(camera.W) < camera.W // 2)
+            poses[index] = self.align(poses[index], camera, scene.images[view], mask, left_half)
+        return poses
 
     def align(self, pose, camera, image, mask=None, corrects_colors=False):
         """The pose [3, 4] at which the networks see a photo best, starting from `pose`.

@@ -7,17 +7,16 @@ def adam(parameters, lrate, options, poses=None, lrate_poses=0.):
     has been loaded. Those of the module `poses` are a group of their own, with the rate `lrate_poses` and
     Adam's default options: with a tiny eps the noise of rarely seen views would move them."""
     options = {'fused': parameters[0].is_cuda, **options}
-    apart = [] if poses is None else [*poses.parameters()]
-    groups = [{'params': [parameter for parameter in parameters if parameter not in {*apart}]}]
+    of_poses, rate = [] if poses is None else [*poses.parameters()], {'lrate_scale': lrate_poses / lrate}
+    groups = [{'params': [parameter for parameter in parameters if parameter not in {*of_poses}]}]
+    if of_poses:
+        groups.append({'params': of_poses, 'betas': (0.9, 0.999), 'eps': 1e-8, **rate})
     optimizer = torch.optim.Adam(groups, lr=lrate, **options)
-    own = {'lrate_scale': lrate_poses / lrate}
-    if apart:
-        optimizer.add_param_group({'params': apart, 'betas': (0.9, 0.999), 'eps': 1e-8, **own})
 
-    def keep_own(_, state):
+    def keep_implementation_and_rate(_, state):
         groups = [{**group, 'fused': options['fused'], 'foreach': None} for group in state['param_groups']]
-        return {**state, 'param_groups': groups[:1] + [{**group, **own} for group in groups[1:]]}
-    optimizer.register_load_state_dict_pre_hook(keep_own)
+        return {**state, 'param_groups': groups[:1] + [{**group, **rate} for group in groups[1:]]}
+    optimizer.register_load_state_dict_pre_hook(keep_implementation_and_rate)
     return optimizer
 
 

@@ -46,15 +46,17 @@ def start_run(args, scene, checkpoint, render_kwargs, optimizer, start, console,
     Returns:
       `Logger`, `RaySampler`, `Safeguards`, `Checkpoints`.
     Raises:
-      UserError: as `ray_sampler` does; there are too many views for --appearance, or the folder of the run
-        cannot be written to.
+      UserError: as `ray_sampler` does; there are too many views for --appearance or --refine_poses, or the
+        folder of the run cannot be written to.
     """
     networks, device = networks_of(render_kwargs), next(render_kwargs['network_fn'].parameters()).device
     rays = ray_sampler(args, scene, render_kwargs['pixel_centers'], device, processes)
-    views, appearance = len(rays.views.poses), render_kwargs['network_fn'].appearance
-    if appearance is not None and views > len(appearance.affine):
-        raise UserError(f'--appearance: found {views} views from the first training view to the last, '
-                        f'expected at most {len(appearance.affine)}')
+    views, network = len(rays.views.poses), render_kwargs['network_fn']
+    for option, module in (('--appearance', network.appearance), ('--refine_poses', network.poses)):
+        rows = views if module is None else len(next(module.parameters()))
+        if views > rows:
+            raise UserError(f'{option}: found {views} views from the first training view to the last, '
+                            f'expected at most {rows}')
     logger = open_run(args, scene, networks, start, device, console, processes)
     followers = {'renderer': render_kwargs['renderer'], 'ray_sampler': rays}
     safeguards = Safeguards(networks, optimizer, args.seed, not args.no_restart, console.say, followers)

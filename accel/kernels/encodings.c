@@ -32,16 +32,18 @@ DEVICE void to_unit(const float *point, const float *aabb, int64_t contracted, f
 /* The gradient by a point from g[3], that by its `to_unit`; 0 for coordinates that are clamped or NaN. */
 DEVICE void to_unit_gradient(const float *point, const float *aabb, int64_t contracted, const float *g, float *grad)
 {
-    float y[3], norm = 1, scale = 1, slope = 0, along = 0; /* y is in [-1, 1] in the box */
+    float y[3], norm = 1, scale = 1, slope = 0, along = 0, longest = 0; /* y is in [-1, 1] in the box */
     for (int i = 0; i < 3; i++) {
         y[i] = 2 * (point[i] - aabb[i]) / (aabb[3 + i] - aabb[i]) - 1;
         y[i] = y[i] == y[i] ? y[i] : -1;
         norm = fabsf(y[i]) > norm ? fabsf(y[i]) : norm;
         along += g[i] * y[i];
     }
+    for (int i = 0; i < 3; i++)
+        longest += fabsf(y[i]) == norm;
     if (contracted) {
         scale = 0.5f * (2 - 1 / norm) / norm;
-        slope = (1 / norm - 1) / (norm * norm); /* of scale, by norm */
+        slope = (1 / norm - 1) / (norm * norm) / (longest > 0 ? longest : 1); /* of scale, by the longest axes */
     }
     for (int i = 0; i < 3; i++) {
         bool moves = point[i] == point[i] && (contracted || fabsf(y[i]) <= 1);
