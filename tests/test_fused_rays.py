@@ -1,13 +1,13 @@
 """Kernels that render rays through proposals and a hash network from end to end, against
 `ProposalRenderer`."""
-import sys
+import platform
 
 import pytest
 import torch
-from test_proposals import PROPOSAL_DEMO, ray_batch
+from test_proposals import ray_batch
 from tiny_devices import on_cpu_only
 from tiny_grids import CPU, NO_C_COMPILER
-from tiny_runs import NO_OUTPUTS, run
+from tiny_runs import NO_OUTPUTS, PROPOSAL_DEMO, run
 
 from accel import fused_rays
 from accel.fused_rays import MAX_INTERVALS, FusedRenderer, can_fuse
@@ -127,6 +127,17 @@ def test_gradients_take_the_reference():
     assert network.encoding.table.grad.abs().sum() > 0
 
 
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='builds for processors of this family')
+@pytest.mark.parametrize('processor', ['x86-64', 'haswell'])
+def test_older_processors(processor, monkeypatch):
+    """Without AVX-512 and bfloat16 the same text compiles to the same results."""
+    flags = ['-march=' + processor if flag == '-march=native' else flag for flag in compiled.FLAGS]
+    monkeypatch.setattr(compiled, 'FLAGS', flags)
+    kernels = Kernels('intervals', fused_rays.check_kernels)
+    monkeypatch.setattr(fused_rays, 'KERNELS', kernels)
+    assert kernels.usable(CPU)
+
+
 @pytest.mark.parametrize('right, wrong', [
     ('side * side : 805459861u', 'side * side : 805459863u'),
     ('sum[4] += weight[m]', 'sum[4] += 1.01f * weight[m]'),
@@ -140,7 +151,7 @@ def test_kernels_that_compute_something_else_are_not_used(right, wrong, monkeypa
     assert right in original('intervals')
     monkeypatch.setattr(compiled, 'read_source', lambda name: original(name).replace(right, wrong))
     broken = Kernels('intervals', fused_rays.check_kernels)
-    monkeypatch.setattr(sys.modules['accel.fused_rays'], 'KERNELS', broken)
+    monkeypatch.setattr(fused_rays, 'KERNELS', broken)
     with pytest.warns(UserWarning, match='intervals kernels cannot be used on cpu'):
         assert not broken.usable(CPU)
 

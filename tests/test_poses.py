@@ -7,7 +7,14 @@ import pytest
 import torch
 from tiny_devices import DEVICE, Random
 from tiny_networks import encoded_nerf, hash_nerf
-from tiny_runs import FAST_DEMO, NO_OUTPUTS, assert_killed_and_resumed_is_undisturbed, read_state, run
+from tiny_runs import (
+    FAST_DEMO,
+    NO_OUTPUTS,
+    PROPOSAL_DEMO,
+    assert_killed_and_resumed_is_undisturbed,
+    read_state,
+    run,
+)
 
 from accel.grid_renderer import GridRenderer
 from accel.network_query import NetworkQuery
@@ -274,7 +281,7 @@ def test_a_network_that_starts_again_drops_its_poses():
 
 
 def test_a_run_is_resumed_exactly(tmp_path):
-    assert_killed_and_resumed_is_undisturbed(tmp_path, *FAST_DEMO, '--refine_poses')
+    assert_killed_and_resumed_is_undisturbed(tmp_path, *PROPOSAL_DEMO, '--contract', '--refine_poses')
     (path,) = tmp_path.rglob('whole/*/000060.tar')
     assert read_state(path)['network_fn_state_dict']['poses.offsets'].any()
 

@@ -17,6 +17,7 @@ from tiny_runs import (
     DEMO,
     FAST_DEMO,
     NO_OUTPUTS,
+    PROPOSAL_DEMO,
     ROOT,
     assert_same_parameters,
     finish,
@@ -336,9 +337,11 @@ def test_frames_of_two_are_those_of_one(demo_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fast_run_of_two_processes(tmp_path):
+@pytest.mark.parametrize('preset', [FAST_DEMO, [*PROPOSAL_DEMO, '--contract', '--refine_poses']],
+                         ids=['objects', 'places'])
+def test_a_fast_run_of_two_processes(tmp_path, preset):
     """Its checkpoint resumes and renders in one process."""
-    options = [*FAST_DEMO, *NO_OUTPUTS, '--basedir', tmp_path]
+    options = [*preset, *NO_OUTPUTS, '--basedir', tmp_path]
     code, output = finish(torchrun(*options, '--N_iters', 40, '--i_testset', 40))
     assert code == 0, output
     code, output = finish(start(*options, '--N_iters', 50))

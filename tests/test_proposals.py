@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_devices import DEVICE, Random
 from tiny_networks import hash_nerf
-from tiny_runs import FAST_DEMO, NO_OUTPUTS, assert_killed_and_resumed_is_undisturbed, read_state, run
+from tiny_runs import NO_OUTPUTS, PROPOSAL_DEMO, assert_killed_and_resumed_is_undisturbed, read_state, run
 
 from accel.network_query import NetworkQuery
 from accel.proposals import (
@@ -26,10 +26,6 @@ from accel.proposals import (
 from run_nerf import loss_and_gradient, raw2outputs
 from run_nerf_helpers import weights_of
 from scenes.rays import Batch
-
-PROPOSAL_DEMO = [*FAST_DEMO, '--no-occupancy_grid', '--sampler', 'proposal', '--N_samples', 16,
-                 '--N_rand', 256, '--lambda_distortion', 0.01]
-
 
 NO_DEPTHS = Batch(None, None)
 

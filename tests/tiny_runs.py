@@ -24,6 +24,9 @@ TINY = [*DEMO, '--netwidth', 16, '--netwidth_fine', 16, '--N_rand', 64, '--N_sam
 FAST_DEMO = ['--config', ROOT / 'configs/demo_fast.txt', '--datadir', ROOT / 'data/demo', '--half_res',
              '--testskip', 4, '--device', 'cpu', '--log2_hashmap_size', 11, '--n_levels', 4,
              '--finest_res', 64, '--N_samples', 64, '--N_rand', 2048, '--N_rand_samples', 2048]
+# The same scene with the sampler for places.
+PROPOSAL_DEMO = [*FAST_DEMO, '--no-occupancy_grid', '--sampler', 'proposal', '--N_samples', 16,
+                 '--N_rand', 256, '--lambda_distortion', 0.01]
 # Options that turn off the outputs made during training.
 NO_OUTPUTS = ['--i_img', 10 ** 6, '--i_testset', 10 ** 6, '--i_video', 10 ** 6]
 
