@@ -492,7 +492,7 @@ def test_poses_bounds_load(tmp_path):
     write_poses_bounds(folder / 'poses_bounds.npy', placement.poses, bounds, views[0])
     write_config(folder / 'config.txt', folder, 'mine', placement, 1, llff_error=0.5)
     args = config_parser().parse_args(['--config', str(folder / 'config.txt')])
-    assert args.dataset_type == 'llff' and not args.no_ndc
+    assert args.dataset_type == 'llff' and not args.no_ndc and args.lambda_depth == 0.1
     table, read_bounds = read_poses_bounds(folder / 'poses_bounds.npy')
     np.testing.assert_allclose(table[:, :, :4], placement.poses)
     np.testing.assert_allclose(read_bounds, bounds)
@@ -508,6 +508,7 @@ def test_every_preset_is_a_valid_config(tmp_path, scene_type):
         args = config_parser().parse_args(['--config', str(tmp_path / 'config.txt')])
         assert args.datadir == str(tmp_path / name)
         assert args.factor == 2 and args.expname == 'mine' and args.contract and args.far == 3
+        assert args.lambda_depth == 0.1
     write_config(tmp_path / 'config.txt', tmp_path, 'mine', placement, 2, white_bkgd=True)
     args = config_parser().parse_args(['--config', str(tmp_path / 'config.txt')])
     assert args.white_bkgd and args.occupancy_grid and not args.random_bkgd and args.aabb[:3] == [-1.0] * 3

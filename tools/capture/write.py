@@ -29,6 +29,8 @@ OUTPUTS = re.compile(r'images(_\d+)?|masks|sparse|transforms\.json|sparse_points
 
 # Presets for photos in the LLFF layout, of an object on white, and of anything else.
 FORWARD_PRESET, OBJECT_PRESET, PRESET = 'fern_fast.txt', 'fast.txt', 'photos_fast.txt'
+# FORWARD_PRESET does without sparse points; scenes of this tool have them, and get the weight of PRESET.
+LAMBDA_DEPTH = 0.1
 # Lines of a preset that `write_config` replaces.
 REPLACED = re.compile(r'(#.*|(expname|basedir|datadir|dataset_type|factor|llffhold|random_bkgd) = .*)?\n')
 # The box that is not contracted: `Placement` puts the focus at 0, at distance 1 from cameras or subject.
@@ -148,7 +150,7 @@ def write_config(path, datadir, name, placement, factor, white_bkgd=False, llff_
         head += ('# Uses poses_bounds.npy and images/, with normalised device coordinates. That layout has\n'
                  '# no lens distortion: cameras were fitted without it, with a mean reprojection error of\n'
                  f'# {llff_error:.2f} pixels. transforms.json has it.\n')
-        data, preset = {'dataset_type': 'llff'}, FORWARD_PRESET
+        data, preset = {'dataset_type': 'llff', 'lambda_depth': LAMBDA_DEPTH}, FORWARD_PRESET
     else:
         head += '# Uses transforms.json, with lens distortion.\n'
         preset = OBJECT_PRESET if white_bkgd else PRESET
