@@ -405,7 +405,8 @@ def nerf_losses(errors, rgb, acc, extras, target, bkgd):
       target: colours [N, 3], or colours on `bkgd` and alpha [N, 4].
       bkgd: grey value of the background, 0 or 1.
     """
-    return {**errors}
+    losses = {**errors}
+    return losses
 
 
 def loss_and_gradient(hwf, K, chunk, batch, render_kwargs):
