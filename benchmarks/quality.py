@@ -89,7 +89,7 @@ def train(args, bench, budget):
             return curve
 
 
-def evaluate(run, count, right_half):
+def evaluate(run, count, right_half=False):
     """Mean PSNR of `count` test views, or of their right halves as in `corrected_half`; with --refine_poses
     after aligning their poses."""
     scene = run.scene
