@@ -3,7 +3,7 @@
     python benchmarks/quality.py --config configs/demo.txt --seeds 0 1 2 --precisions fp32 bf16
     python benchmarks/quality.py --config configs/lego.txt --datadir data/nerf_synthetic/lego --minutes 9
     python benchmarks/quality.py --config configs/fern_fast.txt --datadir data/nerf_llff_data/fern \
-        --precisions auto --variant= --variant="--lambda_distortion 0"
+        --precisions auto --variant= --variant="--lambda_distortion 2e-3"
 
 Trains as run_nerf.py does, one run after another, and renders test views --evaluations times in each run,
 fast unless --exact_render is given; that time does not count as training. --minutes limits the time of all
