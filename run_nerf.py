@@ -414,7 +414,7 @@ def loss_and_gradient(hwf, K, chunk, batch, render_kwargs):
     and return the `Measures`. The other arguments are those of `render`."""
     measures, bkgd = Measures(), float(render_kwargs['white_bkgd'])
     for part, share in batch.split(chunk):
-        part = render_kwargs['network_fn'].as_posed(part)
+        part = render_kwargs['network_fn'].with_refined_poses(part)
         rgb, _, acc, extras = render(*hwf[:2], K, chunk, part.rays, retsamples=True, **render_kwargs)
         rgb = render_kwargs['network_fn'].as_photographed(rgb, part.view)
         errors = color_errors(rgb, acc, extras, part.target, bkgd)

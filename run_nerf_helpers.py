@@ -294,7 +294,7 @@ class RadianceField(nn.Module):
         """Rendered colours [N, 3] as photos of the views [N] show them: unchanged without `appearance`."""
         return rgb if self.appearance is None else self.appearance(rgb, view)
 
-    def as_posed(self, batch):
+    def with_refined_poses(self, batch):
         """A `Batch` with the rays of the refined poses: unchanged without `poses`."""
         return batch if self.poses is None else batch._replace(rays=self.poses(batch.rays, batch.view))
 
@@ -375,6 +375,10 @@ class BoundedModule(nn.Module):
           possible: cells of the box that can hold anything, bool [G, G, G]; None for all.
         """
         self.aabb.copy_(torch.as_tensor(aabb))
+
+    def half_side(self):
+        """Half the mean side of the box, a scalar tensor."""
+        return 0.5 * (self.aabb[1] - self.aabb[0]).mean()
 
 
 # --- networks on many points, as nerf-pytorch evaluates them ------------------------------------------------

@@ -35,11 +35,7 @@ class PoseOffsets(BoundedModule):
     def move(self, rays, offsets):
         """Rays [2, N, 3] from cameras with the `offsets` [N or 1, 6]."""
         (rays_o, rays_d), (rotation, shift) = rays, offsets.split(3, -1)
-        return torch.stack([rays_o + self.unit() * shift, rotate(rays_d, rotation)])
-
-    def unit(self):
-        """Half the mean side of the box, a scalar tensor."""
-        return 0.5 * (self.aabb[1] - self.aabb[0]).mean()
+        return torch.stack([rays_o + self.half_side() * shift, rotate(rays_d, rotation)])
 
 
 def rotate(vectors, rotation):

@@ -165,8 +165,7 @@ class ProposalRenderer(Renderer):
 
     def unit(self):
         """Half the mean side of the box that is not contracted, a scalar tensor."""
-        aabb = self.grids[0].encoding.aabb
-        return 0.5 * (aabb[1] - aabb[0]).mean()
+        return self.grids[0].encoding.half_side()
 
     def annealed_power(self):
         """In training, intervals follow the weights to this power, which rises from 0 to 1."""

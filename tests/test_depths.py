@@ -213,7 +213,7 @@ def test_a_run_with_depths(tmp_path, capsys):
     assert run(*args, '--basedir', tmp_path / 'logs') == 0
     (path,) = (tmp_path / 'logs').rglob('*.tar')
     box = read_state(path)['network_fn_state_dict']['encoding.aabb']
-    positions = torch.tensor(POSES[1:, :, 3], dtype=torch.float32)  # of the training views
+    positions = torch.tensor(POSES[1:, :, 3], dtype=torch.float32, device='cpu')  # of the training views
     low, high = positions.amin(0), positions.amax(0)
     half = (high - low).amax() / 2
     torch.testing.assert_close(box, torch.stack([(low + high) / 2 - half, (low + high) / 2 + half]))

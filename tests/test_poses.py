@@ -51,9 +51,9 @@ def test_rotations_are_matrix_exponentials(angle):
 def test_without_offsets_rays_stay_as_they_are():
     batch = Batch(torch.randn(2, 9, 3), torch.rand(9, 3), view=torch.arange(9))
     network = hash_nerf().to(DEVICE)
-    assert network.as_posed(batch) is batch
+    assert network.with_refined_poses(batch) is batch
     network.poses = PoseOffsets().to(DEVICE)
-    assert network.as_posed(batch).rays.equal(batch.rays)
+    assert network.with_refined_poses(batch).rays.equal(batch.rays)
 
 
 def test_a_camera_turns_about_its_centre_and_shifts_in_units_of_the_box():
