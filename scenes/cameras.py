@@ -62,6 +62,21 @@ class Camera:
         scale = np.array([[width / self.W], [height / self.H], [1]])
         return Camera(height, width, self.K * scale, self.distortion, self.fisheye)
 
+    def with_size(self, height, width):
+        """The camera for frames of another size with the same vertical field of view: they show more or less
+        at the sides. Itself for its own size."""
+        if (height, width) == (self.H, self.W):
+            return self
+        scale = height / self.H
+        K = self.K * [[scale], [scale], [1]]
+        K[0, 2] += 0.5 * (width - scale * self.W)
+        return Camera(height, width, K, self.distortion, self.fisheye)
+
+    @property
+    def fov(self):
+        """The vertical field of view in degrees, of the pinhole camera."""
+        return float(np.degrees(2 * np.arctan(0.5 * self.H / self.K[1, 1])))
+
     def directions(self, x, y):
         """Directions of rays in the camera's axes.
 
@@ -91,6 +106,12 @@ class Camera:
             x, y = pixels % self.W + 0.5 * pixel_centers, pixels // self.W + 0.5 * pixel_centers
             directions[pixels] = self.directions(x, y)
         return directions
+
+
+def camera_of_fov(fov, H, W):
+    """The pinhole camera with a vertical field of view of `fov` degrees."""
+    focal = 0.5 * H / np.tan(np.radians(fov) / 2)
+    return Camera(H, W, np.array([[focal, 0, 0.5 * W], [0, focal, 0.5 * H], [0, 0, 1]]))
 
 
 def sizes_of(cameras):
