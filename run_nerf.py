@@ -70,6 +70,7 @@ from training.safeguards import Measures, TrainingFailed
 from training.signals import Stopped, StopRequest
 from training.start import report_on_scene, start_run
 from training.threads import yield_when_busy
+from viewing.live import LiveViewer
 
 # The interval behind the last sample of a ray has this length, so that any density there is opaque.
 LAST_INTERVAL = 1e10
@@ -446,6 +447,7 @@ def train(args, console):
         # log, rays, safeguards and checkpoints of the run
         logger, rays, safeguards, checkpoints = start_run(
             args, scene, checkpoint, kwargs_train, optimizer, start, console, processes)
+        viewer = LiveViewer(args, scene, frames, processes, stop, console.say)
         max_rays = kwargs_train['renderer'].max_rays(frames.device, **kwargs_train)
         memory = MemoryLimit(args.chunk, 'training', optimizer.zero_grad)
         rank_share = rays.N_rand / args.N_rand  # of the rays of a step
@@ -473,6 +475,7 @@ def train(args, console):
                 logger.finish_step(step, len(batch.target) / rank_share, measures, lrate, safeguards)
                 checkpoints.save_if_due(step, safeguards.is_healthy)
                 evaluator.run_if_due(step, logger)
+                viewer.after_step(step, measures)
                 if processes.any(stop.requested):
                     break
         saved = checkpoints.finish(logger.steps_done, processes)

@@ -73,6 +73,9 @@ class FastRenderer(Renderer):
     def drop_cache(self):
         self.grids, self.grids_fit = {}, True
 
+    def without_shortcuts(self):
+        return self.exact
+
     def max_rays(self, device, *args, **kwargs):
         return self.exact.max_rays(device, *args, **kwargs)
 

@@ -49,6 +49,9 @@ class FusedRenderer(Renderer):
         return {'rgb_map': rgb_map, 'disp_map': disparity(depth_map, acc_map), 'acc_map': acc_map,
                 'depth_map': depth_map}
 
+    def without_shortcuts(self):
+        return self.exact
+
     def max_rays(self, device, N_samples, N_importance=0, network_fn=None, **kwargs):
         if can_fuse(device, network_fn, N_samples):
             return MAX_RAYS

@@ -94,6 +94,13 @@ class GridRenderer(Renderer):
         distance = (packed.t - t[packed.ray_indices, 0]).abs() / (far - near)
         return torch.ones_like(packed.dt).index_add(0, packed.ray_indices, packed.weights * (distance - 1))
 
+    def count_samples(self, rays, N_samples, near=0., far=1., **kwargs):
+        bounds = torch.ones_like(rays[0, ..., :1])
+        ray_batch = torch.cat([*rays, near * bounds, far * bounds], -1).flatten(0, -2)
+        step_size, jitter = self.grid.step_size(N_samples), torch.full_like(ray_batch[:, 6], 0.5)
+        *_, offsets = self.grid.march(ray_batch, *self.grid.candidates(ray_batch, step_size, jitter))
+        return offsets.diff().view(bounds.shape[:-1])
+
     def update(self, step, network_fn, network_query_fn, N_samples, **kwargs):
         """Update the grid from the network's density, every UPDATE_EVERY_N_STEPS steps."""
         if step % UPDATE_EVERY_N_STEPS:

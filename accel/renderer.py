@@ -22,6 +22,9 @@ class Renderer(nn.Module):
     # which is at `far`. `FastRenderer` can skip samples of such renderers.
     dense = False
 
+    # Whether rays reach into contracted space, where `far` has no effect.
+    contract = False
+
     def render_rays(self, ray_batch, network_fn, network_query_fn, N_samples, **kwargs):
         """Render `ray_batch` [N_rays, 8 or 11]; arguments and results are those of `render_rays` in
         run_nerf.py."""
@@ -31,6 +34,10 @@ class Renderer(nn.Module):
         """The renderer to use for `rays_flat` [N_rays, 8 or 11], all rays of a frame or batch, which are
         rendered `chunk` at a time: itself unless overridden. The other arguments are those of
         `render_rays`."""
+        return self
+
+    def without_shortcuts(self):
+        """The renderer that evaluates networks at all samples: itself unless overridden."""
         return self
 
     def spread(self, extras, t, near, far):
@@ -54,6 +61,12 @@ class Renderer(nn.Module):
         if ndc:
             t = ndc_positions(1.0, *batch.rays, t).clamp(0, 1)
         return {'depth': (weight * self.spread(extras, t[:, None], near, far)).mean()}
+
+    def count_samples(self, rays, N_samples, N_importance=0, **kwargs):
+        """How often each of the rays [2, ..., 3] is sampled, by all networks together; the other arguments
+        are those of `render`."""
+        fine = N_samples + N_importance if N_importance else 0
+        return torch.full_like(rays[0, ..., 0], N_samples + fine)
 
     def update(self, step, **kwargs):
         """Called after training step `step` with the arguments of `render_rays`: update what depends on the

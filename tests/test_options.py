@@ -26,7 +26,8 @@ OURS = {'N_iters': 200000, 'check_data': False, 'seed': 0, 'device': 'auto', 'ne
         'log2_hashmap_size': 19, 'finest_res': 2048, 'occupancy_grid': False, 'N_rand_samples': 2 ** 18,
         'aabb': None, 'random_bkgd': False, 'exact_render': False, 'overwrite': False,
         'sampler': 'hierarchical', 'contract': False, 'lambda_distortion': 0.0, 'lambda_depth': 0.0,
-        'train_views': None, 'appearance': False, 'refine_poses': False, 'lrate_poses': 3e-4}
+        'train_views': None, 'appearance': False, 'refine_poses': False, 'lrate_poses': 3e-4,
+        'viewer': False, 'viewer_port': 8080}
 BLENDER = ['chair', 'drums', 'ficus', 'hotdog', 'lego', 'materials', 'mic', 'ship']
 LLFF = ['fern', 'flower', 'fortress', 'horns', 'leaves', 'orchids', 'room', 'trex']
 FAST = ['lego_fast', 'demo_fast', 'fast', 'photos_fast', *(f'{scene}_fast' for scene in LLFF)]
@@ -52,7 +53,8 @@ def test_every_option_has_a_group_and_a_help_line():
 
 def test_each_option_is_read():
     """Each has a reader in the program, `args.NAME`, beside the parser."""
-    paths = [*ROOT.glob('*.py'), *ROOT.glob('scenes/*.py'), *ROOT.glob('training/*.py')]
+    paths = [*ROOT.glob('*.py'), *ROOT.glob('scenes/*.py'), *ROOT.glob('training/*.py'),
+             *ROOT.glob('viewing/*.py')]
     code = '\n'.join(path.read_text() for path in paths if path.name != 'options.py')
     read = set(re.findall(r'\bargs\.(\w+)', code))
     assert set(parse('--expname', 'run')) - read == set()

@@ -205,6 +205,10 @@ def _run_options(parser):
     add('--datadir', affects='source', default='./data/llff/fern', help='folder of the scene')
     add('--check_data', affects='nothing', action=BooleanSwitch, default=False,
         help='do not train: check the scene, and write report.html to <basedir>/<expname>')
+    add('--viewer', affects='nothing', action=BooleanSwitch, default=False,
+        help='show the run in the browser while it trains')
+    add('--viewer_port', affects='nothing', type=integer(1), default=8080,
+        help='or the next one that is free')
     add('--seed', affects='training', type=integer(0), default=0, help='random seed')
     add('--device', affects='nothing', default='auto',
         help='auto (CUDA if there is a GPU), cpu, cuda, cuda:1, …')
