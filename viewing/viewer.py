@@ -3,11 +3,12 @@
 Callbacks of viser come from its threads; they only note what the user wants. All rendering is done in the
 thread that calls `work`. Importing this raises UserError if viser is not installed.
 """
+import io
 import threading
 import time
 import warnings
 from collections import deque
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 
 import numpy as np
 
@@ -57,7 +58,8 @@ class Viewer:
         warnings.filterwarnings('ignore', message='Queued a .* on a closed connection', category=UserWarning)
         self.sessions, self.tasks, self.wake = {}, deque(), threading.Event()
         try:
-            self.server = viser.ViserServer(host, port, label=label, verbose=False)
+            with redirect_stdout(io.StringIO()):  # it prints the address in a box
+                self.server = viser.ViserServer(host, port, label=label, verbose=False)
         except OSError as error:
             raise UserError(f'--host, --port: cannot listen at {host}:{port} ({error.strerror})') from None
         self.address = f'http://{host}:{self.server.get_port()}'
@@ -121,7 +123,8 @@ class Viewer:
 
     def close(self):
         """Stop the server; browsers say that the connection is lost."""
-        self.server.stop()
+        with redirect_stdout(io.StringIO()):
+            self.server.stop()
 
 
 def scale_of(poses):
