@@ -508,7 +508,7 @@ def test_every_preset_is_a_valid_config(tmp_path, scene_type):
         args = config_parser().parse_args(['--config', str(tmp_path / 'config.txt')])
         assert args.datadir == str(tmp_path / name)
         assert args.factor == 2 and args.expname == 'mine' and args.contract and args.far == 3
-        assert args.lambda_depth == 0.1
+        assert args.lambda_depth == 0
     write_config(tmp_path / 'config.txt', tmp_path, 'mine', placement, 2, white_bkgd=True)
     args = config_parser().parse_args(['--config', str(tmp_path / 'config.txt')])
     assert args.white_bkgd and args.occupancy_grid and not args.random_bkgd and args.aabb[:3] == [-1.0] * 3

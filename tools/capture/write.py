@@ -29,7 +29,7 @@ OUTPUTS = re.compile(r'images(_\d+)?|masks|sparse|transforms\.json|sparse_points
 
 # Presets for photos in the LLFF layout, of an object on white, and of anything else.
 FORWARD_PRESET, OBJECT_PRESET, PRESET = 'fern_fast.txt', 'fast.txt', 'photos_fast.txt'
-# FORWARD_PRESET does without sparse points; scenes of this tool have them, and get the weight of PRESET.
+# FORWARD_PRESET does without sparse points; scenes of this tool have them, and depth helps those most.
 LAMBDA_DEPTH = 0.1
 # Lines of a preset that `write_config` replaces.
 REPLACED = re.compile(r'(#.*|(expname|basedir|datadir|dataset_type|factor|llffhold|random_bkgd) = .*)?\n')
