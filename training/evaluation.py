@@ -232,7 +232,7 @@ class Evaluator:
         Args:
           start: number of steps the networks were trained for.
         Raises:
-          UserError: there are no test views, or the images are smaller than --render_factor.
+          UserError: there are no test views, or the frames are smaller than --render_factor.
         """
         args, scene = self.args, self.scene
         poses, cameras = scene.render_poses, scene.path_cameras
@@ -240,7 +240,7 @@ class Evaluator:
             poses, cameras = scene.poses[scene.i_test], [scene.cameras[view] for view in scene.i_test]
         H, W = (min(sides, default=1) for sides in ([c.H for c in cameras], [c.W for c in cameras]))
         if min(H, W) < args.render_factor:
-            raise UserError(f'--render_factor: found {args.render_factor}, expected at most the images\' '
+            raise UserError(f'--render_factor: found {args.render_factor}, expected at most the frames\' '
                             f'{W}×{H}')
         if len(poses) == 0:
             raise UserError(f'{args.datadir}: found no test views for --render_test')
