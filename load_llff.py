@@ -224,13 +224,25 @@ def spiral_path(center, up, radii, focus_depth, rotations, views, rate=0.5):
       radii: extent of the spiral along the three axes of `center`, in scene units.
       rate: oscillations along the third axis, for each rotation.
     """
+    theta = np.linspace(0, 2 * np.pi * rotations, views + 1)[:-1]
+    offsets = np.stack([np.cos(theta), -np.sin(theta), -np.sin(theta * rate)], -1) * radii
+    return path_around(center, up, offsets, focus_depth)
+
+
+def figure_eight_path(center, up, radii, focus_depth, views):
+    """Poses [views, 3, 4] on an eight that lies on its side and is as wide and half as high as `radii` [2 or
+    3]; other arguments as in `spiral_path`."""
+    theta = np.linspace(0, 2 * np.pi, views + 1)[:-1]
+    offsets = np.stack([radii[0] * np.sin(theta), 0.5 * radii[1] * np.sin(2 * theta), 0 * theta], -1)
+    return path_around(center, up, offsets, focus_depth)
+
+
+def path_around(center, up, offsets, focus_depth):
+    """Poses [M, 3, 4] at `offsets` [M, 3] along the axes of the camera `center`, looking at the point
+    `focus_depth` ahead of it."""
     target = center @ np.array([0, 0, -focus_depth, 1.0])
-    path = []
-    for theta in np.linspace(0, 2 * np.pi * rotations, views + 1)[:-1]:
-        offset = np.array([np.cos(theta), -np.sin(theta), -np.sin(theta * rate)]) * radii
-        position = center @ np.append(offset, 1.0)
-        path.append(viewmatrix(position - target, up, position))
-    return np.stack(path)
+    positions = offsets @ center[:, :3].T + center[:, 3]
+    return np.stack([viewmatrix(position - target, up, position) for position in positions])
 
 
 def forward_facing_path(poses, bds, path_zflat):

@@ -231,7 +231,7 @@ def render_frame(pose, hwf, K, chunk, render_kwargs, render_factor=0, stride=1, 
       chunk: rays to render at once; render_kwargs: for `render`.
       render_factor: divides image size and intrinsics (0 as 1).
       stride: render only every `stride`-th pixel of both axes.
-      camera: a `Camera`, which may have lens distortion, in place of hwf and K.
+      camera: a `Camera`, which may have lens distortion, in place of hwf and K. These define NDC in any case.
     """
     camera = (camera or Camera(*map(int, hwf[:2]), np.array(K, np.float64))).reduced(max(render_factor, 1))
     device = next(render_kwargs['network_fn'].parameters()).device
@@ -239,7 +239,7 @@ def render_frame(pose, hwf, K, chunk, render_kwargs, render_factor=0, stride=1, 
     started = time.perf_counter()
     rays = camera_rays(camera, c2w, render_kwargs.get('pixel_centers', False))
     rays = [part[::stride, ::stride] for part in rays]
-    rgb, disp, acc, extras = render(camera.H, camera.W, camera.K, chunk=chunk, rays=rays, **render_kwargs)
+    rgb, disp, acc, extras = render(*hwf[:2], K, chunk, rays, **render_kwargs)  # NDC of all views is the same
     maps = [None if part is None else part.cpu().numpy() for part in (rgb, disp, acc, extras.get('rgb0'))]
     return Frame(*maps, seconds=time.perf_counter() - started)
 

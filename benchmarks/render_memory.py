@@ -47,7 +47,8 @@ def main():
         processes = Processes(1)
         frames = frame_renderer(args, scene, kwargs_train, kwargs_test, processes, None, print)
         evaluator = Evaluator(args, scene, frames, processes, print)
-        for count, _ in enumerate(evaluator.write_frames(poses, Path(folder, 'frames')), 1):
+        written = evaluator.write_frames(poses, scene.path_cameras, Path(folder, 'frames'))
+        for count, _ in enumerate(written, 1):
             if count in (1, 2, 5) or count % 10 == 0:
                 peak = 1024 * memory_gib(device)
                 print(f'{count:4} frames of {size}×{size}: peak {peak:,.0f} MiB', flush=True)

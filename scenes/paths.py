@@ -64,7 +64,8 @@ def read_camera_path(path, applied_transform=None, dataparser_transforms=None):
     path, transform = Path(path), np.eye(4)
     content = read_json(path) if path.suffix.lower() == '.json' else read_array(path)
     if not isinstance(content, dict):  # matrices alone
-        content = {'frames': [{'transform_matrix': matrix} for matrix in np.atleast_1d(content)]}
+        matrices = content if isinstance(content, list) else np.atleast_1d(content)
+        content = {'frames': [{'transform_matrix': matrix} for matrix in matrices]}
     if 'camera_path' in content:
         transform = undo_dataparser(path, dataparser_transforms)
         content = {**from_nerfstudio(content, path), 'coordinates': 'input'}

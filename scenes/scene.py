@@ -1,7 +1,6 @@
 """A scene in memory: images, cameras and bounds, completed and checked against the options."""
 import warnings
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,13 +9,11 @@ from scenes.cameras import (
     Camera,
     camera_table,
     cameras_from_table,
-    check_poses,
     focus_point,
-    homogeneous,
 )
 from scenes.errors import UserError
-from scenes.files import read_array, read_json
 from scenes.images import ImageSet
+from scenes.paths import FPS, cameras_of_path, read_camera_path
 
 # These fields of a `Scene` are not stored in a checkpoint.
 NOT_IN_CHECKPOINT = ('images', 'alphas', 'names', 'cameras', 'masks', 'points')
@@ -27,10 +24,10 @@ class Scene:
     """What training and rendering need to know about a scene of N views."""
     # uint8 [N, H, W, 3] on the background, or an `ImageSet` if sizes differ; None if from a checkpoint
     images: np.ndarray | ImageSet | None
-    H: int                            # height of the frames along the path in pixels
-    W: int                            # width of these frames
+    H: int                            # height of the images in pixels, of the first one if sizes differ
+    W: int                            # width
     poses: np.ndarray                 # c2w, float32 [N, 3, 4]
-    K: np.ndarray                     # intrinsics of these frames in pixels, float64 [3, 3]
+    K: np.ndarray                     # intrinsics of this size in pixels, float64 [3, 3]
     near: float                       # where sampling along a ray starts, in units of rays_d: depth, or
                                       # distance from a fisheye camera
     far: float                        # where it ends
@@ -41,16 +38,26 @@ class Scene:
     # uint8 [N, H, W], or an `ImageSet`; None if the loader found or kept no transparency
     alphas: np.ndarray | ImageSet | None = None
     names: list[str] | None = None    # path of each image within the scene's folder; None if not known
-    # the camera of each view; None for the pinhole camera of the path
+    # the camera of each view; None for the pinhole camera of H, W, K
     cameras: list[Camera] | None = None
     # which pixels count, bool [N, H, W] or an `ImageSet`; None if all do
     masks: np.ndarray | ImageSet | None = None
     applied_transform: np.ndarray | None = None  # from the input's frame to that of `poses`, [4, 4]
     points: np.ndarray | None = None  # sparse points, float32 [M, 3]
+    # the camera of each of `render_poses`; None for the pinhole camera of H, W, K
+    path_cameras: list[Camera] | None = None
+    fps: float = FPS                  # frames per second of videos
 
     def __post_init__(self):
         if self.cameras is None:
-            self.cameras = [Camera(self.H, self.W, self.K)] * len(self.poses)
+            self.cameras = [self.pinhole] * len(self.poses)
+        if self.path_cameras is None:
+            self.path_cameras = [self.pinhole] * len(self.render_poses)
+
+    @property
+    def pinhole(self):
+        """The pinhole camera of H, W, K."""
+        return Camera(self.H, self.W, self.K)
 
     @property
     def hwf(self):
@@ -61,6 +68,7 @@ class Scene:
         """Everything but the images, as plain numbers and tensors for a checkpoint."""
         plain = {key: value for key, value in vars(self).items() if key not in NOT_IN_CHECKPOINT}
         plain['view_cameras'] = camera_table(self.cameras)
+        plain['path_cameras'] = camera_table(self.path_cameras)
         for key, value in plain.items():
             if isinstance(value, (np.ndarray, np.generic)):
                 plain[key] = torch.from_numpy(value) if value.ndim else value.item()
@@ -85,8 +93,9 @@ def scene_from_checkpoint(args, saved):
     """The scene whose `checkpoint_fields` a checkpoint holds: enough to render a camera path. Raises
     UserError as `apply_options` does."""
     known = {field.name: saved[field.name] for field in fields(Scene) if field.name in saved}
-    if 'view_cameras' in saved:
-        known['cameras'] = cameras_from_table(saved['view_cameras'].numpy())
+    for field, table in (('cameras', 'view_cameras'), ('path_cameras', 'path_cameras')):
+        if table in saved:
+            known[field] = cameras_from_table(saved[table].numpy())
     known = {key: value.numpy() if torch.is_tensor(value) else value for key, value in known.items()}
     return apply_options(args, Scene(images=None, **known))
 
@@ -108,8 +117,7 @@ def finish_scene(args, scene):
 
 
 def apply_options(args, scene):
-    """Replace near, far and the camera path by --near, --far and --render_poses where given; returns the
-    scene.
+    """Replace near, far and the camera path by what the options give; returns the scene.
 
     Raises:
       UserError: near and far do not fit each other or the options, or the file of --render_poses is unusable.
@@ -119,7 +127,14 @@ def apply_options(args, scene):
     if args.far is not None:
         scene.far = args.far
     if args.render_poses:
-        scene.render_poses = read_render_poses(args.render_poses, scene.applied_transform)
+        path = read_camera_path(args.render_poses, scene.applied_transform, args.dataparser_transforms)
+        scene.render_poses, scene.path_cameras = path.poses, cameras_of_path(path, scene.pinhole)
+        scene.fps = path.fps or FPS
+    if args.render_size:
+        W, H = args.render_size
+        resized = {camera: camera.with_size(H, W) for camera in set(scene.path_cameras)}
+        scene.path_cameras = [resized[camera] for camera in scene.path_cameras]
+    scene.fps = args.fps or scene.fps
     if scene.near >= scene.far and not args.contract:
         raise UserError(f'{args.datadir}: found near {scene.near:g} and far {scene.far:g}, '
                         'expected near < far')
@@ -153,39 +168,3 @@ def warn_of_mismatches(args, scene):
     if args.random_bkgd and scene.alphas is None:
         warnings.warn(f'{args.datadir}: the scene was loaded without alpha, so --random_bkgd has no effect',
                       stacklevel=2)
-
-
-def read_render_poses(path, applied_transform=None):
-    """Read a camera path from a .npy file, a .json list of c2w matrices, or the frames of a transforms file.
-
-    The poses are in the coordinates of the loaded scene; an llff scene is recentred and scaled on loading. A
-    transforms file with "coordinates": "input" has them in those of the input, such as COLMAP's.
-
-    Args:
-      path: of the file.
-      applied_transform: from the input's coordinates to the scene's, [4, 4], or None.
-    Returns:
-      float32 [N, 3, 4], c2w.
-    Raises:
-      UserError: the file cannot be read, or does not hold finite c2w matrices [N, 3 or 4, 4].
-    """
-    path, transform = Path(path), None
-    if path.suffix.lower() == '.json':
-        poses = read_json(path)
-        try:
-            if isinstance(poses, dict):
-                transform = applied_transform if poses.get('coordinates') == 'input' else None
-                poses = [frame['transform_matrix'] for frame in poses['frames']]
-            poses = np.array(poses, np.float64)
-        except (TypeError, KeyError, ValueError, OverflowError):
-            raise UserError(f'{path}: found no matrices, expected c2w matrices [N, 3 or 4, 4]') from None
-    else:
-        poses = read_array(path)
-    if poses.ndim != 3 or poses.shape[1:] not in ((3, 4), (4, 4)) or not len(poses):
-        raise UserError(f'{path}: found an array of shape {list(poses.shape)}, '
-                        'expected c2w matrices [N, 3 or 4, 4]')
-    check_poses(poses, lambda index: f'{path}: pose {index}')
-    if transform is not None:
-        poses = transform @ homogeneous(poses)
-        poses[:, :3, :3] /= np.cbrt(np.linalg.det(transform[:3, :3]))  # positions alone are scaled
-    return poses[:, :3].astype(np.float32)

@@ -27,7 +27,8 @@ OURS = {'N_iters': 200000, 'check_data': False, 'seed': 0, 'device': 'auto', 'ne
         'aabb': None, 'random_bkgd': False, 'exact_render': False, 'overwrite': False,
         'sampler': 'hierarchical', 'contract': False, 'lambda_distortion': 0.0, 'lambda_depth': 0.0,
         'train_views': None, 'appearance': False, 'refine_poses': False, 'lrate_poses': 3e-4,
-        'viewer': False, 'viewer_port': 8080}
+        'viewer': False, 'viewer_port': 8080,
+        'dataparser_transforms': None, 'render_size': None, 'fps': None}
 BLENDER = ['chair', 'drums', 'ficus', 'hotdog', 'lego', 'materials', 'mic', 'ship']
 LLFF = ['fern', 'flower', 'fortress', 'horns', 'leaves', 'orchids', 'room', 'trex']
 FAST = ['lego_fast', 'demo_fast', 'fast', 'photos_fast', *(f'{scene}_fast' for scene in LLFF)]
@@ -84,7 +85,8 @@ def test_each_option_affects_one_kind_of_thing():
     assert adopted >= RENDER_ONLY_ADOPTED
     assert options_that_affect('scene') == ['dataset_type', 'factor', 'half_res', 'llffhold', 'no_ndc',
                                             'spherify']
-    assert options_that_affect('rendering') == ['exact_render', 'precision', 'render_factor']
+    assert options_that_affect('rendering') == ['exact_render', 'precision', 'render_factor',
+                                                'render_size']
 
 
 def test_command_line_overrides_config_switches_included():

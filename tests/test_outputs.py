@@ -385,7 +385,8 @@ def evaluator(tmp_path, is_main=True, **options):
                            render_test=False, render_factor=0, basedir=str(tmp_path), expname='name')
     vars(args).update(options)
     poses = camera_path(5).astype(np.float32)
-    scene = SimpleNamespace(H=12, W=12, far=6.0, poses=poses, render_poses=poses[:3],
+    scene = SimpleNamespace(far=6.0, poses=poses, render_poses=poses[:3], fps=30,
+                            path_cameras=[Camera(12, 12, np.eye(3))] * 3,
                             images=np.zeros((5, 12, 12, 3), np.uint8), names=[f'r_{i}.png' for i in range(5)],
                             i_train=[0, 1], i_val=[2], i_test=np.array([3, 4]), masks=None,
                             cameras=[Camera(12, 12, np.eye(3))] * 5)

@@ -301,7 +301,8 @@ def test_rendering_from_a_checkpoint_alone(two_steps, tmp_path):
     (tmp_path / 'elsewhere').mkdir()
     state = read_state(two_steps / '000002.tar')
     state['args']['datadir'] = '/gone'
-    state['camera']['render_poses'] = state['camera']['render_poses'][:3]
+    for name in ('render_poses', 'path_cameras'):
+        state['camera'][name] = state['camera'][name][:3]
     torch.save(state, tmp_path / 'moved.tar')
     done = run_script('--render_only', '--ft_path', tmp_path / 'moved.tar', cwd=tmp_path / 'elsewhere')
     assert done.returncode == 0, done.stderr

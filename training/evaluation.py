@@ -161,7 +161,7 @@ class Evaluator:
         device = self.frames.device if self.frames.device.type == 'cuda' else 'cpu'  # others may lack float64
         cameras = [scene.cameras[view] for view in scene.i_test]
         measured = MEASURED[args.appearance, args.refine_poses]
-        frames = self.write_frames(self.test_poses(), folder, video, cameras)
+        frames = self.write_frames(self.test_poses(), cameras, folder, video)
         for frame, view in zip(frames, scene.i_test, strict=True):
             rgb, target = frame.rgb, scene.images[view]
             mask = None if scene.masks is None else scene.masks[view]
@@ -192,21 +192,21 @@ class Evaluator:
             return self.frames.align_views(self.scene, self.scene.i_test, left_half=self.args.appearance)
         return self.scene.poses[self.scene.i_test]
 
-    def write_frames(self, poses, folder, video=True, cameras=None):
-        """Render `poses` with the camera of the path, or with `cameras`, to `folder`, reusing equal frames
-        that are there, and write `video.mp4` and `video_disp.mp4` after the last one, unless frames have
-        several sizes. Yields the frames. A video that fails is only reported."""
+    def write_frames(self, poses, cameras, folder, video=True):
+        """Render `poses` with `cameras` to `folder`, reusing equal frames that are there, and write
+        `video.mp4` and `video_disp.mp4` after the last one, unless frames have several sizes. Yields the
+        frames. A video that fails is only reported."""
         fingerprint = self.frames.fingerprint(poses, cameras)
         store = FrameFolder(folder, fingerprint, self.scene.far, self.args.overwrite)
         if self.args.render_only and store.reused:
             self.say(f'reusing {store.reused} frames in {folder}; --overwrite renders them again')
         yield from self.frames.render_path(poses, store, cameras)
-        if video and len({(camera.H, camera.W) for camera in cameras or ()}) > 1:
+        if video and len({(camera.H, camera.W) for camera in cameras}) > 1:
             self.say(f'{folder}: no video written (its frames have several sizes)')
             return
         try:
             for stem, images in (('video', store.colors), ('video_disp', store.disparities)) if video else ():
-                with open_video(Path(folder, stem), self.encoder) as add:
+                with open_video(Path(folder, stem), self.encoder, self.scene.fps) as add:
                     for image in images(len(poses)):
                         add(image)
         except (OSError, RuntimeError) as error:
@@ -215,9 +215,10 @@ class Evaluator:
     def write_video(self, stem):
         """Write `<stem>rgb.mp4` and `<stem>disp.mp4` of the scene's camera path; returns the path of the
         former. The first frame sets the range of the disparities."""
-        rgb_stem, disp_stem, limits = Path(f'{stem}rgb'), Path(f'{stem}disp'), None
-        with open_video(rgb_stem, self.encoder) as add_rgb, open_video(disp_stem, self.encoder) as add_disp:
-            for frame in self.frames.render_path(self.scene.render_poses):
+        rgb_stem, disp_stem, limits, scene = Path(f'{stem}rgb'), Path(f'{stem}disp'), None, self.scene
+        with open_video(rgb_stem, self.encoder, scene.fps) as add_rgb, \
+                open_video(disp_stem, self.encoder, scene.fps) as add_disp:
+            for frame in self.frames.render_path(scene.render_poses, cameras=scene.path_cameras):
                 limits = limits or disparity_range(frame.disp)
                 add_rgb(frame.rgb)
                 add_disp(color_map(normalize_disparity(frame.disp, *limits)))
@@ -231,15 +232,15 @@ class Evaluator:
         Args:
           start: number of steps the networks were trained for.
         Raises:
-          UserError: there are no test views, or the images are smaller than --render_factor.
+          UserError: there are no test views, or the frames are smaller than --render_factor.
         """
         args, scene = self.args, self.scene
-        poses, cameras, (H, W) = scene.render_poses, None, (scene.H, scene.W)
+        poses, cameras = scene.render_poses, scene.path_cameras
         if args.render_test:
             poses, cameras = scene.poses[scene.i_test], [scene.cameras[view] for view in scene.i_test]
-            H, W = (min(sides, default=1) for sides in ([c.H for c in cameras], [c.W for c in cameras]))
+        H, W = (min(sides, default=1) for sides in ([c.H for c in cameras], [c.W for c in cameras]))
         if min(H, W) < args.render_factor:
-            raise UserError(f'--render_factor: found {args.render_factor}, expected at most the images\' '
+            raise UserError(f'--render_factor: found {args.render_factor}, expected at most the frames\' '
                             f'{W}×{H}')
         if len(poses) == 0:
             raise UserError(f'{args.datadir}: found no test views for --render_test')
@@ -256,7 +257,7 @@ class Evaluator:
                 if args.render_test:
                     self.say('no metrics with --render_factor: the test images are larger than the frames')
                     poses = self.test_poses()
-                frames = self.write_frames(poses, folder, cameras=cameras)
+                frames = self.write_frames(poses, cameras, folder)
                 seconds = [frame.seconds for frame in frames if frame.seconds is not None]
                 rate = f', {np.mean(seconds):.2f} s each' if seconds else ''
                 self.say(f'{len(seconds)} frames rendered{rate}')

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import configargparse
 
+from scenes.paths import FPS, FPS_RANGE, MAX_SIDE
+
 BooleanSwitch = argparse.BooleanOptionalAction
 # An option affects one of these.
 KINDS = ('networks', 'scene', 'training', 'source', 'rendering', 'nothing')
@@ -132,6 +134,11 @@ class OptionParser(configargparse.ArgumentParser):
         if args.aabb is not None and not all(low < high for low, high in zip(args.aabb[:3], args.aabb[3:])):
             found = ' '.join(f'{x:g}' for x in args.aabb)
             self.error(f'argument --aabb: found {found}, expected X0 < X1, Y0 < Y1, Z0 < Z1')
+        if args.dataparser_transforms and not args.render_poses:
+            self.error('argument --dataparser_transforms: needs --render_poses')
+        if args.render_size and args.render_test:
+            self.error('argument --render_size: not available with --render_test, whose frames have the size '
+                       'of the test images')
         if args.near is not None and args.far is not None and args.near >= args.far:
             self.error(f'arguments --near, --far: found {args.near} and {args.far}, expected near < far')
 
@@ -357,8 +364,15 @@ def _render_only_options(parser):
     add('--render_factor', affects='rendering', type=integer(0), default=0,
         help='with --render_only: divide width and height by this; 4 or 8 for a quick preview')
     add('--render_poses', affects='nothing', metavar='FILE',
-        help='your own camera path: .npy or .json with c2w matrices [N, 3 or 4, 4], '
-             'in the coordinates of the loaded scene')
+        help='your own camera path: a file of tools/path.py or nerfstudio, a transforms file, or .npy or '
+             '.json with c2w matrices [N, 3 or 4, 4] in the coordinates of the loaded scene')
+    add('--dataparser_transforms', affects='nothing', metavar='FILE',
+        help="with a path of nerfstudio: its run's dataparser_transforms.json, if it is not beside the path")
+    add('--render_size', affects='rendering', type=integer(1, MAX_SIDE), nargs=2, metavar=('W', 'H'),
+        help='size of the frames along the camera path, with the same vertical field of view (default: that '
+             'of the path, or of the images)')
+    add('--fps', affects='nothing', type=number(least=FPS_RANGE[0], most=FPS_RANGE[1]),
+        help=f'frames per second of videos (default: as the camera path says, or {FPS})')
     add('--overwrite', affects='nothing', action=BooleanSwitch, default=False,
         help='render all frames again, also those that could be reused')
 

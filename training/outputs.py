@@ -16,9 +16,8 @@ import torch
 from run_nerf_helpers import to8b
 from scenes.files import atomic_folder, atomic_write, make_folder, write_text
 from scenes.images import read_image, write_image
+from scenes.paths import FPS
 
-# Videos play this many frames per second.
-FPS = 30
 # Depth images have 16 bits: this value stands for the depth `far`.
 MAX_UINT16 = 65535
 # These are nine colours of matplotlib's magma, from near black to pale yellow.
@@ -227,13 +226,14 @@ def is_complete_video(path, num_frames):
 
 
 @contextmanager
-def open_video(stem, encoder):
+def open_video(stem, encoder, fps=FPS):
     """Write a video frame by frame: yields a function that appends a float frame [H, W, 3] in [0, 1]. The
     file, or folder of PNGs, gets its name when the block ends; after an exception nothing is left of it.
 
     Args:
       stem: path without the file ending, which the encoder adds.
       encoder: one of ENCODERS.
+      fps: frames per second.
     Raises:
       OSError: the encoder failed, or the disk is full.
     """
@@ -247,9 +247,9 @@ def open_video(stem, encoder):
             yield save
         return
 
-    options = {'fps': FPS, 'codec': encoder.codec, 'quality': 8, 'macro_block_size': 1}
+    options = {'fps': fps, 'codec': encoder.codec, 'quality': 8, 'macro_block_size': 1}
     if encoder.codec is None:
-        options = {'duration': 1000 / FPS, 'loop': 0}
+        options = {'duration': 1000 / fps, 'loop': 0}
     # Signal handlers raise exceptions in the main thread only. So another thread starts, feeds and closes the
     # encoder: it is never interrupted, and the encoder has ended before the file is renamed or removed.
     with atomic_write(path) as part, ThreadPoolExecutor(1) as thread:
