@@ -87,21 +87,19 @@ class FastRenderer(Renderer):
         ones, otherwise the exact renderer. It does not depend on earlier frames, because with several
         processes each of them renders different ones."""
         networks, N = evaluated_networks(**kwargs), len(rays_flat)
-        if (torch.is_grad_enabled() or not self.grids_fit or not can_skip(**kwargs)
-                or not baking_pays(N, len(networks), **kwargs)):
+        if torch.is_grad_enabled() or not self.grids_fit or not can_skip(**kwargs):
+            return self.exact
+        if not self.checked:
+            return self.at_level(self.levels[0], networks, rays_flat, **kwargs)
+        if not baking_pays(N, len(networks), **kwargs):
             return self.exact
         count = min(N, max(MIN_CHECKED_RAYS, N // CHECKED_EVERY))
         checked = rays_flat[stratified_indices(N, count)].split(chunk)
         expected = colors_and_opacities(self.exact, checked, **kwargs)
         for level in self.levels:
-            try:
-                grids = {network: self.grid(network, level, rays_flat, **kwargs) for network in networks}
-            except torch.OutOfMemoryError:
-                self.grids, self.grids_fit = {}, False
-                self.say_once('memory', 'fast rendering: the baked grids do not fit in GPU memory; frames '
-                              'are rendered exactly')
-                return self.exact
-            renderer = BakedRenderer(self.exact, level.query, grids, level.merge_length)
+            renderer = self.at_level(level, networks, rays_flat, **kwargs)
+            if renderer is self.exact:
+                return renderer
             differences = colors_and_opacities(renderer, checked, **kwargs) - expected
             largest, rms = torch.stack([differences.abs().max(), differences.square().mean().sqrt()]).tolist()
             if largest <= TOLERANCE and rms <= RMS_TOLERANCE:
@@ -111,6 +109,17 @@ class FastRenderer(Renderer):
                           f'such frames are rendered {level.fallback}')
         return self.exact
 
+    def at_level(self, level, networks, rays_flat, **kwargs):
+        """The renderer of a level; the exact one if the baked grids do not fit in memory."""
+        try:
+            grids = {network: self.grid(network, level, rays_flat, **kwargs) for network in networks}
+        except torch.OutOfMemoryError:
+            self.grids, self.grids_fit = {}, False
+            self.say_once('memory', 'fast rendering: the baked grids do not fit in GPU memory; frames '
+                          'are rendered exactly')
+            return self.exact
+        return BakedRenderer(self.exact, level.query, grids, level.merge_length)
+
     def say_once(self, about, text):
         if about not in self.said:
             self.said.add(about)
@@ -119,7 +128,7 @@ class FastRenderer(Renderer):
     def grid(self, network, level, rays, N_samples, **kwargs):
         """The baked grid of a network, which is kept. Near and far of the first ray count for all of
         `rays`."""
-        interval = ((rays[0, 7] - rays[0, 6]) / N_samples).item()
+        interval = float(f'{((rays[0, 7] - rays[0, 6]) / N_samples).item():.5g}')  # without rounding errors
 
         def raw_optical_depth(points):
             return level.query.density(points, network) * interval

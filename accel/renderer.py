@@ -22,6 +22,9 @@ class Renderer(nn.Module):
     # which is at `far`. `FastRenderer` can skip samples of such renderers.
     dense = False
 
+    # Whether frames are compared with exact pixels, where that is needed.
+    checked = True
+
     # Whether rays reach into contracted space, where `far` has no effect.
     contract = False
 

@@ -17,7 +17,6 @@ from run_nerf_helpers import to8b
 from scenes.paths import read_camera_path
 from tools.trained import load_trained
 from training.metrics import psnr
-from viewing.pictures import KINDS
 
 pytest.importorskip('viser', reason='viser is not installed')
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore::DeprecationWarning')]
@@ -161,7 +160,7 @@ def test_a_port_in_use_is_passed_over(viewer):
 def test_what_the_panel_chooses_is_shown(browser, viewer):
     with open_page(browser, viewer) as (page, session):
         colors = screenshot(page)
-        for kind in KINDS[1:]:
+        for kind in ('disparity', 'normals'):
             page.get_by_label('show', exact=True).click()
             page.get_by_role('option', name=kind).click()
             wait_until(lambda kind=kind: session.view.look.kind == kind and session.due_in() is None)

@@ -88,7 +88,7 @@ def test_a_crop_hides_what_is_outside(trained):
 
 def test_counted_samples_are_those_that_are_rendered(trained):
     pictures = renderer_of(trained)
-    camera = trained.scene.cameras[0].resized(6, 6)
+    camera = trained.scene.cameras[0].resized(3, 3)
     rays = pictures.rays(trained.scene.poses[0], camera).flatten(1, 2)[:, None]
     kwargs = trained.render_kwargs
     counts = kwargs['renderer'].count_samples(rays, **kwargs)

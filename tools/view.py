@@ -85,6 +85,7 @@ def run(args, options, stop):
         trained = load_trained(args.run, options, not args.no_photos, say)
     folder = args.run if args.run.is_dir() else args.run.parent
     frames = trained.frames
+    frames.render_kwargs['renderer'].checked = False  # that would cost more than the picture
     viewer = Viewer(folder.resolve().name, trained.scene, frames, frames.render_kwargs, args.host, args.port,
                     folder)
     viewer.show_status(f'step {trained.step}')

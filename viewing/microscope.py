@@ -87,7 +87,7 @@ def samples_at(ray, t, lengths, network, query):
 def make_samples(ray, t, lengths, sigmas, rgb):
     """`Samples` from tensors [S]; rgb [S, 3]."""
     optical_depth = sigmas * lengths
-    transmittance = torch.exp(-F.pad(optical_depth.cumsum(0)[:-1], (1, 0)))
+    transmittance = torch.exp(-F.pad(optical_depth, (1, 0)).cumsum(0)[:-1])
     weights = transmittance * -torch.expm1(-optical_depth)
     parts = t, lengths, sigmas, rgb, transmittance, weights, ray.points_at(t)
     return Samples(*(part.detach().cpu().numpy() for part in parts))

@@ -117,7 +117,8 @@ class PictureRenderer:
         if self.render_kwargs['ndc'] or self.render_kwargs['renderer'].without_shortcuts().contract:
             return near, far  # the cameras are within the scene
         farther = float(np.linalg.norm(center.cpu().numpy() - self.focus) - self.distance)
-        return max(MIN_NEAR * near, near + farther), max(far - near, far + farther)
+        closest = max(MIN_NEAR * near, near + farther)
+        return closest, closest + far - near
 
     def rays(self, c2w, camera):
         """Rays [2, H, W, 3] of a `Camera` at c2w [3, 4]."""
