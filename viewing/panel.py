@@ -89,8 +89,8 @@ class Panel:
         network = self.viewer.pictures.render_kwargs['network_fn']
         for part in network.modules():
             if isinstance(part, BoundedModule):
-                return [tuple(corner.round(decimals=3).tolist()) for corner in part.aabb]
-        centers = self.viewer.scene.poses[:, :, 3]
+                return [tuple(round(x, 3) for x in corner) for corner in part.aabb.tolist()]
+        centers = self.viewer.scene.poses[:, :, 3].astype(float)
         return [tuple(corner.round(3).tolist()) for corner in (centers.min(0), centers.max(0))]
 
     # --- cameras ---
@@ -100,7 +100,7 @@ class Panel:
         wxyz, position = self.placed(pose)
         with self.client.atomic():
             self.client.camera.position, self.client.camera.wxyz = position, wxyz
-            self.client.camera.fov = fov_of(camera)
+            self.client.camera.fov = np.radians(camera.fov)
         self.viewer.call(self.orbit_about_center(pose, camera))
 
     def orbit_about_center(self, pose, camera):
@@ -121,10 +121,10 @@ class Panel:
         return SO3.from_matrix(pose[:, :3] @ FLIP).wxyz, self.viewer.scale * pose[:, 3]
 
     def frustum(self, name, pose, fov, aspect, **options):
-        """Draw a camera of a vertical field of view in radians."""
+        """Draw a camera with a vertical field of view in degrees."""
         wxyz, position = self.placed(pose)
-        return self.client.scene.add_camera_frustum(name, fov, aspect, scale=FRUSTUM, thickness=LINE,
-                                                    wxyz=wxyz, position=position, **options)
+        return self.client.scene.add_camera_frustum(name, np.radians(fov), aspect, scale=FRUSTUM,
+                                                    thickness=LINE, wxyz=wxyz, position=position, **options)
 
     def photo_tab(self):
         gui, scene = self.gui, self.viewer.scene
@@ -169,7 +169,7 @@ class Panel:
         camera, image = scene.cameras[view], None
         if scene.images is not None:
             image = shrink(scene.images[view], THUMBNAIL)
-        frustum = self.frustum(f'/cameras/{view}', scene.poses[view], fov_of(camera), camera.W / camera.H,
+        frustum = self.frustum(f'/cameras/{view}', scene.poses[view], camera.fov, camera.W / camera.H,
                                image=image)
         frustum.on_click(lambda _: self.show_photo(view))
         return frustum
@@ -295,12 +295,12 @@ class Panel:
             return []
         colors = to8b(samples.rgb[near] if step.shows != 'positions' else np.full((len(points), 3), 0.8))
         line = scene.add_line_segments('/ray', np.stack([points[:1], points[-1:]], 1), (255, 0, 255))
-        nodes = [line, scene.add_point_cloud('/samples', points, colors, point_size=0.01,
+        nodes = [line, scene.add_point_cloud('/samples', points, colors, point_size=0.008,
                                              point_shape='circle')]
         heavy = samples.weights[near] > 0.05
         if step.shows == 'weights' and heavy.any():
             nodes.append(scene.add_point_cloud('/heavy_samples', points[heavy], colors[heavy],
-                                               point_size=0.03, point_shape='circle'))
+                                               point_size=0.02, point_shape='circle'))
         return nodes
 
     # --- camera paths ---
@@ -335,12 +335,12 @@ class Panel:
     def add_keyframe(self):
         """Make the camera a keyframe, with axes to drag it by."""
         view, index = self.session.wanted(), len(self.keyframes)
-        keyframe = [view.pose(), np.degrees(view.fov), None, None]
+        keyframe = [view.pose(), view.fov, None, None]
         name, (wxyz, position) = f'/keyframes/{index}', self.placed(keyframe[0])
         gizmo = self.client.scene.add_transform_controls(
             name, scale=3 * FRUSTUM, wxyz=wxyz, position=position, visible=self.shows_keyframes.value)
         keyframe[2:] = self.client.scene.add_camera_frustum(
-            f'{name}/camera', view.fov, view.width / view.height, scale=FRUSTUM, thickness=LINE,
+            f'{name}/camera', np.radians(view.fov), view.width / view.height, scale=FRUSTUM, thickness=LINE,
             color=(255, 140, 0)), gizmo
 
         @gizmo.on_update
@@ -392,11 +392,6 @@ class Panel:
             self.saved.content = f'Not saved: {first_line(error)}'
             return
         self.saved.content = f'Saved. Render it with `--render_only --render_poses {self.file.value}`.'
-
-
-def fov_of(camera):
-    """The vertical field of view of a `Camera` in radians, without its lens distortion."""
-    return 2 * np.arctan(0.5 * camera.H / camera.K[1, 1])
 
 
 def shrink(image, size):

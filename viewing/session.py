@@ -6,7 +6,7 @@ import numpy as np
 from viser.transforms import SO3
 
 from run_nerf_helpers import to8b
-from scenes.cameras import Camera
+from scenes.cameras import camera_of_fov
 from training.outputs import disparity_range
 from viewing.pictures import Look, draw
 
@@ -23,7 +23,7 @@ FLIP = np.diag([1.0, -1, -1])
 class View(NamedTuple):
     """A camera and what its picture shows; equal views have equal pictures."""
     c2w: tuple      # 12 numbers [3, 4], in the scene's coordinates
-    fov: float      # vertical field of view in radians
+    fov: float      # vertical field of view in degrees
     width: int      # of the full picture, in pixels
     height: int
     look: Look
@@ -34,8 +34,7 @@ class View(NamedTuple):
 
     def camera(self):
         """The `Camera` of the full picture."""
-        focal, cx, cy = 0.5 * self.height / np.tan(0.5 * self.fov), 0.5 * self.width, 0.5 * self.height
-        return Camera(self.height, self.width, np.array([[focal, 0, cx], [0, focal, cy], [0, 0, 1.0]]))
+        return camera_of_fov(self.fov, self.height, self.width)
 
 
 class Session:
@@ -68,7 +67,7 @@ class Session:
         c2w = np.column_stack([SO3(camera.wxyz).as_matrix() @ FLIP, np.asarray(camera.position) / self.scale])
         rows = max(1, min(self.max_rows, camera.image_height))
         columns = max(1, round(rows * camera.image_width / max(camera.image_height, 1)))
-        return View(tuple(c2w.ravel().tolist()), float(camera.fov), columns, rows, self.look)
+        return View(tuple(c2w.ravel().tolist()), float(np.degrees(camera.fov)), columns, rows, self.look)
 
     def due_in(self):
         """Seconds until there is something to render; None if the picture is complete."""

@@ -25,6 +25,8 @@ from viewing.session import Session
 
 # The cameras of a scene span this many units of the viewer: its depths end at 167.
 SPAN = 4.0
+# A small picture, or a tile, takes about this long: ten a second, and time to send them.
+UNIT_SECONDS = 0.07
 # Pictures have at most this many rows.
 MAX_ROWS = 720
 # A direction this close to an axis (cosine) is taken for it.
@@ -50,7 +52,7 @@ class Viewer:
     """
 
     def __init__(self, label, scene, frames, render_kwargs, host='127.0.0.1', port=8080, folder='.',
-                 unit_seconds=0.08, controls=None):
+                 unit_seconds=UNIT_SECONDS, controls=None):
         self.scene, self.frames, self.folder, self.controls = scene, frames, folder, controls
         self.pictures = PictureRenderer(frames, render_kwargs, scene.poses, unit_seconds)
         self.scale, self.up, self.status = scale_of(scene.poses), up_of(scene.poses), ''
