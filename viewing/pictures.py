@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from scenes.cameras import focus_point
 from scenes.rays import camera_rays
@@ -148,10 +149,13 @@ class PictureRenderer:
 
 
 def enlarge(maps, width, height):
-    """`Maps` of another size, by the nearest pixel; a copy."""
-    rows, columns = maps.acc.shape
-    y, x = np.arange(height) * rows // height, np.arange(width) * columns // width
-    return Maps(*(part[y[:, None], x] for part in maps))
+    """`Maps` of another size, a copy; depths and counts are those of the nearest pixel."""
+    def resized(part, mode):
+        channels = torch.from_numpy(part).view(1, *maps.acc.shape, -1).permute(0, 3, 1, 2)
+        channels = F.interpolate(channels, (height, width), mode=mode)
+        return channels[0].permute(1, 2, 0).reshape(height, width, *part.shape[2:]).numpy().copy()
+    return Maps(resized(maps.rgb, 'bilinear'), resized(maps.acc, 'bilinear'), resized(maps.depth, 'nearest'),
+                resized(maps.samples, 'nearest'))
 
 
 def depth_from_ndc(depth, rays_o, rays_d):
