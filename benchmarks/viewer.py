@@ -56,13 +56,12 @@ def main():
         for index in range(args.moves // 2):  # until its size has settled
             move_to(poses[index % len(poses)])
         seconds, rows = zip(*(move_to(poses[index % len(poses)]) for index in range(args.moves)))
+        print(f'moving: {1 / statistics.median(seconds):.1f} pictures a second (median of {args.moves}; the '
+              f'slowest took {max(seconds):.2f} s) of {statistics.median(rows):.0f} rows', flush=True)
         started = time.perf_counter()
         while not session.complete:
             session.advance()
-        full = time.perf_counter() - started
-    print(f'{args.run}: {1 / statistics.median(seconds):.1f} pictures a second (median of {args.moves}; the '
-          f'slowest took {max(seconds):.2f} s) of {statistics.median(rows):.0f} rows; {WIDTH} × {HEIGHT} in '
-          f'{full:.1f} s')
+        print(f'{WIDTH} × {HEIGHT}: {time.perf_counter() - started:.1f} s')
 
 
 if __name__ == '__main__':
