@@ -201,6 +201,35 @@ def test_a_viewer_that_fails_is_closed_and_the_run_goes_on():
     assert closed == [True] and said == ['viewer: closed (out of memory); training continues']
 
 
+# --- what can be loaded -------------------------------------------------------------------------------------
+
+def test_a_run_of_nerf_pytorch(tmp_path):
+    """Its checkpoint has no options: config.txt beside it has them."""
+    options = {'datadir': ROOT / 'data/demo', 'dataset_type': 'blender', 'half_res': True, 'white_bkgd': True,
+               'use_viewdirs': True, 'netdepth': 2, 'netwidth': 16, 'netdepth_fine': 2, 'netwidth_fine': 16,
+               'N_samples': 8, 'N_importance': 8, 'N_rand': 64, 'testskip': 8, 'near': 2.6, 'far': 5.4}
+    config = tmp_path / 'given.txt'
+    config.write_text(''.join(f'{key} = {value}\n' for key, value in options.items()))
+    args = ['--config', config, '--expname', 'old', '--basedir', tmp_path, '--N_iters', 2]
+    assert run(*args, *NO_OUTPUTS) == 0
+    path = tmp_path / 'old/000002.tar'
+    state = torch.load(path, weights_only=True)
+    kept = ('network_fn_state_dict', 'network_fine_state_dict', 'optimizer_state_dict')
+    torch.save({'global_step': 1, **{key: state[key] for key in kept}}, path)
+    trained = load_trained(tmp_path / 'old')
+    assert trained.step == 2 and trained.args.netwidth == 16 and trained.args.expname == 'old'
+    assert trained.frames.render(trained.scene.poses[0], stride=16).rgb.shape == (4, 4, 3)
+
+
+def test_photos_that_are_not_there(tmp_path):
+    said = []
+    assert run(*TINY, *NO_OUTPUTS, '--N_iters', 2, '--basedir', tmp_path) == 0
+    with pytest.warns(UserWarning, match='datadir'):
+        trained = load_trained(tmp_path / 'demo', ['--datadir', str(tmp_path / 'gone')], say=said.append)
+    assert trained.scene.images is None and len(trained.scene.poses)
+    assert len(said) == 1 and said[0].startswith('The photos are not shown: ') and 'gone' in said[0]
+
+
 # --- bad input ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('arguments, message', [

@@ -82,21 +82,27 @@ class LiveViewer:
     def report(self, step, measures):
         """Show the progress in all panels."""
         error = float(list(measures.errors.values())[-1])
-        self.history.append((step, -10 * np.log10(max(error, 1e-10))))
+        self.history.append((step, float(measures.total), -10 * np.log10(max(error, 1e-10))))
         if len(self.history) > MAX_POINTS:
             self.history = self.history[::2]
         share = self.rendered / (time.perf_counter() - self.started_at)
-        text = (f'step {step:,} of {self.N_iters:,}, PSNR {self.history[-1][1]:.2f} dB; '
+        text = (f'step {step:,} of {self.N_iters:,}, PSNR {self.history[-1][2]:.2f} dB; '
                 f'the viewer takes {share:.0%} of the time')
-        steps, psnrs = np.array(self.history, np.float64).T
-        for line, curve in self.panels:
+        steps, losses, psnrs = np.array(self.history, np.float64).T
+        for line, loss, psnr in self.panels:
             line.content = text
             if len(steps) > 1:
-                curve.data, curve.visible = (steps, psnrs), True
+                loss.data, psnr.data = (steps, losses), (steps, psnrs)
+                loss.visible = psnr.visible = True
 
     def add_controls(self, gui):
-        """Add progress, the curve of the PSNR and a pause to a panel."""
+        """Add progress, the curves of loss and PSNR, and a pause to a panel."""
         from viser import uplot
+
+        def curve(title):
+            series = uplot.Series(label='step'), uplot.Series(label=title, stroke='#36c', width=2)
+            return gui.add_uplot((np.zeros(2), np.zeros(2)), series, title=title, height=140, visible=False,
+                                 scales={'x': uplot.Scale(time=False, auto=True)})
         line = gui.add_markdown('')
         if self.can_pause:
             pause = gui.add_button('pause', hint='training waits until you continue')
@@ -106,12 +112,7 @@ class LiveViewer:
                 self.paused = not self.paused
                 pause.label = 'continue' if self.paused else 'pause'
                 self.viewer.wake.set()
-        zeros = np.zeros(2)
-        curve = gui.add_uplot(
-            (zeros, zeros), (uplot.Series(label='step'), uplot.Series(label='PSNR', stroke='#36c', width=2)),
-            title='PSNR of the training rays', scales={'x': uplot.Scale(time=False, auto=True)}, height=160,
-            visible=False)
-        self.panels.append((line, curve))
+        self.panels.append((line, curve('loss'), curve('PSNR of the training rays')))
 
     def close(self):
         """Stop the server."""
