@@ -1,0 +1,218 @@
+"""The surface of a trained scene as a triangle mesh.
+
+Marching cubes finds where a cell, or what is as wide as two pixels of the training views if that is more, has
+an opacity of one half: where the density is ln 2 / width. Parts that no training view sees are removed, small
+components too, and the rest is decimated.
+"""
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from scenes.errors import UserError
+
+# Photos do not tell whether opacity is spread over less than this many pixels.
+PIXELS = 2.0
+# The density is sampled in blocks of this many cells along each side.
+BLOCK = 64
+# The training views are rendered with about this many rays, all together, to find out what they see.
+VISIBILITY_RAYS = 1_000_000
+# The direction of a pixel and of what is projected to it differ by at most this many pixels; more means that
+# the lens distortion does not apply there.
+MAX_MISPROJECTION = 3.0
+# Invisible parts with fewer triangles than this remain, so that the surface has no pinholes.
+MIN_INVISIBLE = 50
+# Components with less than this share of the triangles of the largest one are removed.
+MIN_COMPONENT = 1e-3
+
+
+class Surface(NamedTuple):
+    """A triangle mesh. Triangles are counterclockwise seen from outside, in the coordinates of the scene."""
+    vertices: np.ndarray  # in ray space, float64 [V, 3]
+    faces: np.ndarray     # int64 [F, 3]
+
+    def selected(self, keep):
+        """The triangles `keep`, bool [F], with their vertices only."""
+        used, faces = np.unique(self.faces[keep], return_inverse=True)
+        return Surface(self.vertices[used], faces.reshape(-1, 3))
+
+
+def make_surface(field, resolution, num_faces, aabb=None, say=print):
+    """Export the surface of a `Field`.
+
+    Args:
+      resolution: cells along the longest side of the box.
+      num_faces: the most triangles.
+      aabb: the box in ray space, six numbers; `Field.box` if not given.
+      say: called with each line for the user.
+    Returns:
+      a `Surface`.
+    Raises:
+      UserError: there is no visible surface, or a package is missing.
+    """
+    require_packages()
+    views = list(field.views(stride_for(field.scene), 'visible surfaces'))
+    box = field.box(views) if aabb is None else torch.tensor(aabb, device=field.device).view(2, 3)
+    cell = ((box[1] - box[0]).amax() / resolution).item()
+    width = max(cell, PIXELS * field.pixel_size(views))
+    surface = marching_cubes(field.density, box, cell, width)
+    if field.ndc:  # which mirrors the scene
+        surface = surface._replace(faces=surface.faces[:, ::-1])
+    found = len(surface.faces)
+    surface = largest_components(*without_invisible(surface, visible_vertices(field, surface, views)))
+    if not len(surface.faces):
+        raise UserError(f'{field.trained.path}: found no surface in the box {np.round(box.tolist(), 3).tolist()} '
+                        'that a training view sees; give another one with --aabb')
+    kept = len(surface.faces)
+    surface = decimated(surface, num_faces)
+    say(f'{found} triangles, {kept} of them visible, {len(surface.faces)} after decimation; cells of '
+        f'{cell:.3g}, half opaque over {width:.3g}')
+    return surface
+
+
+def require_packages():
+    """Raise UserError if a package that meshes need is missing."""
+    try:
+        import fast_simplification  # noqa: F401
+        import skimage.measure  # noqa: F401
+        import trimesh  # noqa: F401
+    except ImportError as error:
+        raise UserError(f'--mesh needs {error.name}: pip install -r requirements-tools.txt') from None
+
+
+def stride_for(scene):
+    """Which pixels to render, so that the rays through all training views are about VISIBILITY_RAYS."""
+    pixels = sum(scene.cameras[view].H * scene.cameras[view].W for view in scene.i_train)
+    return max(1, round((pixels / VISIBILITY_RAYS) ** 0.5))
+
+
+# --- marching cubes -----------------------------------------------------------------------------------------
+
+def marching_cubes(density, box, cell, width):
+    """The surface inside a box, closed at its sides, as a `Surface`.
+
+    Args:
+      density: function of points [N, 3] that returns densities [N].
+      box: [2, 3].
+      cell: side of a cell.
+      width: what is as wide is half opaque at the surface.
+    """
+    from skimage.measure import marching_cubes as triangulate
+    counts = ((box[1] - box[0]) / cell).ceil().long().tolist()
+    vertices, faces, num_vertices = [np.empty((0, 3))], [np.empty((0, 3), np.int64)], 0
+    # corners -1 and count + 1 are empty
+    for start in product(*(range(-1, count + 1, BLOCK) for count in counts)):
+        stop = [min(first + BLOCK, count + 1) for first, count in zip(start, counts)]
+        opacity = sample_block(density, box[0], cell, width, start, stop, counts)
+        if not opacity.min() < 0.5 < opacity.max():
+            continue
+        own_vertices, own_faces, *_ = triangulate(opacity, 0.5, gradient_direction='ascent')
+        vertices.append(own_vertices.astype(np.float64) + start)
+        faces.append(own_faces.astype(np.int64) + num_vertices)
+        num_vertices += len(own_vertices)
+    # blocks share the vertices on their common sides, which are equal bit for bit
+    vertices, index = np.unique(np.concatenate(vertices), axis=0, return_inverse=True)
+    faces = index.reshape(-1)[np.concatenate(faces)]
+    distinct = (faces != np.roll(faces, 1, 1)).all(-1)
+    return Surface(box[0].cpu().double().numpy() + cell * vertices, faces[distinct])
+
+
+def sample_block(density, origin, cell, width, start, stop, counts):
+    """The opacity over `width` at the corners `start` to `stop` of cells, both included, as an array; 0 at
+    those outside 0 to `counts`. The opacity, unlike the density, changes about evenly across a surface."""
+    axes = [torch.arange(first, last + 1, device=origin.device) for first, last in zip(start, stop)]
+    inside = [(axis >= 0) & (axis <= count) for axis, count in zip(axes, counts)]
+    opacity = torch.zeros([len(axis) for axis in axes], device=origin.device)
+    corners = torch.cartesian_prod(*(axis[part] for axis, part in zip(axes, inside)))
+    found = 1 - torch.exp(-width * density(origin + cell * corners))
+    x, y, z = inside
+    opacity[x[:, None, None] & y[:, None] & z] = found.nan_to_num(0.0)
+    return opacity.cpu().numpy()
+
+
+# --- what belongs to the scene ------------------------------------------------------------------------------
+
+def visible_vertices(field, surface, views):
+    """Which vertices of a surface at least one of `views` sees, bool [V]."""
+    points = field.to_scene(surface.vertices)
+    visible = np.zeros(len(points), bool)
+    for view in views:
+        hidden = np.flatnonzero(~visible)
+        visible[hidden] = sees(view, points[hidden], field.pixel_centers)
+    return visible
+
+
+def sees(view, points, pixel_centers):
+    """Whether a `View` sees `points` [N, 3]: about half of a ray, or more, gets there; bool [N]."""
+    offsets = points - view.c2w[:, 3]
+    x, y = view.camera.pixels(offsets @ view.c2w[:, :3])
+    nearest = np.round((np.stack([y, x]) - 0.5 * pixel_centers) / view.stride)         # row, column
+    size = np.array(view.t.shape)[:, None]
+    inside = np.flatnonzero(((nearest >= 0) & (nearest < size)).all(0))  # NaN is not
+    row, column = nearest[:, inside].astype(int)
+
+    rays_d, distance = view.rays_d[row, column], np.linalg.norm(offsets[inside], axis=-1)
+    length = np.linalg.norm(rays_d, axis=-1)
+    cosine = (offsets[inside] * rays_d).sum(-1) / (distance * length)
+    pixel = view.stride / view.camera.K.diagonal()[:2].min()  # an angle
+    projected = cosine > np.cos(min(MAX_MISPROJECTION * pixel, 0.5))
+    result = np.zeros(len(points), bool)
+    result[inside] = projected & (distance <= view.t[row, column] * length)
+    return result
+
+
+def without_invisible(surface, visible):
+    """A surface without the triangles that have no visible vertex, apart from small patches.
+
+    Returns:
+      the `Surface`, and which of its triangles are visible, bool [F].
+    """
+    from trimesh.graph import face_adjacency
+    seen = visible[surface.faces].any(-1)
+    hidden = np.flatnonzero(~seen)
+    patch = label(face_adjacency(surface.faces[hidden]), len(hidden))
+    keep = seen.copy()
+    keep[hidden] = np.bincount(patch, minlength=1)[patch] < MIN_INVISIBLE
+    return surface.selected(keep), seen[keep]
+
+
+def largest_components(surface, seen):
+    """The components of a surface that have visible triangles, `seen` [F], and at least the share
+    MIN_COMPONENT of the triangles of the largest one."""
+    from trimesh.graph import face_adjacency
+    component = label(face_adjacency(surface.faces), len(surface.faces))
+    counts, seen = np.bincount(component, minlength=1), np.bincount(component, seen, minlength=1)
+    counts = np.where(seen > 0, counts, 0)
+    keep = counts >= max(1, MIN_COMPONENT * counts.max())
+    return surface.selected(keep[component])
+
+
+def label(edges, count):
+    """The number of the connected component of each of `count` items, [count]; `edges` [E, 2] connect
+    them."""
+    from trimesh.graph import connected_component_labels
+    return connected_component_labels(edges, count) if count else np.empty(0, int)
+
+
+def decimated(surface, num_faces):
+    """A surface with at most about `num_faces` triangles (Garland and Heckbert 1997)."""
+    import fast_simplification
+    if len(surface.faces) <= num_faces:
+        return surface
+    center = surface.vertices.mean(0)  # simplify computes in float32
+    vertices, faces = fast_simplification.simplify(
+        (surface.vertices - center).astype(np.float32), surface.faces.astype(np.int32), target_count=num_faces)
+    return Surface(vertices.astype(np.float64) + center, faces.astype(np.int64))
+
+
+def find_holes(faces, vertices):
+    """The holes of a mesh: a list of the centre [3] and the diameter of each, the largest first."""
+    edges = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), -1)
+    edges, counts = np.unique(edges, axis=0, return_counts=True)
+    border, ends = np.unique(edges[counts == 1], return_inverse=True)
+    hole = label(ends.reshape(-1, 2), len(border))
+    corners = [vertices[border[hole == number]] for number in np.unique(hole)]
+    holes = [(0.5 * (part.min(0) + part.max(0)), float(np.linalg.norm(np.ptp(part, axis=0))))
+             for part in corners]
+    return sorted(holes, key=lambda hole: -hole[1])
