@@ -40,10 +40,11 @@ def parse_args(argv):
     add('--points', type=Path, metavar='FILE', help='coloured points with normals: .ply')
     add('--depth', type=Path, metavar='FOLDER', help='depth maps of the training views, and their cameras')
     add('--html', type=Path, metavar='FILE', help='a page that shows the scene in any browser')
-    add('--resolution', type=integer(8), default=256, help='mesh: cells along the longest side (default: 256)')
+    add('--resolution', type=integer(8), default=256,
+        help='mesh: cells along the longest side (default: 256)')
     add('--faces', type=integer(4), default=300_000, help='mesh: the most triangles (default: 300000)')
-    add('--texture', type=integer(16), metavar='SIZE', help='mesh: a texture of SIZE × SIZE texels in place of '
-        'colours of the vertices; .obj or .glb')
+    add('--texture', type=integer(16), metavar='SIZE',
+        help='mesh: a texture of SIZE × SIZE texels in place of colours of the vertices; .obj or .glb')
     add('--aabb', type=float, nargs=6, metavar=('X0', 'Y0', 'Z0', 'X1', 'Y1', 'Z1'),
         help='mesh, points: only what is in this box, in the coordinates of training')
     add('--num_points', type=integer(1), default=1_000_000, help='the most points (default: 1000000)')
@@ -51,7 +52,8 @@ def parse_args(argv):
         help='png: 16 bits, the scale is in transforms.json; tiff: float32 (default: png)')
     add('--coordinates', choices=('input', 'scene'), default='input',
         help='those of the input, or of training (default: input)')
-    add('--html_size', type=integer(1), metavar='MB', default=20, help='html: the most megabytes (default: 20)')
+    add('--html_size', type=integer(1), metavar='MB', default=20,
+        help='html: the most megabytes (default: 20)')
     args, options = parser.parse_known_args(argv)
     if not any(vars(args)[name] for name in OUTPUTS):
         parser.error(f'nothing to export, expected one of {", ".join(f"--{name}" for name in OUTPUTS)}')
@@ -97,12 +99,16 @@ def export_mesh(field, coordinates, args):
     holes = find_holes(surface.faces, vertices)
     coordinates.write(args.mesh, watertight=not holes, holes=[
         {'center': center.tolist(), 'diameter': diameter} for center, diameter in holes])
-    text = 'watertight'
-    if holes:
-        (center, diameter), count = holes[0], len(holes)
-        text = (f'not watertight; holes, where no training view looks: {count}, the largest {diameter:.3g} wide around '
-                f'({", ".join(f"{x:.3g}" for x in center)})')
-    say(f'{args.mesh}: {len(surface.faces)} triangles, {text}')
+    say(f'{args.mesh}: {len(surface.faces)} triangles, {describe_holes(holes)}')
+
+
+def describe_holes(holes):
+    """The result of `find_holes` in words."""
+    if not holes:
+        return 'watertight'
+    center, diameter = holes[0]
+    return (f'not watertight: it has no triangles where too few training views look; holes: {len(holes)}, the '
+            f'largest {diameter:.3g} wide around ({", ".join(f"{x:.3g}" for x in center)})')
 
 
 def normals_of(vertices, faces):

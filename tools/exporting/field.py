@@ -98,7 +98,8 @@ class Field:
             return points
         x, y, z = np.moveaxis(np.asarray(points, np.float64), -1, 0)
         H, W, focal = self.scene.hwf
-        return np.stack([-2 * focal / W * x / z, -2 * focal / H * y / z, 1 + 2 * NDC_NEAR / z], -1)
+        with np.errstate(invalid='ignore'):
+            return np.stack([-2 * focal / W * x / z, -2 * focal / H * y / z, 1 + 2 * NDC_NEAR / z], -1)
 
     def views(self, stride, label):
         """Render the training views, one after another: yields `View`s. `label` is that of the progress
@@ -121,31 +122,23 @@ class Field:
                 t = np.where(np.isfinite(t), (NDC_NEAR * behind - rays_o[..., 2]) / rays_d[..., 2], np.inf)
         return View(int(index), camera, c2w.astype(np.float64), stride, rays_d, t, frame.acc, frame.rgb)
 
-    def box(self, views):
-        """The box [2, 3] of ray space to export, a tensor: what is not contracted; otherwise what `views` see
-        of the scene's box, or of the occupied cells."""
+    def ends(self, views):
+        """Where the rays of `views` end, up to `max_depth`: points of ray space, a tensor [N, 3]."""
+        farthest = max_depth(np.concatenate([view.t.ravel() for view in views]))
+        points = np.concatenate([view.points()[view.t < farthest] for view in views])
+        return torch.from_numpy(self.from_scene(points)).to(self.device, torch.float32)
+
+    def box(self, ends):
+        """The box [2, 3] of ray space to export, a tensor: what is not contracted; otherwise the box of the
+        scene or grid, as far as it holds anything visible. `ends` are the result of the method."""
         if self.trained.args.contract:
             return self.network.encoding.aabb.clone()
         box = find_bounds(self.scene, self.ndc, BOX_RESOLUTION)[0] if self.grid is None else self.grid.aabb
-        farthest = max_depth(np.concatenate([view.t.ravel() for view in views]))
-        visible = np.concatenate([view.points()[view.t < farthest] for view in views])
-        if len(visible):
-            visible = torch.from_numpy(self.from_scene(visible)).to(box)
-            low, high = add_margin(visible.amin(0), visible.amax(0))
-            box = torch.stack([torch.maximum(box[0], low), torch.minimum(box[1], high)])
-        return box.to(self.device)
-
-    def pixel_size(self, views):
-        """The median width in ray space of a pixel on the surfaces that `views` see; 0 if they see
-        nothing."""
-        widths = []
-        for view in views:
-            hit = np.isfinite(view.t)
-            points, t = view.points()[hit], view.t[hit, None]
-            beside = points + t / view.camera.K[0, 0] * view.c2w[:, 0]
-            widths.append(np.linalg.norm(self.from_scene(beside) - self.from_scene(points), axis=-1))
-        widths = np.concatenate(widths)
-        return float(np.median(widths)) if len(widths) else 0.0
+        box = box.to(self.device)
+        if not len(ends):
+            return box
+        low, high = add_margin(ends.amin(0), ends.amax(0))
+        return torch.stack([torch.maximum(box[0], low), torch.minimum(box[1], high)])
 
 
 def max_depth(t):

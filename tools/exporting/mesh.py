@@ -1,8 +1,8 @@
 """The surface of a trained scene as a triangle mesh.
 
-Marching cubes finds where a cell, or what is as wide as two pixels of the training views if that is more, has
-an opacity of one half: where the density is ln 2 / width. Parts that no training view sees are removed, small
-components too, and the rest is decimated.
+Marching cubes finds where a cell has an opacity of one half: where the density is ln 2 / cell size, or less in
+scenes that are softer than that (`surface_density`). Parts that too few training views see are removed, the
+rest is decimated, and small components are removed.
 """
 from itertools import product
 from typing import NamedTuple
@@ -12,12 +12,14 @@ import torch
 
 from scenes.errors import UserError
 
-# Photos do not tell whether opacity is spread over less than this many pixels.
-PIXELS = 2.0
+# The surface encloses where rays end: its density is at most this share of the median density there.
+MAX_RELATIVE_DENSITY = 0.5
 # The density is sampled in blocks of this many cells along each side.
 BLOCK = 64
 # The training views are rendered with about this many rays, all together, to find out what they see.
 VISIBILITY_RAYS = 1_000_000
+# A surface is visible if this many views see it, which its reconstruction takes, or all if there are fewer.
+MIN_VIEWS = 3
 # The direction of a pixel and of what is projected to it differ by at most this many pixels; more means that
 # the lens distortion does not apply there.
 MAX_MISPROJECTION = 3.0
@@ -53,21 +55,23 @@ def make_surface(field, resolution, num_faces, aabb=None, say=print):
     """
     require_packages()
     views = list(field.views(stride_for(field.scene), 'visible surfaces'))
-    box = field.box(views) if aabb is None else torch.tensor(aabb, device=field.device).view(2, 3)
+    ends = field.ends(views)
+    box = field.box(ends) if aabb is None else torch.tensor(aabb, device=field.device).view(2, 3)
     cell = ((box[1] - box[0]).amax() / resolution).item()
-    width = max(cell, PIXELS * field.pixel_size(views))
-    surface = marching_cubes(field.density, box, cell, width)
+    level = surface_density(field.density, ends, box, cell)
+    surface = marching_cubes(field.density, box, cell, level)
     if field.ndc:  # which mirrors the scene
         surface = surface._replace(faces=surface.faces[:, ::-1])
     found = len(surface.faces)
-    surface = largest_components(*without_invisible(surface, visible_vertices(field, surface, views)))
+    surface = without_invisible(surface, visible_vertices(field, surface, views))
     if not len(surface.faces):
-        raise UserError(f'{field.trained.path}: found no surface in the box {np.round(box.tolist(), 3).tolist()} '
-                        'that a training view sees; give another one with --aabb')
+        raise UserError(f'{field.trained.path}: found no surface in the box '
+                        f'{np.round(box.tolist(), 3).tolist()} that {MIN_VIEWS} training views see; give '
+                        'another one with --aabb')
     kept = len(surface.faces)
-    surface = decimated(surface, num_faces)
+    surface = largest_components(decimated(largest_components(surface), num_faces))
     say(f'{found} triangles, {kept} of them visible, {len(surface.faces)} after decimation; cells of '
-        f'{cell:.3g}, half opaque over {width:.3g}')
+        f'{cell:.3g}, density {level:.3g} or more')
     return surface
 
 
@@ -87,16 +91,25 @@ def stride_for(scene):
     return max(1, round((pixels / VISIBILITY_RAYS) ** 0.5))
 
 
+def surface_density(density, ends, box, cell):
+    """The density at the surface: that of a half opaque cell, but no more than what encloses most of the
+    points where rays end, `ends` [N, 3], in the box. After little training, and where photos show no texture,
+    rays end in fog that no small cell of would be half opaque."""
+    ends = ends[((ends >= box[0]) & (ends <= box[1])).all(-1)]
+    level = np.log(2) / cell
+    return min(level, MAX_RELATIVE_DENSITY * density(ends).median().item()) if len(ends) else level
+
+
 # --- marching cubes -----------------------------------------------------------------------------------------
 
-def marching_cubes(density, box, cell, width):
+def marching_cubes(density, box, cell, level):
     """The surface inside a box, closed at its sides, as a `Surface`.
 
     Args:
       density: function of points [N, 3] that returns densities [N].
       box: [2, 3].
       cell: side of a cell.
-      width: what is as wide is half opaque at the surface.
+      level: density at the surface.
     """
     from skimage.measure import marching_cubes as triangulate
     counts = ((box[1] - box[0]) / cell).ceil().long().tolist()
@@ -104,7 +117,7 @@ def marching_cubes(density, box, cell, width):
     # corners -1 and count + 1 are empty
     for start in product(*(range(-1, count + 1, BLOCK) for count in counts)):
         stop = [min(first + BLOCK, count + 1) for first, count in zip(start, counts)]
-        opacity = sample_block(density, box[0], cell, width, start, stop, counts)
+        opacity = sample_block(density, box[0], cell, level, start, stop, counts)
         if not opacity.min() < 0.5 < opacity.max():
             continue
         own_vertices, own_faces, *_ = triangulate(opacity, 0.5, gradient_direction='ascent')
@@ -118,14 +131,15 @@ def marching_cubes(density, box, cell, width):
     return Surface(box[0].cpu().double().numpy() + cell * vertices, faces[distinct])
 
 
-def sample_block(density, origin, cell, width, start, stop, counts):
-    """The opacity over `width` at the corners `start` to `stop` of cells, both included, as an array; 0 at
-    those outside 0 to `counts`. The opacity, unlike the density, changes about evenly across a surface."""
+def sample_block(density, origin, cell, level, start, stop, counts):
+    """How opaque it is at the corners `start` to `stop` of cells, both included, as an array: one half where
+    the density is `level`, and 0 at corners outside 0 to `counts`. The opacity, unlike the density, changes
+    about evenly across a surface."""
     axes = [torch.arange(first, last + 1, device=origin.device) for first, last in zip(start, stop)]
     inside = [(axis >= 0) & (axis <= count) for axis, count in zip(axes, counts)]
     opacity = torch.zeros([len(axis) for axis in axes], device=origin.device)
     corners = torch.cartesian_prod(*(axis[part] for axis, part in zip(axes, inside)))
-    found = 1 - torch.exp(-width * density(origin + cell * corners))
+    found = 1 - torch.exp2(-density(origin + cell * corners) / level)
     x, y, z = inside
     opacity[x[:, None, None] & y[:, None] & z] = found.nan_to_num(0.0)
     return opacity.cpu().numpy()
@@ -134,13 +148,13 @@ def sample_block(density, origin, cell, width, start, stop, counts):
 # --- what belongs to the scene ------------------------------------------------------------------------------
 
 def visible_vertices(field, surface, views):
-    """Which vertices of a surface at least one of `views` sees, bool [V]."""
-    points = field.to_scene(surface.vertices)
-    visible = np.zeros(len(points), bool)
+    """Which vertices of a surface at least MIN_VIEWS of `views` see, bool [V]."""
+    points, needed = field.to_scene(surface.vertices), min(MIN_VIEWS, len(views))
+    num_views = np.zeros(len(points), int)
     for view in views:
-        hidden = np.flatnonzero(~visible)
-        visible[hidden] = sees(view, points[hidden], field.pixel_centers)
-    return visible
+        undecided = np.flatnonzero(num_views < needed)
+        num_views[undecided] += sees(view, points[undecided], field.pixel_centers)
+    return num_views >= needed
 
 
 def sees(view, points, pixel_centers):
@@ -163,29 +177,22 @@ def sees(view, points, pixel_centers):
 
 
 def without_invisible(surface, visible):
-    """A surface without the triangles that have no visible vertex, apart from small patches.
-
-    Returns:
-      the `Surface`, and which of its triangles are visible, bool [F].
-    """
+    """A surface without the triangles that have no `visible` vertex, bool [V], apart from small patches."""
     from trimesh.graph import face_adjacency
-    seen = visible[surface.faces].any(-1)
-    hidden = np.flatnonzero(~seen)
+    keep = visible[surface.faces].any(-1)
+    hidden = np.flatnonzero(~keep)
     patch = label(face_adjacency(surface.faces[hidden]), len(hidden))
-    keep = seen.copy()
-    keep[hidden] = np.bincount(patch, minlength=1)[patch] < MIN_INVISIBLE
-    return surface.selected(keep), seen[keep]
+    keep[hidden] = keep.any() & (np.bincount(patch, minlength=1)[patch] < MIN_INVISIBLE)
+    return surface.selected(keep)
 
 
-def largest_components(surface, seen):
-    """The components of a surface that have visible triangles, `seen` [F], and at least the share
-    MIN_COMPONENT of the triangles of the largest one."""
+def largest_components(surface):
+    """The components of a surface that have at least the share MIN_COMPONENT of the triangles of the largest
+    one."""
     from trimesh.graph import face_adjacency
     component = label(face_adjacency(surface.faces), len(surface.faces))
-    counts, seen = np.bincount(component, minlength=1), np.bincount(component, seen, minlength=1)
-    counts = np.where(seen > 0, counts, 0)
-    keep = counts >= max(1, MIN_COMPONENT * counts.max())
-    return surface.selected(keep[component])
+    counts = np.bincount(component)
+    return surface.selected((counts >= MIN_COMPONENT * counts.max())[component])
 
 
 def label(edges, count):
@@ -201,8 +208,9 @@ def decimated(surface, num_faces):
     if len(surface.faces) <= num_faces:
         return surface
     center = surface.vertices.mean(0)  # simplify computes in float32
-    vertices, faces = fast_simplification.simplify(
-        (surface.vertices - center).astype(np.float32), surface.faces.astype(np.int32), target_count=num_faces)
+    vertices = (surface.vertices - center).astype(np.float32)
+    vertices, faces = fast_simplification.simplify(vertices, surface.faces.astype(np.int32),
+                                                   target_count=num_faces)
     return Surface(vertices.astype(np.float64) + center, faces.astype(np.int64))
 
 
