@@ -90,11 +90,11 @@ def export_mesh(field, coordinates, args):
             corners = origin[faces[face]]
             at, normal = ((barycentric[..., None] * part[corners]).sum(1)
                           for part in (surface.vertices, normals))
-            return field.colors(at, -normal / np.linalg.norm(normal, axis=-1, keepdims=True).clip(1e-12))
+            return field.colors(at, normal / np.linalg.norm(normal, axis=-1, keepdims=True).clip(1e-12))
         write_textured_mesh(args.mesh, vertices[origin], faces, uv,
                             bake_texture(color_of, faces, uv, args.texture))
     else:
-        write_mesh(args.mesh, vertices, surface.faces, field.colors(surface.vertices, -normals))
+        write_mesh(args.mesh, vertices, surface.faces, field.colors(surface.vertices, normals))
 
     holes = find_holes(surface.faces, vertices)
     coordinates.write(args.mesh, watertight=not holes, holes=[
@@ -107,8 +107,8 @@ def describe_holes(holes):
     if not holes:
         return 'watertight'
     center, diameter = holes[0]
-    return (f'not watertight: it has no triangles where too few training views look; holes: {len(holes)}, the '
-            f'largest {diameter:.3g} wide around ({", ".join(f"{x:.3g}" for x in center)})')
+    return (f'not watertight: it is open where too few training views look; holes: {len(holes)}, the largest '
+            f'{diameter:.3g} wide around ({", ".join(f"{x:.3g}" for x in center)})')
 
 
 def normals_of(vertices, faces):
@@ -132,8 +132,11 @@ def run(args, options):
     """Load the run and write the outputs. Raises UserError if one of them cannot be made."""
     check_outputs(args)
     trained = load_trained(args.run, options, say=say)
-    if args.mesh or args.points or args.depth:
-        field, coordinates = Field(trained), Coordinates(trained.scene, args.coordinates == 'scene')
+    field, keep = Field(trained), args.coordinates == 'scene'
+    if trained.args.dataset_type == 'llff' and trained.scene.applied_transform is None and not keep:
+        keep = True
+        say('The coordinates of poses_bounds.npy are not known without it; those of the scene are written')
+    coordinates = Coordinates(trained.scene, keep)
     if args.mesh:
         export_mesh(field, coordinates, args)
     if args.points:

@@ -75,9 +75,18 @@ class Field:
         return density
 
     @torch.no_grad()
-    def colors(self, points, viewdirs):
-        """The colours in [0, 1], [N, 3], at points of ray space seen along unit vectors of the scene, [N, 3]
-        each; arrays."""
+    def colors(self, points, normals):
+        """The colours in [0, 1], [N, 3], of surface points [N, 3] of ray space with unit normals [N, 3] of
+        the scene, seen along the normals: from the training view that is closest to them, because from other
+        directions networks have learned nothing."""
+        positions, viewdirs = self.to_scene(points), -normals
+        best = np.full(len(points), -np.inf)
+        for center in self.scene.poses[self.scene.i_train][:, :, 3]:
+            towards = positions - center
+            towards /= np.linalg.norm(towards, axis=-1, keepdims=True).clip(1e-9)
+            cosine = -(towards * normals).sum(-1)
+            closer = cosine > best
+            best[closer], viewdirs[closer] = cosine[closer], towards[closer]
         points, viewdirs = (torch.as_tensor(part, dtype=torch.float32, device=self.device)
                             for part in (points, viewdirs))
         raw = self.query.at_points(points, viewdirs if self.use_viewdirs else None, self.network)

@@ -33,8 +33,8 @@ def write_mesh(path, vertices, faces, colors):
 
 
 def write_textured_mesh(path, vertices, faces, uv, texture):
-    """Write a mesh with texture coordinates [V, 2] and a texture, uint8 [H, W, 3]. An OBJ file gets a .mtl
-    file and a .png file beside it."""
+    """Write a mesh with texture coordinates [V, 2] and a texture, uint8 [H, W, 3]. An OBJ file gets
+    `<name>.mtl` and `<name>_texture.png` beside it."""
     import trimesh
     from PIL import Image
     material = trimesh.visual.material.PBRMaterial(baseColorTexture=Image.fromarray(texture))
@@ -43,7 +43,7 @@ def write_textured_mesh(path, vertices, faces, uv, texture):
     if path.suffix.lower() == '.glb':
         write_glb(path, mesh)
         return
-    image, library = path.with_suffix('.png'), path.with_suffix('.mtl')
+    image, library = path.with_name(f'{path.stem}_texture.png'), path.with_suffix('.mtl')
     write_image(image, texture)
     write_text(library, f'newmtl surface\nKa 1 1 1\nKd 1 1 1\nKs 0 0 0\nmap_Kd {image.name}\n')
     lines = [f'mtllib {library.name}', 'usemtl surface']

@@ -1,8 +1,8 @@
 """The surface of a trained scene as a triangle mesh.
 
-Marching cubes finds where a cell has an opacity of one half: where the density is ln 2 / cell size, or less in
-scenes that are softer than that (`surface_density`). Parts that too few training views see are removed, the
-rest is decimated, and small components are removed.
+Marching cubes finds where a cell has an opacity of one half: where the density is ln 2 / cell size, or less
+in scenes that are softer than that (`surface_density`). Parts that too few training views see and small
+components are removed, and the rest is decimated.
 """
 from itertools import product
 from typing import NamedTuple
@@ -161,18 +161,29 @@ def sees(view, points, pixel_centers):
     """Whether a `View` sees `points` [N, 3]: about half of a ray, or more, gets there; bool [N]."""
     offsets = points - view.c2w[:, 3]
     x, y = view.camera.pixels(offsets @ view.c2w[:, :3])
-    nearest = np.round((np.stack([y, x]) - 0.5 * pixel_centers) / view.stride)         # row, column
-    size = np.array(view.t.shape)[:, None]
-    inside = np.flatnonzero(((nearest >= 0) & (nearest < size)).all(0))  # NaN is not
-    row, column = nearest[:, inside].astype(int)
+    at = (np.stack([y, x]) - 0.5 * pixel_centers) / view.stride                        # row, column
+    last = np.array(view.t.shape)[:, None] - 1
+    inside = np.flatnonzero(((at >= -0.5) & (at <= last + 0.5)).all(0))  # NaN is not
+    at, distance = at[:, inside].clip(0, last), np.linalg.norm(offsets[inside], axis=-1)
 
-    rays_d, distance = view.rays_d[row, column], np.linalg.norm(offsets[inside], axis=-1)
-    length = np.linalg.norm(rays_d, axis=-1)
-    cosine = (offsets[inside] * rays_d).sum(-1) / (distance * length)
+    rays_d = view.rays_d[tuple(np.round(at).astype(int))]
+    cosine = (offsets[inside] * rays_d).sum(-1) / (distance * np.linalg.norm(rays_d, axis=-1))
     pixel = view.stride / view.camera.K.diagonal()[:2].min()  # an angle
     projected = cosine > np.cos(min(MAX_MISPROJECTION * pixel, 0.5))
     result = np.zeros(len(points), bool)
-    result[inside] = projected & (distance <= view.t[row, column] * length)
+    result[inside] = projected & (distance <= interpolate(view.t * np.linalg.norm(view.rays_d, axis=-1), at))
+    return result
+
+
+def interpolate(image, at):
+    """The values of `image` [H, W] at rows and columns `at` [2, N], bilinearly; infinity wherever it
+    counts."""
+    first, result = np.floor(at).astype(int), 0.0
+    for corner in np.ndindex(2, 2):
+        row, column = first + np.array(corner)[:, None]
+        weight = (1 - abs(at - (row, column))).prod(0)
+        value = image[row.clip(max=image.shape[0] - 1), column.clip(max=image.shape[1] - 1)]
+        result = result + weight * np.where(weight > 0, value, 0)
     return result
 
 
