@@ -242,7 +242,7 @@ def test_parameters_of_the_llff_loader(tmp_path):
 @pytest.mark.parametrize('flags', [(), ('--no_ndc', '--spherify')])
 def test_an_llff_scene_knows_where_it_came_from(flags):
     folder = DATA / 'nerf_llff_data/fern'
-    scene, (before, bds) = load_llff(folder, *flags), read_poses_bounds(folder / 'poses_bounds.npy')
+    scene, (before, _) = load_llff(folder, *flags), read_poses_bounds(folder / 'poses_bounds.npy')
     transform = scene.applied_transform
     scale = np.cbrt(np.linalg.det(transform[:3, :3]))
     np.testing.assert_allclose(before[:, :, 3] @ transform[:3, :3].T + transform[:3, 3], scene.poses[:, :, 3],

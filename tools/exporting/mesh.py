@@ -12,12 +12,13 @@ import torch
 
 from scenes.errors import UserError
 
-# The surface encloses where rays end: its density is at most this share of the median density there.
-MAX_RELATIVE_DENSITY = 0.5
+# The surface encloses where rays end: its density is at most this share of the median density there. The
+# value suits the demo, whose geometry is known.
+MAX_RELATIVE_DENSITY = 0.35
 # The density is sampled in blocks of this many cells along each side.
 BLOCK = 64
 # The training views are rendered with about this many rays, all together, to find out what they see.
-VISIBILITY_RAYS = 1_000_000
+VISIBILITY_RAYS = 2_000_000
 # A surface is visible if this many views see it, which its reconstruction takes, or all if there are fewer.
 MIN_VIEWS = 3
 # The direction of a pixel and of what is projected to it differ by at most this many pixels; more means that
@@ -166,12 +167,14 @@ def sees(view, points, pixel_centers):
     inside = np.flatnonzero(((at >= -0.5) & (at <= last + 0.5)).all(0))  # NaN is not
     at, distance = at[:, inside].clip(0, last), np.linalg.norm(offsets[inside], axis=-1)
 
-    rays_d = view.rays_d[tuple(np.round(at).astype(int))]
+    nearest = tuple(np.round(at).astype(int))
+    rays_d, reach = view.rays_d[nearest], view.t * np.linalg.norm(view.rays_d, axis=-1)
     cosine = (offsets[inside] * rays_d).sum(-1) / (distance * np.linalg.norm(rays_d, axis=-1))
     pixel = view.stride / view.camera.K.diagonal()[:2].min()  # an angle
     projected = cosine > np.cos(min(MAX_MISPROJECTION * pixel, 0.5))
     result = np.zeros(len(points), bool)
-    result[inside] = projected & (distance <= interpolate(view.t * np.linalg.norm(view.rays_d, axis=-1), at))
+    # between pixels of a slanted surface, or beyond an edge that a pixel just misses
+    result[inside] = projected & (distance <= np.maximum(interpolate(reach, at), reach[nearest]))
     return result
 
 
