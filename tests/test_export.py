@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from tiny_exports import CENTER, RADIUS, SIZE, Ball, cameras_around, cameras_at, trained_ball
-from scipy.spatial import cKDTree
 from tiny_runs import NO_OUTPUTS, ROOT, run, run_python
 
 from accel.grid_renderer import GridRenderer
@@ -105,7 +104,8 @@ def test_it_is_open_where_no_view_looks():
     surface = meshes.make_surface(field, RESOLUTION, 10 ** 6, BOX, silent)
     (center, diameter), *others = meshes.find_holes(surface.faces, surface.vertices)
     assert not others
-    assert surface.vertices[:, 2].min() > CENTER[2] - 0.2 and surface.vertices[:, 2].max() > CENTER[2] + RADIUS
+    height = surface.vertices[:, 2] - CENTER[2]
+    assert height.min() > -0.2 and height.max() > RADIUS
     assert center[:2] == pytest.approx(CENTER[:2], abs=0.1) and diameter > 1.5 * RADIUS
     assert 'not watertight' in export.describe_holes([(center, diameter)])
 
@@ -117,7 +117,7 @@ def test_slanted_surfaces_are_seen(ball, surface):
     outwards = surface.vertices - CENTER
     cosine = (towards * outwards).sum(-1) / np.linalg.norm(towards, axis=-1) / radii(surface.vertices)
     seen = meshes.sees(view, surface.vertices, ball.pixel_centers)
-    assert seen[cosine > 0.5].mean() > 0.95 and not seen[cosine < -0.2].any()
+    assert seen[cosine > 0.5].mean() > 0.95 and not seen[cosine < -0.5].any()
 
 
 def test_interpolation_is_exact_for_planes():
@@ -366,6 +366,7 @@ def test_a_run_is_exported(fast_demo_run, few_views, tmp_path):
 def test_the_mesh_of_the_demo_is_accurate(tmp_path):
     """The mean distance to the true surface, and from there as far as cameras see it, is at most 0.5% of the
     extent."""
+    from scipy.spatial import cKDTree
     assert run('--config', ROOT / 'configs/demo_fast.txt', '--basedir', tmp_path, *NO_OUTPUTS) == 0
     assert export.main([str(tmp_path / 'demo_fast'), '--mesh', str(tmp_path / 'demo.ply')]) == 0
     mesh, visible = trimesh.load(tmp_path / 'demo.ply'), []

@@ -25,6 +25,7 @@ from tools.exporting.points import collect_points
 from tools.exporting.texture import bake_texture, unwrap
 from tools.trained import load_trained
 from training.options import integer
+from training.signals import Stopped, StopRequest
 
 # The kinds of output, each an option of its own.
 OUTPUTS = ('mesh', 'points', 'depth', 'html')
@@ -150,10 +151,13 @@ def run(args, options):
 
 
 def main(argv=None):
-    """Run the program; returns 0, or 2 for errors that the user can fix."""
+    """Run the program; returns 0, 2 for errors that the user can fix, 128 + n for signal n."""
     args, options = parse_args(argv)
     try:
-        run(args, options)
+        with StopRequest(say) as stop, stop.interruptible():
+            run(args, options)
+    except Stopped as stopped:
+        return stopped.exit_code
     except (UserError, OSError) as error:
         problem = first_line(error)
         if isinstance(error, OSError) and error.filename:
