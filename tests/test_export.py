@@ -204,11 +204,9 @@ def test_the_frame_of_the_input_is_restored():
     assert Coordinates(scene, keep=True).points(points) == pytest.approx(points)
 
 
-@pytest.mark.parametrize('suffix', ['.ply', '.obj', '.glb'])
-@pytest.mark.parametrize('texture', [None, 256])
+@pytest.mark.parametrize('suffix, texture', [('.ply', None), ('.obj', None), ('.glb', None), ('.obj', 256),
+                                             ('.glb', 256)])
 def test_a_file_has_shape_place_and_colours(suffix, texture, tmp_path):
-    if texture and suffix == '.ply':
-        pytest.skip('PLY has no texture')
     field = Field(trained_ball(applied_transform=PLACEMENT))
     args, _ = export.parse_args(['run', '--mesh', str(tmp_path / f'ball{suffix}'), '--faces', '2000',
                                  '--resolution', str(RESOLUTION), '--aabb', *map(str, BOX),

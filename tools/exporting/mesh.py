@@ -19,7 +19,7 @@ MAX_RELATIVE_DENSITY = 0.35
 BLOCK = 64
 # The training views are rendered with about this many rays, all together, to find out what they see.
 VISIBILITY_RAYS = 2_000_000
-# A surface is visible if this many views see it, which its reconstruction takes, or all if there are fewer.
+# A surface is visible if this many views see it, or all if there are fewer: what fewer see is hardly determined.
 MIN_VIEWS = 3
 # The direction of a pixel and of what is projected to it differ by at most this many pixels; more means that
 # the lens distortion does not apply there.
@@ -95,10 +95,10 @@ def stride_for(scene):
 def surface_density(density, ends, box, cell):
     """The density at the surface: that of a half opaque cell, but no more than what encloses most of the
     points where rays end, `ends` [N, 3], in the box. After little training, and where photos show no texture,
-    rays end in fog that no small cell of would be half opaque."""
-    ends = ends[((ends >= box[0]) & (ends <= box[1])).all(-1)]
-    level = np.log(2) / cell
-    return min(level, MAX_RELATIVE_DENSITY * density(ends).median().item()) if len(ends) else level
+    rays end in fog, of which a small cell is far from half opaque."""
+    found = density(ends[((ends >= box[0]) & (ends <= box[1])).all(-1)])
+    found, level = found[found > 0], np.log(2) / cell
+    return min(level, MAX_RELATIVE_DENSITY * found.median().item()) if len(found) else level
 
 
 # --- marching cubes -----------------------------------------------------------------------------------------
@@ -179,8 +179,7 @@ def sees(view, points, pixel_centers):
 
 
 def interpolate(image, at):
-    """The values of `image` [H, W] at rows and columns `at` [2, N], bilinearly; infinity wherever it
-    counts."""
+    """The values of `image` [H, W] at rows and columns `at` [2, N], bilinearly; infinity beside it."""
     first, result = np.floor(at).astype(int), 0.0
     for corner in np.ndindex(2, 2):
         row, column = first + np.array(corner)[:, None]
