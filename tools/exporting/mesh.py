@@ -19,7 +19,7 @@ MAX_RELATIVE_DENSITY = 0.35
 BLOCK = 64
 # The training views are rendered with about this many rays, all together, to find out what they see.
 VISIBILITY_RAYS = 2_000_000
-# A surface is visible if this many views see it, or all if there are fewer: what fewer see is hardly determined.
+# A surface is visible if this many views see it, or all if there are fewer than that.
 MIN_VIEWS = 3
 # The direction of a pixel and of what is projected to it differ by at most this many pixels; more means that
 # the lens distortion does not apply there.
