@@ -53,7 +53,8 @@ def load_llff_scene(args):
                         for path in paths])
     return Scene(images, *images.shape[1:3], poses[:, :, :4], K, near, far, render_poses[:, :, :4],
                  np.setdiff1d(views, i_test), i_test, i_test, masks=masks, cameras=[camera] * len(paths),
-                 names=[os.path.relpath(path, args.datadir) for path in paths])
+                 names=[os.path.relpath(path, args.datadir) for path in paths],
+                 applied_transform=placement_of(poses, bds, Path(args.datadir, 'poses_bounds.npy')))
 
 
 def load_llff_data(basedir, factor=8, recenter=True, bd_factor=.75, spherify=False, path_zflat=False, *,
@@ -309,3 +310,14 @@ def place_poses(poses, bds, recenter=True, bd_factor=.75, spherify=False, path_z
     render_poses = np.concatenate([path, hwf], -1).astype(np.float32)
     distances = np.sum((average_pose(poses)[:, 3] - poses[:, :3, 3]) ** 2, -1)
     return poses.astype(np.float32), bds.astype(np.float32), render_poses, int(np.argmin(distances))
+
+
+def placement_of(poses, bds, path):
+    """The transform [4, 4] by which `place_poses` has come to poses [N, 3, 5] and bounds [N, 2] from those of
+    the file at `path`."""
+    placed, (before, bds_before) = poses.astype(np.float64), read_poses_bounds(path)
+    scale = float(bds.min() / bds_before.min())
+    transform = np.eye(4)
+    transform[:3, :3] = scale * placed[0, :, :3] @ np.linalg.inv(before[0, :, :3])
+    transform[:3, 3] = placed[0, :, 3] - transform[:3, :3] @ before[0, :, 3]
+    return transform

@@ -97,6 +97,25 @@ class Camera:
             x, y = undistort(x, y, self.distortion)
         return np.stack([x, -y, np.full_like(x, -1.0)], -1)
 
+    def pixels(self, directions):
+        """The inverse of `directions`: where directions [..., 3] meet the image, x and y in pixels [...].
+
+        The results mean nothing behind a pinhole camera, and where lens distortion does not apply, far
+        outside the image.
+        """
+        x, y, depth = np.moveaxis(directions * [1, -1, -1], -1, 0)
+        with np.errstate(divide='ignore', invalid='ignore', over='ignore'):
+            if self.fisheye:
+                radius = np.hypot(x, y)
+                angle = np.arctan2(radius, depth)
+                scale = np.where(radius > 0, distort_angles(angle, self.distortion or (0,) * 6) / radius, 1)
+                x, y = x * scale, y * scale
+            else:
+                x, y = x / depth, y / depth
+                if self.distortion is not None:
+                    x, y = distort(x, y, self.distortion)
+            return self.K[0, 2] + self.K[0, 0] * x, self.K[1, 2] + self.K[1, 1] * y
+
     @functools.lru_cache(maxsize=2)  # noqa: B019 - few cameras are kept
     def pixel_directions(self, pixel_centers):
         """The directions of all pixels' corners, or centres: float32 [H * W, 3]. The latest ones are kept."""
@@ -176,6 +195,14 @@ def undistort(x_distorted, y_distorted, distortion):
     return x, y
 
 
+def distort_angles(angle, distortion):
+    """Angles [...] to the optical axis of a fisheye camera to distances from its centre in the image
+    plane."""
+    k1, k2, k3, k4 = distortion[:4]
+    tt = angle * angle
+    return angle * (1 + tt * (k1 + tt * (k2 + tt * (k3 + tt * k4))))
+
+
 def undistort_angles(radius, distortion):
     """The angles to the optical axis of a fisheye camera at distances `radius` [...] from its centre in the
     image plane, by Newton's method. Raises UserError if there are none."""
@@ -184,7 +211,7 @@ def undistort_angles(radius, distortion):
     with np.errstate(all='ignore'):  # checked below
         for _ in range(UNDISTORT_STEPS):
             tt = angle * angle
-            difference = angle * (1 + tt * (k1 + tt * (k2 + tt * (k3 + tt * k4)))) - radius
+            difference = distort_angles(angle, distortion) - radius
             slope = 1 + tt * (3 * k1 + tt * (5 * k2 + tt * (7 * k3 + tt * 9 * k4)))
             error = np.abs(difference).max(initial=0)
             if not error > UNDISTORT_TOLERANCE:

@@ -66,6 +66,14 @@ def test_directions_invert_the_distortion(distortion, fisheye):
         np.testing.assert_allclose(np.linalg.norm(directions, axis=-1), 1)
     else:
         assert (directions[:, 2] == -1).all()
+    np.testing.assert_allclose(camera.pixels(3 * directions), [x, y], atol=1e-8)
+
+
+def test_pixels_of_a_pinhole_camera_invert_its_directions():
+    camera = Camera(60, 90, K)
+    np.testing.assert_allclose(camera.pixels(camera.directions(*grid_of(camera))), grid_of(camera))
+    fisheye = Camera(60, 90, K, None, True)
+    np.testing.assert_allclose(fisheye.pixels(np.array([0, 0, -2.0])), K[:2, 2])
 
 
 def test_directions_agree_with_opencv():

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_scenes import blender_scene, edit_json, llff_scene, noise
 
 from load_blender import load_blender_data, load_blender_scene, pose_spherical
-from load_llff import load_llff_data, load_llff_scene
+from load_llff import load_llff_data, load_llff_scene, read_poses_bounds
 from run_nerf_helpers import get_rays
 from scenes.cameras import focus_point, orbit_of_cameras, viewmatrix
 from scenes.errors import UserError
@@ -236,6 +236,18 @@ def test_parameters_of_the_llff_loader(tmp_path):
     _, poses, bds, path, _ = load_llff_data(folder, 0, bd_factor=0.5, path_zflat=True)
     assert bds.min() == pytest.approx(2) and path.shape == (60, 3, 5)
     np.testing.assert_allclose(poses[:, :, 3].mean(0), 0, atol=1e-6)  # recentred
+
+
+@needs_data
+@pytest.mark.parametrize('flags', [(), ('--no_ndc', '--spherify')])
+def test_an_llff_scene_knows_where_it_came_from(flags):
+    folder = DATA / 'nerf_llff_data/fern'
+    scene, (before, _) = load_llff(folder, *flags), read_poses_bounds(folder / 'poses_bounds.npy')
+    transform = scene.applied_transform
+    scale = np.cbrt(np.linalg.det(transform[:3, :3]))
+    np.testing.assert_allclose(before[:, :, 3] @ transform[:3, :3].T + transform[:3, 3], scene.poses[:, :, 3],
+                               atol=1e-4)
+    np.testing.assert_allclose(transform[:3, :3] @ before[:, :, :3] / scale, scene.poses[:, :, :3], atol=1e-4)
 
 
 @needs_data
