@@ -1,0 +1,1 @@
+"""What a trained scene is exported to, one form a module."""
