@@ -18,8 +18,9 @@ from scenes.files import write_text
 from tools.exporting.sparse_field import BASE_LOW, BASE_RANGE, TABLE_SIDE, Baking, bake_field
 
 TEMPLATE = Path(__file__).with_name('page.html')
-# The longest side of a scene's box has at most, and at least, this many steps of the grid.
-MAX_RESOLUTION, MIN_RESOLUTION = 512, 16
+# The longest side of a scene's box has at most, and at least, this many steps of the grid. In forward-facing
+# scenes everything is filled with fog, so that fewer fit in memory.
+MAX_RESOLUTION, MAX_RESOLUTION_NDC, MIN_RESOLUTION = 512, 384, 16
 # A step of the grid is about this many pixels of the training views.
 STEP_PIXELS = 0.6
 # A point of the grid takes about this many bytes of the page.
@@ -88,7 +89,7 @@ def fit(baking, resolution, room, say):
 def first_resolution(baking):
     """The resolution at which a step of the grid is STEP_PIXELS pixels wide, at most MAX_RESOLUTION."""
     if baking.ndc:
-        return MAX_RESOLUTION
+        return MAX_RESOLUTION_NDC
     scene, box = baking.scene, baking.box
     distance = np.median(np.linalg.norm(scene.poses[:, :, 3] - focus_point(scene.poses), axis=-1))
     step = STEP_PIXELS * distance / scene.hwf[2]

@@ -30,10 +30,10 @@ GLOSS_EVERY = 2
 N_BASIS, TABLE_SIDE = 4, 64
 # They are learned from the colours of this many points, a batch of which is used in each of so many steps.
 LEARNED_POINTS, BATCH_POINTS, LEARNING_STEPS = 16384, 2048, 300
-# Points of less opacity than this are empty.
-MIN_OPACITY = 0.04
-# A point is seen if it contributes at least this weight to a pixel of a training view.
-MIN_WEIGHT = 0.03
+# Points of less opacity than this are empty. Forward-facing scenes are full of thin fog.
+MIN_OPACITY, MIN_OPACITY_NDC = 0.03, 0.008
+# A point is seen if at least this share of the light from it reaches a training view.
+MIN_TRANSMITTANCE = 0.1
 # No step is more opaque than this, so that optical depths stay finite.
 MAX_OPACITY = 0.998
 # Visibility is computed along the rays of every RAY_STRIDE-th pixel of both axes.
@@ -79,7 +79,7 @@ class Baking:
         self.device = next(self.network.parameters()).device
         renderer = kwargs['renderer']
         self.cells = renderer.grid if trained.args.occupancy_grid else self.find_cells(kwargs)
-        self.box = occupied_box(self.cells)
+        self.box, self.min_opacity = occupied_box(self.cells), MIN_OPACITY_NDC if self.ndc else MIN_OPACITY
 
     def find_cells(self, kwargs):
         """The cells in which the network may be visible, a `CellGrid`."""
@@ -160,16 +160,22 @@ class Lattice:
 
 
 @torch.no_grad()
-def bake_opacity(density, cells, lattice):
-    """Opacities [X, Y, Z] at the points of the lattice, 0 outside the occupied `cells`, a `CellGrid`;
-    `density` is a function of points."""
+def bake_opacity(density, cells, lattice, min_opacity):
+    """Opacities [X, Y, Z] at the points of the lattice.
+
+    Args:
+      density: a function of points [M, 3].
+      cells: a `CellGrid`; outside of its occupied cells opacities are 0.
+      lattice: a `Lattice`.
+      min_opacity: lower opacities are 0.
+    """
     opacity = torch.zeros(lattice.shape, device=lattice.low.device)
     for start in range(0, opacity.numel(), 4 * POINTS_AT_ONCE):
         numbers = torch.arange(start, min(start + 4 * POINTS_AT_ONCE, opacity.numel()), device=opacity.device)
         points = lattice.points(numbers)
         inside = cells.occupied[cells.cell_indices(points)] & (points <= cells.aabb[1]).all(-1)
         found = 1 - torch.exp(-density(points[inside]) * lattice.spacing)
-        opacity.view(-1)[numbers[inside]] = found.clamp(max=MAX_OPACITY)
+        opacity.view(-1)[numbers[inside]] = found.clamp(max=MAX_OPACITY) * (found >= min_opacity)
     return opacity
 
 
@@ -178,7 +184,7 @@ def look(baking, lattice, opacity):
     """What the training views see.
 
     Returns:
-      seen: whether points, or neighbours of theirs, contribute to a pixel; bool, as `opacity` [X, Y, Z].
+      seen: whether points, or neighbours of theirs, are seen; bool, as `opacity` [X, Y, Z].
       viewdirs: directions from which cells of CELL³ points are seen, [cells, MAX_DIRECTIONS, 3], 0 where
         there are fewer.
     """
@@ -192,10 +198,10 @@ def look(baking, lattice, opacity):
                                                                                     jitter))
         index = lattice.nearest(rays[ray_indices, :3] + t[:, None] * rays[ray_indices, 3:6])
         numbers = lattice.number(index)
-        density = -torch.log1p(-opacity.view(-1)[numbers]) / lattice.spacing
-        raw = torch.stack([density] * 4, -1)
+        at = opacity.view(-1)[numbers]
+        raw = torch.stack([-torch.log1p(-at) / lattice.spacing] * 4, -1)
         _, weights = composite(raw, t, ray_indices, torch.full_like(jitter, lattice.spacing), offsets)
-        hits = (weights > MIN_WEIGHT).nonzero()[:, 0]
+        hits = ((at > 0) & (weights >= MIN_TRANSMITTANCE * at)).nonzero()[:, 0]
         seen.view(-1)[numbers[hits]] = True
         slots = torch.randint(MAX_DIRECTIONS, hits.shape, generator=random, device=rays.device)
         viewdirs[lattice.number(index[hits], CELL) * MAX_DIRECTIONS + slots] = dirs[ray_indices[hits]]
@@ -343,9 +349,9 @@ def bake_field(baking, resolution, max_points, say):
       a `SparseField`, or None if there are too many points, or none; and their number.
     """
     lattice = Lattice(baking.box, resolution)
-    opacity = bake_opacity(baking.density, baking.cells, lattice)
+    opacity = bake_opacity(baking.density, baking.cells, lattice, baking.min_opacity)
     seen, viewdirs = look(baking, lattice, opacity)
-    opacity *= seen & (opacity >= MIN_OPACITY)
+    opacity *= seen
     numbers = (opacity > 0).view(-1).nonzero()[:, 0]
     say(f'{" × ".join(map(str, lattice.shape))} points, of which {len(numbers)} are visible')
     if not 0 < len(numbers) <= max_points:
