@@ -20,7 +20,7 @@ from tools.exporting.sparse_field import BASE_LOW, BASE_RANGE, TABLE_SIDE, Bakin
 TEMPLATE = Path(__file__).with_name('page.html')
 # The longest side of a scene's box has at most, and at least, this many steps of the grid. In forward-facing
 # scenes everything is filled with fog, so that fewer fit in memory.
-MAX_RESOLUTION, MAX_RESOLUTION_NDC, MIN_RESOLUTION = 512, 384, 16
+MAX_RESOLUTION, MAX_RESOLUTION_NDC, MIN_RESOLUTION = 512, 384, 32
 # A step of the grid is about this many pixels of the training views.
 STEP_PIXELS = 0.6
 # A point of the grid takes about this many bytes of the page.
@@ -46,7 +46,7 @@ def write_page(trained, path, size_limit_mb, say):
       size_limit_mb: the file has at most this many megabytes (10⁶ bytes).
       say: called with each line for the user.
     Raises:
-      UserError: scenes of this kind cannot be exported, nothing can be seen, or the limit is too small.
+      UserError: scenes of this kind cannot be exported, nothing can be seen, or the limit is too low.
     """
     if trained.args.contract:
         raise UserError(f'{trained.path}: found a scene in contracted space (--contract), which cannot be '
@@ -72,8 +72,6 @@ def fit(baking, resolution, room, say):
     `SparseField` and the bytes of its data, or None and None if MIN_RESOLUTION is too fine."""
     while resolution >= MIN_RESOLUTION:
         field, num_points = bake_field(baking, resolution, room / BYTES_PER_POINT, say)
-        if num_points == 0:
-            raise UserError('found nothing that the training views see, expected a trained scene')
         if field is None:
             size = num_points * BYTES_PER_POINT
         else:

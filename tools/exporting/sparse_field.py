@@ -20,6 +20,7 @@ from accel.baking import bake, with_neighbours
 from accel.packed import composite
 from run_nerf_helpers import ndc_rays
 from scenes.bounds import box_of_rays
+from scenes.errors import UserError
 from scenes.rays import camera_rays
 
 # Points of the lattice along each side of a brick.
@@ -29,7 +30,7 @@ GLOSS_EVERY = 2
 # Functions of the viewing direction, and the side of their table, see `octahedron`.
 N_BASIS, TABLE_SIDE = 4, 64
 # They are learned from the colours of this many points, a batch of which is used in each of so many steps.
-LEARNED_POINTS, BATCH_POINTS, LEARNING_STEPS = 16384, 2048, 300
+LEARNED_POINTS, BATCH_POINTS, LEARNING_STEPS = 16384, 512, 300
 # Points of less opacity than this are empty. Forward-facing scenes are full of thin fog.
 MIN_OPACITY, MIN_OPACITY_NDC = 0.03, 0.008
 # A point is seen if at least this share of the light from it reaches a training view.
@@ -72,7 +73,7 @@ class Baking:
     """
 
     def __init__(self, trained):
-        kwargs, self.scene = trained.render_kwargs, trained.scene
+        kwargs, self.scene, self.path = trained.render_kwargs, trained.scene, trained.path
         self.network = kwargs['network_fine'] or kwargs['network_fn']
         self.query, self.ndc = kwargs['network_query_fn'], kwargs['ndc']
         self.pixel_centers, self.uses_viewdirs = kwargs['pixel_centers'], kwargs['use_viewdirs']
@@ -346,7 +347,9 @@ def bake_field(baking, resolution, max_points, say):
       max_points: the most points that may be kept.
       say: called with each line for the user.
     Returns:
-      a `SparseField`, or None if there are too many points, or none; and their number.
+      a `SparseField`, or None if there are too many points; and their number.
+    Raises:
+      UserError: there are no points.
     """
     lattice = Lattice(baking.box, resolution)
     opacity = bake_opacity(baking.density, baking.cells, lattice, baking.min_opacity)
@@ -354,7 +357,9 @@ def bake_field(baking, resolution, max_points, say):
     opacity *= seen
     numbers = (opacity > 0).view(-1).nonzero()[:, 0]
     say(f'{" × ".join(map(str, lattice.shape))} points, of which {len(numbers)} are visible')
-    if not 0 < len(numbers) <= max_points:
+    if not len(numbers):
+        raise UserError(f'{baking.path}: found nothing that the training views see, expected a trained scene')
+    if len(numbers) > max_points:
         return None, len(numbers)
 
     basis = learn_basis(baking, lattice, numbers, viewdirs)
