@@ -1,0 +1,282 @@
+"""The page: what is baked, what the browser shows of it, that it fetches nothing and keeps to its size."""
+import base64
+import json
+import re
+from argparse import Namespace
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from tiny_browser import open_browser
+from tiny_runs import DEMO, NO_OUTPUTS, run
+
+from accel.occupancy import CellGrid
+from scenes.errors import UserError
+from tools.exporting.page import write_page
+from tools.exporting.sparse_field import (
+    BASE_LOW,
+    BASE_RANGE,
+    N_BASIS,
+    Lattice,
+    bake_field,
+    fit_gloss,
+    into_bricks,
+    number_bricks,
+    occupied_box,
+    occupied_bricks,
+    octahedron,
+)
+from tools.trained import load_trained
+
+# The sphere of `SphereBaking`.
+RADIUS, COLOR = 0.5, torch.tensor([0.8, 0.5, 0.2])
+
+
+class SphereBaking:
+    """Stands for the `Baking` of a scene in which a dense sphere surrounds the origin, and one camera sees
+    it from above. Its colour is COLOR."""
+    ndc, min_opacity, scene = False, 0.03, Namespace(i_train=[0])
+
+    def __init__(self):
+        self.cells = CellGrid(16)
+        self.box = occupied_box(self.cells)
+
+    def density(self, points):
+        return 200.0 * (points.norm(dim=-1) < RADIUS)
+
+    def colors(self, points, viewdirs):
+        return COLOR.expand(*viewdirs.shape[:-1], 3)
+
+    def rays(self, view):
+        line = torch.linspace(-0.6, 0.6, 80)
+        targets = torch.cartesian_prod(line, line, torch.zeros(1))
+        origin = torch.tensor([0.0, 0, 3]).expand(len(targets), 3)
+        rays_d = torch.nn.functional.normalize(targets - origin, dim=-1)
+        return torch.cat([origin, rays_d, torch.tensor([[1.0, 6.0]]).expand(len(origin), 2)], -1), rays_d
+
+
+@pytest.fixture(scope='module')
+def sphere():
+    """The `SparseField` of the sphere, and the positions of its points [N, 3]."""
+    baking = SphereBaking()
+    field, num_points = bake_field(baking, 64, 10 ** 6, print)
+    assert num_points == len(field.base)
+    lattice = Lattice(baking.box, 64)
+    points = lattice.points(torch.arange(np.prod(lattice.shape))).view(*lattice.shape, 3)
+    return field, into_bricks(points, field.bricks >= 0, 8)[field.opacity > 0]
+
+
+def test_only_what_is_seen_is_kept(sphere):
+    _, points = sphere
+    distance = points.norm(dim=-1)
+    assert distance.max() < RADIUS
+    # the camera is above: nothing deep inside, nothing of the lower half; two steps of the lattice as margin
+    assert distance.min() > RADIUS - 3 / 32 and points[:, 2].min() > -2 / 32
+    # but all of the surface that it sees
+    above = torch.nn.functional.normalize(torch.randn(200, 3), dim=-1)
+    above = RADIUS * above[above[:, 2] > 0.4]
+    assert torch.cdist(above, points).amin(1).max() < 2 / 32
+
+
+def test_a_colour_that_is_the_same_from_everywhere_is_kept_as_it_is(sphere):
+    field, _ = sphere
+    assert (BASE_LOW + BASE_RANGE / 255 * field.base - COLOR).abs().max() < 0.6 * BASE_RANGE / 255
+    assert not field.gloss.any()
+
+
+def test_gloss_is_found_from_the_directions_that_count():
+    torch.manual_seed(0)
+    values, gloss, base = torch.rand(50, 16, N_BASIS), torch.rand(50, 3, N_BASIS), torch.rand(50, 3)
+    colors, is_set = base[:, None] + values @ gloss.mT, torch.rand(50, 16) < 0.7
+    colors[~is_set] = 7
+    found, found_base, errors = fit_gloss(100 * values, colors, is_set.float())  # the penalty vanishes
+    torch.testing.assert_close(100 * found, gloss, atol=2e-3, rtol=0)
+    torch.testing.assert_close(found_base, base, atol=2e-3, rtol=0)
+    assert errors.abs().max() < 1e-3
+
+
+def test_the_octahedron_covers_the_sphere_evenly():
+    directions = octahedron(64).view(-1, 3)
+    torch.testing.assert_close(directions.norm(dim=-1), torch.ones(64 * 64))
+    everywhere = torch.nn.functional.normalize(torch.randn(500, 3), dim=-1)
+    assert torch.cdist(everywhere, directions).amin(1).max() < 0.06
+
+
+def test_too_many_points_are_counted_and_not_baked():
+    field, num_points = bake_field(SphereBaking(), 64, 100, print)
+    assert field is None and num_points > 100
+
+
+def test_an_empty_scene_is_refused():
+    baking = SphereBaking()
+    baking.density, baking.path = lambda points: points[:, 0] * 0, 'run/000100.tar'
+    with pytest.raises(UserError, match='found nothing that the training views see'):
+        bake_field(baking, 64, 10 ** 6, print)
+
+
+def test_bricks_hold_each_point_once_and_borders_have_bricks():
+    opacity = torch.zeros(24, 16, 16)
+    opacity[8, 3, 8] = 1  # the first of its brick in x and z: the bricks in front interpolate with it
+    occupied = occupied_bricks(opacity)
+    assert occupied.nonzero().tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]]
+    bricks = into_bricks(opacity, occupied, 8)
+    assert bricks.shape == (4, 512) and bricks.sum() == 1
+    assert bricks.view(4, 8, 8, 8)[number_bricks(occupied)[1, 0, 1]][0, 3, 0] == 1
+
+
+def test_empty_bricks_know_how_far_the_next_one_is():
+    occupied = torch.rand(9, 7, 8, generator=torch.Generator().manual_seed(0)) < 0.02
+    numbers = number_bricks(occupied)
+    assert numbers[occupied].tolist() == list(range(occupied.sum()))
+    empty = (~occupied).nonzero()
+    nearest = (empty[:, None] - occupied.nonzero()).abs().amax(-1).amin(-1)
+    assert nearest.equal(-numbers[~occupied])
+
+
+# --- pages in a browser -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def fast_demo_page(fast_demo_run):
+    """A run, loaded, and its page."""
+    trained = load_trained(fast_demo_run, say=print)
+    path = fast_demo_run.parent / 'page.html'
+    write_page(trained, path, 2, print)
+    return trained, path
+
+
+@pytest.fixture(scope='module')
+def browser():
+    with open_browser() as browser:
+        yield browser
+
+
+def open_page(browser, path):
+    """A page in the browser, ready, and the list of addresses that it requests."""
+    page, requests = browser.new_page(viewport={'width': 160, 'height': 120}), []
+    page.on('request', lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
+    page.wait_for_selector('body[data-ready]', state='attached')
+    assert page.evaluate('document.body.dataset.ready') == 'yes', page.inner_text('body')
+    return page, requests
+
+
+@pytest.fixture(scope='module')
+def shown(fast_demo_page, browser):
+    """That page in a browser, and the addresses that it has requested."""
+    return open_page(browser, fast_demo_page[1])
+
+
+def picture(page):
+    """What the canvas shows, uint8 [H, W, 3]."""
+    url = page.evaluate("document.getElementById('canvas').toDataURL()")
+    return iio.imread(base64.b64decode(url.partition(',')[2]))[..., :3]
+
+
+def show_view(page, trained, view):
+    """The picture of a view of the scene."""
+    camera, shift = trained.scene.cameras[view], 0.0 if trained.args.pixel_centers else 0.5
+    fx, fy, cx, cy = camera.K[(0, 1, 0, 1), (0, 1, 2, 2)]
+    page.evaluate('([c2w, K, W, H]) => setCamera(c2w, K, W, H)',
+                  [trained.scene.poses[view].tolist(), [fx, fy, cx + shift, cy + shift], camera.W, camera.H])
+    return picture(page)
+
+
+def psnr_of_views(page, trained, views):
+    """How close the page comes to `render`, over all `views` together."""
+    errors = []
+    for view in views:
+        expected = trained.frames.render(trained.scene.poses[view], camera=trained.scene.cameras[view]).rgb
+        errors.append(((show_view(page, trained, view) / 255 - expected) ** 2).mean())
+    return -10 * np.log10(np.mean(errors))
+
+
+def test_the_page_shows_what_is_rendered(fast_demo_page, shown):
+    assert psnr_of_views(shown[0], fast_demo_page[0], fast_demo_page[0].scene.i_test[:4]) > 33
+
+
+def test_nothing_is_requested_but_the_page(fast_demo_page, shown):
+    assert shown[1] == [fast_demo_page[1].as_uri()]
+    text = fast_demo_page[1].read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', text) and 'http' not in text
+
+
+def test_the_page_keeps_to_its_size(fast_demo_page, tmp_path):
+    trained, path = fast_demo_page
+    full = path.stat().st_size
+    assert full <= 2e6
+    write_page(trained, tmp_path / 'small.html', full / 2e6, print)
+    assert 0.2 * full < (tmp_path / 'small.html').stat().st_size <= full / 2
+    with pytest.raises(UserError, match=r'does not fit in 0\.05 MB'):
+        write_page(trained, tmp_path / 'none.html', 0.05, print)
+    assert not (tmp_path / 'none.html').exists()
+
+
+def test_dragging_and_the_wheel_move_the_camera_and_a_double_click_returns(shown):
+    page, _ = shown
+
+    def settled(action):
+        action()
+        page.evaluate('whenSharp()')
+        return picture(page).astype(int)
+
+    def drag():
+        page.mouse.move(80, 60)
+        page.mouse.down()
+        page.mouse.move(110, 50, steps=3)
+        page.mouse.up()
+    start = settled(lambda: page.mouse.dblclick(80, 60))
+    dragged = settled(drag)
+    nearer = settled(lambda: page.mouse.wheel(0, -300))
+    assert np.abs(dragged - start).mean() > 2 and np.abs(nearer - dragged).mean() > 2
+    assert (nearer.min(-1) < 250).mean() > 1.2 * (dragged.min(-1) < 250).mean()  # the object is larger
+    assert np.array_equal(settled(lambda: page.mouse.dblclick(80, 60)), start)
+
+
+def test_two_fingers_zoom(shown):
+    page, _ = shown
+    touch = page.context.new_cdp_session(page)
+
+    def move(kind, distance):
+        sides = (-1, 1) if distance else ()
+        points = [{'x': 80 + side * distance, 'y': 60, 'id': side + 1} for side in sides]
+        touch.send('Input.dispatchTouchEvent', {'type': kind, 'touchPoints': points})
+    page.mouse.dblclick(80, 60)
+    page.evaluate('whenSharp()')
+    before = picture(page)
+    for kind, distance in (('touchStart', 20), ('touchMove', 25), ('touchMove', 30), ('touchEnd', 0)):
+        move(kind, distance)
+    page.evaluate('whenSharp()')
+    assert (picture(page).min(-1) < 250).mean() > 1.3 * (before.min(-1) < 250).mean()
+
+
+def test_the_start_is_the_first_pose_of_the_path(fast_demo_page):
+    trained, path = fast_demo_page
+    scene = json.loads(re.search(r'const SCENE = (\{.*\});', path.read_text())[1])
+    np.testing.assert_allclose(scene['position'], trained.scene.render_poses[0][:, 3], atol=1e-6)
+    ahead = np.subtract(scene['center'], scene['position'])
+    np.testing.assert_allclose(ahead / np.linalg.norm(ahead), -trained.scene.render_poses[0][:, 2], atol=1e-5)
+
+
+def test_a_page_without_webgl_2_says_so(fast_demo_page, browser):
+    page = browser.new_page()
+    page.add_init_script('HTMLCanvasElement.prototype.getContext = () => null')
+    page.goto(fast_demo_page[1].as_uri())
+    page.wait_for_selector('body[data-ready=failed]', state='attached')
+    assert 'needs WebGL 2' in page.inner_text('#message') and page.is_visible('#preview')
+
+
+@pytest.mark.slow
+def test_the_page_of_hierarchical_sampling_shows_what_is_rendered(tmp_path, browser):
+    assert run(*DEMO, '--netdepth', 4, '--netwidth', 64, '--basedir', tmp_path, *NO_OUTPUTS,
+               '--N_iters', 300) == 0
+    trained = load_trained(tmp_path / 'demo', say=print)
+    write_page(trained, tmp_path / 'page.html', 2, print)
+    page, _ = open_page(browser, tmp_path / 'page.html')
+    assert psnr_of_views(page, trained, trained.scene.i_test[:4]) > 29
+
+
+def test_contracted_space_is_refused(tmp_path):
+    trained = Namespace(args=Namespace(contract=True), path='run/000100.tar')
+    with pytest.raises(UserError, match='found a scene in contracted space'):
+        write_page(trained, tmp_path / 'page.html', 20, print)
