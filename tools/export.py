@@ -53,8 +53,8 @@ def parse_args(argv):
         help='png: 16 bits, the scale is in transforms.json; tiff: float32 (default: png)')
     add('--coordinates', choices=('input', 'scene'), default='input',
         help='those of the input, or of training (default: input)')
-    add('--html_size', type=integer(1), metavar='MB', default=20,
-        help='html: the most megabytes (default: 20)')
+    add('--html_size', type=integer(1), metavar='MB', default=25,
+        help='html: the most megabytes (default: 25)')
     args, options = parser.parse_known_args(argv)
     if not any(vars(args)[name] for name in OUTPUTS):
         parser.error(f'nothing to export, expected one of {", ".join(f"--{name}" for name in OUTPUTS)}')

@@ -1,4 +1,5 @@
 """The panel of one browser: what is shown, cameras and photos, the ray microscope, camera paths."""
+import threading
 import time
 from pathlib import Path
 
@@ -211,12 +212,12 @@ class Panel:
         self.explanation = gui.add_markdown('Switch it on, and click a pixel of the scene.')
         self.stage = gui.add_slider('step', 1, 2, 1, 1, visible=False)
         self.stage.on_update(lambda _: self.show_step())
-        self.steps, self.parts, self.nodes = [], [], []
+        self.steps, self.parts, self.nodes, self.showing = [], [], [], threading.Lock()
 
         @self.examining.on_update
         def _(_):
             self.session.hides_markers = not self.examining.value
-            self.session.redraw()
+            self.viewer.call(self.session.resend())
             if self.examining.value:
                 self.client.scene.on_click()(self.clicked)
             else:
@@ -250,8 +251,11 @@ class Panel:
 
     def show_step(self):
         """Show the plots, the points and the numbers of the chosen step."""
-        if not self.steps:
-            return
+        with self.showing:  # the slider and a click may call this at the same time
+            if self.steps:
+                self.replace_step()
+
+    def replace_step(self):
         for part in [*self.parts, *self.nodes]:
             part.remove()
         step = self.steps[int(self.stage.value) - 1]

@@ -77,9 +77,11 @@ class Session:
             return None
         return max(0.0, self.moved_at + SETTLE_SECONDS - time.monotonic())
 
-    def redraw(self):
-        """Send the picture again."""
-        self.complete = False
+    def resend(self):
+        """Send the picture again; a task for `Viewer.call`."""
+        if self.maps is not None:
+            self.send(STILL_QUALITY)
+        yield
 
     def networks_changed(self):
         """Render the picture again, because the networks have changed."""

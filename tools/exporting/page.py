@@ -19,8 +19,8 @@ from tools.exporting.sparse_field import BASE_LOW, BASE_RANGE, TABLE_SIDE, Bakin
 
 TEMPLATE = Path(__file__).with_name('page.html')
 # The longest side of a scene's box has at most, and at least, this many steps of the grid. In forward-facing
-# scenes everything is filled with fog, so that fewer fit in memory.
-MAX_RESOLUTION, MAX_RESOLUTION_NDC, MIN_RESOLUTION = 512, 384, 32
+# scenes thin fog fills all space, so that more steps take too much memory.
+MAX_RESOLUTION, MAX_RESOLUTION_NDC, MIN_RESOLUTION = 512, 320, 32
 # A step of the grid is about this many pixels of the training views.
 STEP_PIXELS = 0.6
 # A point of the grid takes about this many bytes of the page.
