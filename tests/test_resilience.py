@@ -50,12 +50,12 @@ def test_killed_and_resumed_is_bit_equal_to_undisturbed(tmp_path, options):
 
 
 @slow
-def test_25_kills_at_random_moments(tmp_path):
+def test_kills_at_random_moments(tmp_path):
     """Every start resumes from the newest checkpoint, every file with a final name can be read, and in the
     end the parameters are those of a run that was never disturbed."""
     folder, moments, last = tmp_path / 'killed/demo', random.Random(0), 0
     args = [*TINY, '--i_weights', 3, '--i_img', 4, '--i_testset', 10, '--i_video', 50]
-    for _ in range(25):
+    for _ in range(15):
         process = start(*args, '--basedir', tmp_path / 'killed', '--N_iters', 100000)
         wait_for(folder / f'{last + 3:06d}.tar', process)
         time.sleep(moments.random())
