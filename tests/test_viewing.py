@@ -1,5 +1,7 @@
 """The viewer without a browser: pictures, the ray microscope, live runs."""
 import itertools
+import threading
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -133,6 +135,22 @@ def test_normals_of_a_plane():
     normal = np.array([0.3, -0.2, 0.9]) / np.linalg.norm([0.3, -0.2, 0.9])
     depth = -3 / (rays_d @ normal)
     np.testing.assert_allclose(normals(depth, rays_d), np.broadcast_to(normal, rays_d.shape), atol=1e-2)
+
+
+def test_browsers_that_come_at_the_same_time_take_turns():
+    viewer = pytest.importorskip('viewing.viewer')
+    served = []
+
+    class Browser(SimpleNamespace):
+        view, served_at = None, 0.0
+
+        def advance(self):
+            served.append(self.name)
+            self.served_at += 1
+    sessions = {name: Browser(name=name, due_in=lambda: 0.0, wanted=lambda: 1) for name in 'ab'}
+    stub = SimpleNamespace(sessions=sessions, tasks=deque(), wake=threading.Event())
+    assert all(viewer.Viewer.work(stub) for _ in range(4))
+    assert served == ['a', 'b', 'a', 'b']
 
 
 # --- live runs ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ MAX_POINTS = 600
 
 class LiveViewer:
     """A `Viewer` of the networks in training. It renders between steps, in the thread that trains, and draws
-    no random numbers, so the run stays the same. If it fails, the run goes on without it.
+    no random numbers, so the run stays the same. If the viewer fails, training continues.
 
     Args:
       args: the options; without --viewer nothing is shown.
@@ -36,8 +36,7 @@ class LiveViewer:
     def __init__(self, args, scene, frames, processes, stop, say):
         self.viewer, self.stop, self.say, self.N_iters = None, stop, say, args.N_iters
         self.can_pause, self.paused, self.panels, self.history = processes.size == 1, False, [], []
-        self.credit, self.every = 0.0, 1
-        self.left_at = self.refreshed_at = self.reported_at = self.rendered = 0.0
+        self.credit = self.left_at = self.refreshed_at = self.reported_at = self.rendered = 0.0
         if args.viewer and processes.is_main:
             from viewing.viewer import Viewer
             self.viewer = Viewer(args.expname, scene, frames, frames.view_kwargs, port=args.viewer_port,

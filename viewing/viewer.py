@@ -98,17 +98,16 @@ class Viewer:
                     next(task)
                     self.tasks.append(task)
                 return True
-            waits = [(due, session.served_at, session) for session in list(self.sessions.values())
-                     if (due := session.due_in()) is not None]
-            if waits and min(waits)[0] <= 0:
-                # new views before tiles, then whoever has waited longest
-                due = [session for wait, _, session in waits if wait <= 0]
+            waits = [(wait, session) for session in list(self.sessions.values())
+                     if (wait := session.due_in()) is not None]
+            due = [session for wait, session in waits if wait <= 0]
+            if due:  # new views before tiles, then whoever has waited longest
                 min(due, key=lambda session: (session.wanted() == session.view, session.served_at)).advance()
                 return True
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            self.wake.wait(min([left, *(wait for wait, _, _ in waits)]))
+            self.wake.wait(min([left, *(wait for wait, _ in waits)]))
 
     def networks_changed(self, complete_only=False):
         """Render pictures again, because the networks have changed: all, or those that are complete."""

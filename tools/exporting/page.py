@@ -27,7 +27,7 @@ STEP_PIXELS = 0.6
 BYTES_PER_POINT = 5.0
 # If a page is too large, the next attempt aims at this share of the limit.
 SAFETY = 0.93
-# The page has the data in pieces of this many bytes, so that it can show how much has arrived.
+# The data is split into parts of this many bytes, to show the progress of loading.
 PART_BYTES = 3 * 2 ** 18
 # The longer side of the picture that is shown while the page loads has at most this many pixels.
 PREVIEW_SIZE = 400
