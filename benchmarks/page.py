@@ -69,16 +69,19 @@ def tables(content):
          text(machine['hardware'] for machine in machines.values())]]
 
 
-def missing(content):
-    """Lines that name the scenes that were not measured, and why."""
+def notes(content):
+    """Lines about the commits, and the scenes that were not measured and why; and `note`, which a person may
+    have added to the file."""
+    commits = dict.fromkeys(str(machine['commit']) for machine in content['measured']['scenes'].values())
     scenes = content['result']['scenes'].items()
-    return [f'Not measured: {name} ({scene["problem"]}).' for name, scene in scenes if 'problem' in scene]
+    return [f'Commit: {", ".join(commits)}.', *([content['note']] if 'note' in content else []),
+            *(f'Not measured: {name} ({scene["problem"]}).' for name, scene in scenes if 'problem' in scene)]
 
 
 def markdown(content):
     """The content of results.json as Markdown."""
     parts = [f'## {content["result"]["table"]}, {content["result"]["preset"]}',
-             f'`python {" ".join(content["measured"]["command"])}`', *missing(content)]
+             f'`python {" ".join(content["measured"]["command"])}`', *notes(content)]
     for title, (heading, *rows) in tables(content):
         parts += [f'**{title}**', '\n'.join(f'| {" | ".join(row)} |'
                                             for row in [heading, ['---'] * len(heading), *rows])]
@@ -87,7 +90,7 @@ def markdown(content):
 
 def latex(content):
     """The content of results.json as LaTeX, for the package booktabs."""
-    lines = [f'% {line}' for line in missing(content)]
+    lines = [f'% {line}' for line in notes(content)]
     for title, rows in tables(content):
         heading, *rows = [' & '.join(''.join(LATEX.get(letter, letter) for letter in text) for text in row)
                           + r' \\' for row in rows]

@@ -216,7 +216,7 @@ def read_record(task):
 
 def assemble(bench, tasks, problems):
     """Write results.json, results.md and results.tex from the records of all scenes; returns the content of
-    the first. `problems` by name go before the records."""
+    the first. `problems` by name take precedence over the records."""
     records = {task.name: read_record(task) for task in tasks}
     records |= {name: {'problem': problem} for name, problem in problems.items()}
     scenes = {name: record.get('result', record) for name, record in records.items()}

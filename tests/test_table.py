@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import imageio.v3 as iio
 import pytest
 from tiny_runs import FAST_DEMO, NO_OUTPUTS, ROOT, TINY, finish, run, start, wait_for
+from tiny_scenes import blender_scene, llff_scene
 
 from scenes.errors import UserError
 from scenes.files import is_running
@@ -31,12 +32,11 @@ def parse(monkeypatch, *words):
 
 
 @pytest.fixture
-def task(monkeypatch, few_views, tmp_path):
-    """A scene that trains in a moment, in this process."""
+def make_task(monkeypatch, few_views, tmp_path):
+    """A function of options that returns a scene that trains in a moment, in this process."""
     monkeypatch.setattr(table, 'run', lambda bench, stop, task: None if run(*task.words) == 0 else 'failed')
-    bench = parse(monkeypatch, '--preset', 'demo', '--out', tmp_path, '--scenes', f'mine={few_views}',
-                  *TWO_STEPS)
-    return table.make_tasks(bench)[0]
+    own = '--preset', 'demo', '--out', tmp_path, '--scenes', f'mine={few_views}', *TWO_STEPS
+    return lambda *words: table.make_tasks(parse(monkeypatch, *own, *words))[0]
 
 
 def content_of(**scenes):
@@ -44,7 +44,7 @@ def content_of(**scenes):
     results = {name: {'problem': f'no folder data/{name}'} if psnr is None else
                {'mean': {'psnr': psnr, 'ssim': 0.95, 'lpips': None}, 'width': 400, 'height': 400, 'views': 25,
                 'background': 'white'} for name, psnr in scenes.items()}
-    measured = {name: {'training_seconds': 60.0, 'hardware': 'CPU, 2 threads'}
+    measured = {name: {'training_seconds': 60.0, 'hardware': 'CPU, 2 threads', 'commit': None}
                 for name in scenes if scenes[name]}
     return {'result': {'table': 'blender', 'preset': 'lego_fast', 'scenes': results,
                        'mean': table.mean_of_scenes(results)},
@@ -127,7 +127,8 @@ def test_a_scene_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path,
 
 # --- which results are reused -------------------------------------------------------------------------------
 
-def test_a_result_is_kept_while_options_and_checkpoint_are_its_own(task, monkeypatch):
+def test_a_result_is_kept_while_options_and_checkpoint_are_its_own(make_task, monkeypatch):
+    task = make_task()
     table.measure(None, GOING_ON, task)
     record = table.read_record(task)
     assert record['result']['step'] == 2 and record['result']['mean']['psnr'] > 0
@@ -135,37 +136,41 @@ def test_a_result_is_kept_while_options_and_checkpoint_are_its_own(task, monkeyp
 
     monkeypatch.setattr(table, 'run', lambda *_: pytest.fail('measured again'))
     table.measure(None, GOING_ON, task)
-    longer = task._replace(args=SimpleNamespace(**{**vars(task.args), 'N_iters': 3}))
-    assert table.read_record(longer) == {'problem': 'measured with other options'}
-    other = task._replace(args=SimpleNamespace(**{**vars(task.args), 'lrate': 0.5}))
+    assert table.read_record(make_task('--N_iters', 3)) == {'problem': 'measured with other options'}
     with pytest.raises(UserError, match=r'found a run with other options, lrate 0\.5 '):
-        table.measure(None, GOING_ON, other)
-    fewer = task._replace(args=SimpleNamespace(**{**vars(task.args), 'N_iters': 1}))
+        table.measure(None, GOING_ON, make_task('--lrate', 0.5))
     with pytest.raises(UserError, match=r'N_iters 1 \(was 2\)'):
-        table.measure(None, GOING_ON, fewer)
+        table.measure(None, GOING_ON, make_task('--N_iters', 1))
     assert table.read_record(task) == record
 
 
-def test_a_result_of_another_checkpoint_is_measured_again(task):
+def test_a_result_of_another_checkpoint_or_other_views_is_measured_again(make_task):
+    task = make_task()
     table.measure(None, GOING_ON, task)
     path = task.folder / 'result.json'
     record = json.loads(path.read_text())
     other = {**record['result'], 'checkpoint': 'other', 'mean': None}
     path.write_text(json.dumps({**record, 'result': other}))
     table.measure(None, GOING_ON, task)
-    assert table.read_record(task)['result'] == record['result']
+    assert table.read_record(task)['result'] == record['result'] and record['result']['views'] == 1
+    table.measure(None, GOING_ON, make_task('--testskip', 4))
+    found = json.loads(path.read_text())['result']
+    assert found['views'] == 2 and found['checkpoint'] == record['result']['checkpoint']
 
 
-def test_the_hash_of_data_follows_names_and_contents(task, few_views):
-    before = table.hash_of_data(task.args)
-    (few_views / 'unrelated.txt').write_text('not read')
-    assert table.hash_of_data(task.args) == before
-    path = few_views / 'test/r_0.png'
-    content = path.read_bytes()
-    path.write_bytes(content + b' ')
-    changed = table.hash_of_data(task.args)
-    path.write_bytes(content)
-    assert changed != before == table.hash_of_data(task.args)
+@pytest.mark.parametrize('layout, write, image', [('blender', blender_scene, 'test/r_0.png'),
+                                                  ('llff', llff_scene, 'images/0.png')])
+def test_the_hash_of_data_follows_names_and_contents(tmp_path, layout, write, image):
+    folder = write(tmp_path / 'scene')
+    args = SimpleNamespace(datadir=folder, dataset_type=layout, factor=1, testskip=1, llffhold=8)
+    before = table.hash_of_data(args)
+    (folder / 'unrelated.txt').write_text('not read')
+    assert table.hash_of_data(args) == before
+    (folder / image).write_bytes((folder / image).read_bytes() + b' ')
+    changed = table.hash_of_data(args)
+    assert changed != before
+    args.dataset_type = 'another'  # all files
+    assert table.hash_of_data(args) not in (before, changed)
 
 
 # --- runs and kills -----------------------------------------------------------------------------------------
@@ -176,7 +181,7 @@ def test_the_hash_of_data_follows_names_and_contents(task, few_views):
     ('sys.exit(3)', False, 'exit code 3'),
     ('os.kill(os.getpid(), signal.SIGKILL)', False, 'killed by SIGKILL'),
     ('signal.signal(signal.SIGTERM, lambda *_: sys.exit(4)); print("ready", flush=True); time.sleep(60)',
-     True, 'exit code 4')])
+     True, 'exit code 4')], ids=['done', 'error', 'code', 'killed', 'stopped'])
 def test_why_a_run_ended(monkeypatch, tmp_path, script, stopping, problem):
     monkeypatch.setattr(table, 'ROOT', tmp_path)
     (tmp_path / 'run_nerf.py').write_text(f'import os, signal, sys, time\n{script}\n')
