@@ -74,8 +74,10 @@ def notes(content):
     have added to the file."""
     commits = dict.fromkeys(str(machine['commit']) for machine in content['measured']['scenes'].values())
     scenes = content['result']['scenes'].items()
-    return [f'Commit: {", ".join(commits)}.', *([content['note']] if 'note' in content else []),
-            *(f'Not measured: {name} ({scene["problem"]}).' for name, scene in scenes if 'problem' in scene)]
+    missing = [f'{name} ({scene["problem"]})' for name, scene in scenes if 'problem' in scene]
+    return [*([f'Commit: {", ".join(commits)}.'] if commits else []),
+            *([f'Not measured: {", ".join(missing)}.'] if missing else []),
+            *([content['note']] if 'note' in content else [])]
 
 
 def markdown(content):

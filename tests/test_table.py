@@ -87,13 +87,23 @@ def test_the_page_is_that_of_the_results():
 
 # --- the scenes of a table ----------------------------------------------------------------------------------
 
-def test_shards_share_the_scenes(monkeypatch):
-    bench = parse(monkeypatch, '--table', 'llff', '--preset', 'paper')
-    tasks = table.make_tasks(bench)
+def test_a_table_has_all_its_scenes_and_their_configs(monkeypatch):
+    tasks = table.make_tasks(parse(monkeypatch, '--table', 'llff', '--preset', 'paper', '--N_iters', 7))
     assert [task.name for task in tasks] == [*SETS['llff'].scenes]
-    assert all(task.args.config == str(ROOT / f'configs/paper/{task.name}.txt') for task in tasks)
-    parts = [tasks[shard - 1::count] for shard, count in map(table.shard_of, ('1/3', '2/3', '3/3'))]
-    assert sorted(task.name for part in parts for task in part) == [task.name for task in tasks]
+    for task in tasks:
+        assert task.args.config == str(ROOT / f'configs/paper/{task.name}.txt')
+        assert task.args.datadir == f'data/nerf_llff_data/{task.name}' and task.args.N_iters == 7
+
+
+def test_shards_share_the_scenes(monkeypatch, tmp_path, few_views):
+    ran, names = [], ['a', 'b', 'c', 'd', 'e']
+    monkeypatch.setattr(table, 'run', lambda bench, stop, task: ran.append(task.name) or 'failed')
+    for shard in ('3/3', '1/3', '2/3'):
+        parse(monkeypatch, '--preset', 'demo', '--out', tmp_path, '--shard', shard,
+              '--scenes', *(f'{name}={few_views}' for name in names))
+        table.main()
+    content = json.loads((tmp_path / 'results.json').read_text())
+    assert sorted(ran) == names and [*content['result']['scenes'].values()] == 5 * [{'problem': 'failed'}]
 
 
 @pytest.mark.parametrize('words, message', [
@@ -122,7 +132,7 @@ def test_a_scene_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path,
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == 'table.py: error: a: a killed; b: b killed'
     text = (tmp_path / 'out/results.md').read_text()
-    assert 'Not measured: a (a killed).' in text and 'Not measured: gone (no folder nowhere).' in text
+    assert 'Not measured: a (a killed), gone (no folder nowhere), b (b killed).' in text
 
 
 # --- which results are reused -------------------------------------------------------------------------------
