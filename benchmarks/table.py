@@ -103,7 +103,7 @@ def measure(bench, stop, task):
     state = newest_state(task)
     if not problem and not (task.metrics.is_file() and state and state['steps_done'] == task.args.N_iters):
         problem = f'no metrics of test views after step {task.args.N_iters}; see {task.console.name}'
-    record = {'problem': problem} if problem else collect(task, state)
+    record = {'problem': problem} if problem else collect(bench, task, state)
     write_text(task.folder / 'result.json', json.dumps(record, indent=1) + '\n')
     say(f'{task.name}: {problem or summary(record["result"]["mean"])}')
 
@@ -148,7 +148,7 @@ def run(bench, stop, task):
     return [f'exit code {process.returncode}', *errors][-1] if process.returncode else None
 
 
-def collect(task, state):
+def collect(bench, task, state):
     """The record of a finished scene: `result`, which on a CPU, in one process, does not depend on
     interruptions, and what is `measured`, which does."""
     metrics, starts = read_json(task.metrics), read_starts(task.folder)
@@ -160,6 +160,8 @@ def collect(task, state):
     start = {key: starts[-1][key] for key in ('commit', 'time', 'torch', 'cuda')}
     threads = starts[-1]['threads']
     hardware = starts[-1]['gpu'] or f'{processor()}, {threads} thread{"s" * (threads > 1)}'
+    if bench.nproc_per_node > 1:
+        hardware += f', {bench.nproc_per_node} processes'
     trained = state.get('logger_state_dict', {}).get('seconds_trained', math.nan)
     measured = {'training_seconds': None if math.isnan(trained) else trained,
                 'frame_seconds': sum(seconds) / len(seconds) if seconds else None,

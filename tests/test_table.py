@@ -24,6 +24,7 @@ import table
 # Options of runs of two steps.
 TWO_STEPS = [*map(str, [*TINY[4:], *NO_OUTPUTS, '--N_iters', 2])]
 GOING_ON = SimpleNamespace(requested=False)
+BENCH = SimpleNamespace(jobs=1, nproc_per_node=1)
 
 
 def parse(monkeypatch, *words):
@@ -139,31 +140,31 @@ def test_a_scene_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path,
 
 def test_a_result_is_kept_while_options_and_checkpoint_are_its_own(make_task, monkeypatch):
     task = make_task()
-    table.measure(None, GOING_ON, task)
+    table.measure(BENCH, GOING_ON, task)
     record = table.read_record(task)
     assert record['result']['step'] == 2 and record['result']['mean']['psnr'] > 0
     assert 0 < record['measured']['training_seconds'] < 100
 
     monkeypatch.setattr(table, 'run', lambda *_: pytest.fail('measured again'))
-    table.measure(None, GOING_ON, task)
+    table.measure(BENCH, GOING_ON, task)
     assert table.read_record(make_task('--N_iters', 3)) == {'problem': 'measured with other options'}
     with pytest.raises(UserError, match=r'found a run with other options, lrate 0\.5 '):
-        table.measure(None, GOING_ON, make_task('--lrate', 0.5))
+        table.measure(BENCH, GOING_ON, make_task('--lrate', 0.5))
     with pytest.raises(UserError, match=r'N_iters 1 \(was 2\)'):
-        table.measure(None, GOING_ON, make_task('--N_iters', 1))
+        table.measure(BENCH, GOING_ON, make_task('--N_iters', 1))
     assert table.read_record(task) == record
 
 
 def test_a_result_of_another_checkpoint_or_other_views_is_measured_again(make_task):
     task = make_task()
-    table.measure(None, GOING_ON, task)
+    table.measure(BENCH, GOING_ON, task)
     path = task.folder / 'result.json'
     record = json.loads(path.read_text())
     other = {**record['result'], 'checkpoint': 'other', 'mean': None}
     path.write_text(json.dumps({**record, 'result': other}))
-    table.measure(None, GOING_ON, task)
+    table.measure(BENCH, GOING_ON, task)
     assert table.read_record(task)['result'] == record['result'] and record['result']['views'] == 1
-    table.measure(None, GOING_ON, make_task('--testskip', 4))
+    table.measure(BENCH, GOING_ON, make_task('--testskip', 4))
     found = json.loads(path.read_text())['result']
     assert found['views'] == 2 and found['checkpoint'] == record['result']['checkpoint']
 
@@ -200,8 +201,8 @@ def test_why_a_run_ended(monkeypatch, tmp_path, script, stopping, problem):
         @property
         def requested(self):
             return stopping and console.exists() and 'ready' in console.read_text()
-    console, bench = tmp_path / 'console.txt', SimpleNamespace(jobs=1, nproc_per_node=1)
-    assert table.run(bench, Stop(), SimpleNamespace(words=[], console=console)) == problem
+    console = tmp_path / 'console.txt'
+    assert table.run(BENCH, Stop(), SimpleNamespace(words=[], console=console)) == problem
 
 
 def children_of(pid):
