@@ -41,10 +41,10 @@ PUBLISHED = {
         Method('instant-ngp', ('800×800', '200', 'black', 'RTX 3090, 5 min'), {
             'psnr': blender(35.00, 26.02, 33.51, 37.40, 36.39, 29.78, 36.22, 31.10, 33.18)})],
     'llff': [
-        Method('NeRF', ('1008×756', 'every 8th', '–', 'V100, 1 to 2 days'), {
+        Method('NeRF', ('1008×756', 'every 8th', 'black', 'V100, 1 to 2 days'), {
             'psnr': llff(25.17, 27.40, 31.16, 27.45, 20.92, 20.36, 32.70, 26.80, 26.50),
             'ssim': llff(.792, .827, .881, .828, .690, .641, .948, .880, .811),
             'lpips': llff(.280, .219, .171, .268, .316, .321, .178, .249, .250)}),
-        Method('JaxNeRF', ('1008×756', 'every 8th', '–', '128 TPUv2 cores, 2.5 h'), {
+        Method('JaxNeRF', ('1008×756', 'every 8th', 'black', '128 TPUv2 cores, 2.5 h'), {
             'psnr': llff(24.83, 28.07, 31.76, 28.10, 21.23, 20.27, 33.04, 27.42, 26.84)}),
-        Method('TensoRF', ('1008×756', 'every 8th', '–', '–'), {'psnr': {'mean': 26.73}})]}
+        Method('TensoRF', ('1008×756', 'every 8th', 'black', '–'), {'psnr': {'mean': 26.73}})]}
