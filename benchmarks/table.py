@@ -13,7 +13,6 @@ else in common; each writes the table of what is there.
 import argparse
 import hashlib
 import json
-import math
 import os
 import signal
 import subprocess
@@ -25,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 from common import ROOT
-from page import METRICS, latex, markdown, mean_of_scenes
+from results_page import METRICS, latex, markdown, mean_of_scenes
 
 from load_blender import read_frames
 from load_llff import image_files
@@ -162,8 +161,7 @@ def collect(bench, task, state):
     hardware = starts[-1]['gpu'] or f'{processor()}, {threads} thread{"s" * (threads > 1)}'
     if bench.nproc_per_node > 1:
         hardware += f', {bench.nproc_per_node} processes'
-    trained = state.get('logger_state_dict', {}).get('seconds_trained', math.nan)
-    measured = {'training_seconds': None if math.isnan(trained) else trained,
+    measured = {'training_seconds': state.get('seconds'),  # until the last step; older checkpoints do not say
                 'frame_seconds': sum(seconds) / len(seconds) if seconds else None,
                 'hardware': hardware, 'starts': len(starts), **start}
     return {'result': result, 'measured': measured}
@@ -286,9 +284,9 @@ def make_task(bench, name, folder):
     words = [word for key, value in own.items() for word in (f'--{key}', value)]
     words += ['--i_video', str(NEVER), *bench.rest]
     args = config_parser().parse_args(words)
-    taken = [f'--{key}' for key, value in own.items() if vars(args)[key] != value]
-    if taken:
-        raise UserError(f'{taken[0]}: not available here: each scene has its own')
+    for key, value in {**own, 'minutes': None}.items():  # --minutes would be less reproducible
+        if vars(args)[key] != value:
+            raise UserError(f'--{key}: not available here')
     return Task(name, [*words, '--i_testset', str(args.N_iters)], args)
 
 

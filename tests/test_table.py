@@ -17,7 +17,7 @@ from scenes.files import is_running
 from tools.datasets.sources import SETS
 
 sys.path.append(str(ROOT / 'benchmarks'))
-import page
+import results_page
 import published
 import table
 
@@ -66,15 +66,15 @@ def test_published_means_are_the_means_of_the_scenes(name):
 
 
 def test_missing_scenes_are_named_and_leave_the_mean_out():
-    text = page.markdown(content_of(lego=30.246, ship=None))
+    text = results_page.markdown(content_of(lego=30.246, ship=None))
     assert 'Not measured: ship (no folder data/ship).' in text
     assert '| lego_fast (ours) | 30.25 | – | – |' in text and '| NeRF | 32.54 | 28.65 | 31.01 |' in text
     assert '| lego_fast (ours) | 400×400 | 25 | white | CPU, 2 threads |' in text and 'LPIPS' not in text
-    assert '| lego_fast (ours) | 30.00 | 20.00 | 25.00 |' in page.markdown(content_of(lego=30.0, ship=20.0))
+    assert '| lego_fast (ours) | 30.00 | 20.00 | 25.00 |' in results_page.markdown(content_of(lego=30.0, ship=20.0))
 
 
 def test_latex_has_as_many_cells_as_columns():
-    lines = page.latex(content_of(lego=30.246, ship=None)).splitlines()
+    lines = results_page.latex(content_of(lego=30.246, ship=None)).splitlines()
     assert r'lego\_fast (ours) & 30.25 & -- & -- \\' in lines
     assert '% Not measured: ship (no folder data/ship).' in lines
     for begin in (line for line in lines if line.startswith(r'\begin')):
@@ -83,7 +83,7 @@ def test_latex_has_as_many_cells_as_columns():
 
 
 def test_the_page_is_that_of_the_results():
-    assert (ROOT / 'docs/results.md').read_text(encoding='utf-8') == page.page(ROOT / 'benchmarks/results')
+    assert (ROOT / 'docs/results.md').read_text(encoding='utf-8') == results_page.page(ROOT / 'benchmarks/results')
 
 
 # --- the scenes of a table ----------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 nerf-pytorch's keys are `global_step`, `network_fn_state_dict`, `network_fine_state_dict`,
 `optimizer_state_dict`. The others are `renderer_state_dict`, `ray_sampler_state_dict`,
-`safeguards_state_dict`, `logger_state_dict`, `random_state`, `args`, `camera` (cameras, bounds and path of
-the scene) and `format`. Older files are converted when they are read.
+`safeguards_state_dict`, `random_state`, `args`, `camera` (cameras, bounds and path of the scene) and
+`format`. Older files are converted when they are read.
 """
 import contextlib
 import io

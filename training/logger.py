@@ -90,7 +90,6 @@ class Logger:
       console: a `Console`.
     Attributes:
       steps_done: number of steps done so far.
-      seconds_trained: how long these took, without evaluations, or NaN if that is not known.
     """
 
     def __init__(self, args, folder, start, device, console):
@@ -101,7 +100,6 @@ class Logger:
         self.bar = tqdm(total=args.N_iters, initial=start, desc=args.expname, disable=no_bar,
                         dynamic_ncols=True, bar_format=BAR_FORMAT)
         self.seconds, self.timed_steps, self.timed_rays = 0.0, 0, 0.0  # since the last printed line
-        self.seconds_trained = math.nan if start else 0.0  # older checkpoints do not say
         self.started_at, self.shown_at = time.perf_counter(), 0.0
         self.outputs = {}  # the newest output of each kind
         options = ''.join(f'    {key} = {value}\n' for key, value in plain_options(args))
@@ -115,12 +113,6 @@ class Logger:
                 self.step_began_at = time.perf_counter()
                 yield step
                 self.bar.update()
-
-    def state_dict(self):
-        return {'seconds_trained': self.seconds_trained}
-
-    def load_state_dict(self, state):
-        self.seconds_trained = state['seconds_trained']
 
     def finish_step(self, step, num_rays, measures, lrate, safeguards):
         """Called after the update of a step: prints and logs it if that is due.
@@ -139,7 +131,6 @@ class Logger:
         losses = {name: float(loss) for name, loss in measures.losses.items()} if show else {}
         now = time.perf_counter()
         self.seconds += now - self.step_began_at
-        self.seconds_trained += now - self.step_began_at
         self.timed_steps, self.timed_rays = self.timed_steps + 1, self.timed_rays + num_rays
         if not show:
             return

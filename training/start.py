@@ -62,10 +62,9 @@ def start_run(args, scene, checkpoint, render_kwargs, optimizer, start, console,
     safeguards = Safeguards(networks, optimizer, args.seed, not args.no_restart, console.say, followers)
     path, state = checkpoint
     if state is not None:
-        restore(path, state, {'ray_sampler': rays, 'safeguards': safeguards, 'logger': logger})
+        restore(path, state, {'ray_sampler': rays, 'safeguards': safeguards})
     processes.seed_per_rank(args.seed, start)
-    parts = checkpoint_parts(render_kwargs, optimizer, ray_sampler=rays, safeguards=safeguards,
-                             logger=logger)
+    parts = checkpoint_parts(render_kwargs, optimizer, ray_sampler=rays, safeguards=safeguards)
     camera = {'pixel_centers': render_kwargs['pixel_centers'], **scene.checkpoint_fields()}
     checkpoints = Checkpoints(Path(args.basedir, args.expname), parts, args, camera, path, start, console.say,
                               processes.is_main)

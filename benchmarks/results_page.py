@@ -1,7 +1,7 @@
 """Results of table.py as Markdown and LaTeX, and docs/results.md from those in benchmarks/results/.
 
     cp logs/table_blender_lego_fast/results.json benchmarks/results/blender_lego_fast.json
-    python benchmarks/page.py
+    python benchmarks/results_page.py
 """
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ HEAD = '''# Results
 
 The scenes of the NeRF paper, trained and evaluated by `benchmarks/table.py`, beside published figures
 ([sources](../benchmarks/published.py)). Figures compare only where images, test views and background agree;
-the protocols say where they differ. `python benchmarks/page.py` writes this page from the files in
+the protocols say where they differ. `python benchmarks/results_page.py` writes this page from the files in
 [benchmarks/results](../benchmarks/results), which also have the metrics of each view, and the hashes of data
 and networks.
 '''
