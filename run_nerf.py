@@ -436,17 +436,16 @@ def train(args, console):
     with StopRequest(console.say) as stop, Processes() as processes:
         # load the scene, build the networks and what renders and evaluates them
         with stop.interruptible():
-            (scene, checkpoint, kwargs_train, kwargs_test, start, grad_vars,
-             optimizer) = prepare(args, processes)
+            scene, loaded, kwargs_train, kwargs_test, start, grad_vars, optimizer = prepare(args, processes)
             frames = frame_renderer(args, scene, kwargs_train, kwargs_test, processes, stop, console.say)
             evaluator = Evaluator(args, scene, frames, processes, console.say)
         if args.render_only:
             evaluator.render_only(start)
             return 0
 
-        # log, rays, safeguards and checkpoints of the run
-        logger, rays, safeguards, checkpoints = start_run(
-            args, scene, checkpoint, kwargs_train, optimizer, start, console, processes)
+        # plan, log, rays, safeguards and checkpoints of the run
+        plan, logger, rays, safeguards, checkpoints = start_run(
+            args, scene, loaded, kwargs_train, optimizer, start, frames, console, processes)
         viewer = LiveViewer(args, scene, frames, processes, stop, console.say)
         max_rays = kwargs_train['renderer'].max_rays(frames.device, **kwargs_train)
         memory = MemoryLimit(args.chunk, 'training', optimizer.zero_grad)
@@ -472,6 +471,7 @@ def train(args, console):
                 rays.adapt_to(measures.mean_samples)
 
                 # log, save, evaluate
+                plan.after_step(step)
                 logger.finish_step(step, len(batch.target) / rank_share, measures, lrate, safeguards)
                 checkpoints.save_if_due(step, safeguards.is_healthy)
                 evaluator.run_if_due(step, logger)

@@ -497,6 +497,11 @@ def ndc_positions(near, rays_o, rays_d, t):
     return 1.0 + near / (rays_o[..., 2] + t * rays_d[..., 2])
 
 
+def positions_from_ndc(near, rays_o, rays_d, t):
+    """The inverse of `ndc_positions`: [...], infinity where t is 1 or more."""
+    return torch.where(t < 1, (near / (t - 1.0) - rays_o[..., 2]) / rays_d[..., 2], torch.inf)
+
+
 def split_rays(ray_batch):
     """Rays [N, 8 or 11] as `render` makes them to rays_o, rays_d [N, 3], near, far [N, 1], viewdirs [N, 3] or
     None."""

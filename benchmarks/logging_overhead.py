@@ -23,9 +23,9 @@ def main():
     args.N_iters = args.i_testset = args.i_video = NEVER
     run, console, processes = build(args), Console(), Processes(1)
     evaluator = Evaluator(args, run.scene, run.frames, processes, console.say)
-    checkpoint = run.path, run.state
-    logger, rays, safeguards, checkpoints = start_run(
-        args, run.scene, checkpoint, run.kwargs_train, run.optimizer, run.start, console, processes)
+    plan, logger, rays, safeguards, checkpoints = start_run(
+        args, run.scene, (run.path, run.state), run.kwargs_train, run.optimizer, run.start, run.frames,
+        console, processes)
     run = run._replace(rays=rays)
 
     training = overhead = 0.0
@@ -40,6 +40,7 @@ def main():
         updated = clock(run.device)
         lrate = set_learning_rate(run.optimizer, args.lrate, args.lrate_decay, step)
         safeguards.recover(step, measures, checkpoints, processes)
+        plan.after_step(step)
         logger.finish_step(step, len(batch.target), measures, lrate, safeguards)
         checkpoints.save_if_due(step, safeguards.is_healthy)
         evaluator.run_if_due(step, logger)

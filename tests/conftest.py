@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny_runs import DEMO, FAST_DEMO, NO_OUTPUTS, ROOT, STARTED, TINY, run, run_script
 from tiny_scenes import edit_json
 
+if 'PYTEST_XDIST_WORKER' in os.environ:  # one worker per core
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    torch.set_num_threads(1)
 if 'fake_cuda' in sys.modules:  # a stand-in for a GPU, which cannot load the kernels
     from benchmarks import cuda_on_cpu
     cuda_on_cpu.install()

@@ -16,7 +16,7 @@ from accel.grid_renderer import GridRenderer
 from accel.network_query import NetworkQuery
 from accel.proposals import ProposalRenderer, to_disparity
 from run_nerf import EXACT, load_scene, render
-from run_nerf_helpers import ndc_positions, ndc_rays
+from run_nerf_helpers import ndc_positions, ndc_rays, positions_from_ndc
 from scenes.depths import photos_of_views, sparse_depths
 from scenes.errors import UserError
 from scenes.rays import DEPTH_EVERY, Batch, RaySampler
@@ -204,6 +204,10 @@ def test_positions_in_normalised_device_coordinates():
     expected = torch.stack([-2 * FOCAL / W * points[:, 0] / points[:, 2],
                             -2 * FOCAL / H * points[:, 1] / points[:, 2], 1 + 2 / points[:, 2]], -1)
     torch.testing.assert_close(at, expected, rtol=1e-4, atol=1e-4)
+
+    back = positions_from_ndc(1.0, rays_o, rays_d, ndc_positions(1.0, rays_o, rays_d, t))
+    torch.testing.assert_close(back, t, rtol=1e-4, atol=1e-4)
+    assert positions_from_ndc(1.0, rays_o[:2], rays_d[:2], torch.tensor([1.0, torch.inf])).isinf().all()
 
 
 def test_a_run_with_depths(tmp_path, capsys):

@@ -26,7 +26,7 @@ OURS = {'N_iters': 200000, 'check_data': False, 'seed': 0, 'device': 'auto', 'ne
         'log2_hashmap_size': 19, 'finest_res': 2048, 'occupancy_grid': False, 'N_rand_samples': 2 ** 18,
         'aabb': None, 'random_bkgd': False, 'exact_render': False, 'overwrite': False,
         'sampler': 'hierarchical', 'contract': False, 'lambda_distortion': 0.0, 'lambda_depth': 0.0,
-        'train_views': None, 'appearance': False, 'refine_poses': False, 'lrate_poses': 3e-4,
+        'train_views': None, 'minutes': None, 'appearance': False, 'refine_poses': False, 'lrate_poses': 3e-4,
         'viewer': False, 'viewer_port': 8080,
         'dataparser_transforms': None, 'render_size': None, 'fps': None}
 BLENDER = ['chair', 'drums', 'ficus', 'hotdog', 'lego', 'materials', 'mic', 'ship']

@@ -1,10 +1,8 @@
 """The page: what is baked, what the browser shows of it, that it fetches nothing and keeps to its size."""
-import base64
 import json
 import re
 from argparse import Namespace
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -12,6 +10,7 @@ from tiny_browser import open_browser
 from tiny_runs import DEMO, NO_OUTPUTS, run
 
 from accel.occupancy import CellGrid
+from benchmarks.page import picture_of, show_view
 from scenes.errors import UserError
 from tools.exporting.page import write_page
 from tools.exporting.sparse_field import (
@@ -167,21 +166,6 @@ def shown(fast_demo_page, browser):
     return open_page(browser, fast_demo_page[1])
 
 
-def picture(page):
-    """What the canvas shows, uint8 [H, W, 3]."""
-    url = page.evaluate("document.getElementById('canvas').toDataURL()")
-    return iio.imread(base64.b64decode(url.partition(',')[2]))[..., :3]
-
-
-def show_view(page, trained, view):
-    """The picture of a view of the scene."""
-    camera, shift = trained.scene.cameras[view], 0.0 if trained.args.pixel_centers else 0.5
-    fx, fy, cx, cy = camera.K[(0, 1, 0, 1), (0, 1, 2, 2)]
-    page.evaluate('([c2w, K, W, H]) => setCamera(c2w, K, W, H)',
-                  [trained.scene.poses[view].tolist(), [fx, fy, cx + shift, cy + shift], camera.W, camera.H])
-    return picture(page)
-
-
 def psnr_of_views(page, trained, views):
     """How close the page comes to `render`, over all `views` together."""
     errors = []
@@ -218,7 +202,7 @@ def test_dragging_and_the_wheel_move_the_camera_and_a_double_click_returns(shown
     def settled(action):
         action()
         page.evaluate('whenSharp()')
-        return picture(page).astype(int)
+        return picture_of(page).astype(int)
 
     def drag():
         page.mouse.move(80, 60)
@@ -243,11 +227,11 @@ def test_two_fingers_zoom(shown):
         touch.send('Input.dispatchTouchEvent', {'type': kind, 'touchPoints': points})
     page.mouse.dblclick(80, 60)
     page.evaluate('whenSharp()')
-    before = picture(page)
+    before = picture_of(page)
     for kind, distance in (('touchStart', 20), ('touchMove', 25), ('touchMove', 30), ('touchEnd', 0)):
         move(kind, distance)
     page.evaluate('whenSharp()')
-    assert (picture(page).min(-1) < 250).mean() > 1.3 * (before.min(-1) < 250).mean()
+    assert (picture_of(page).min(-1) < 250).mean() > 1.3 * (before.min(-1) < 250).mean()
 
 
 def test_the_start_is_the_first_pose_of_the_path(fast_demo_page):

@@ -173,13 +173,14 @@ def test_a_photo_is_compared(browser, viewer):
         view = int(viewer.scene.i_test[-1])
         page.get_by_role('tab', name='Photos').click()
         page.get_by_label('photo', exact=True).click()
-        page.get_by_role('option', name=session.panel.name_of(view), exact=True).click()
+        page.get_by_role('option', name=session.panel.photos.name_of(view), exact=True).click()
         page.get_by_role('button', name='go there and compare').click()
         page.get_by_text(re.compile(r': \d+\.\d+ dB')).wait_for()
         camera = viewer.scene.cameras[view]
         frame = viewer.frames.render(viewer.scene.poses[view], camera=camera)
         true = psnr(to8b(frame.rgb), viewer.scene.images[view])
-        assert abs(float(session.panel.compared.content.split(': ')[-1].removesuffix(' dB')) - true) < 0.1
+        said = session.panel.photos.compared.content.split(': ')[-1].removesuffix(' dB')
+        assert abs(float(said) - true) < 0.1
         np.testing.assert_allclose(session.wanted().pose(), viewer.scene.poses[view], atol=1e-4)
 
 
@@ -190,9 +191,9 @@ def test_the_ray_microscope_explains_the_pixel_that_is_clicked(browser, viewer):
         wait_until(lambda: session.due_in() is None)
         page.wait_for_timeout(500)
         page.mouse.click(400, 220)
-        wait_until(lambda: session.panel.steps)
-        page.get_by_text(f'pixel (400, 220), step {len(session.panel.steps)}').wait_for()
-        color, acc = session.panel.steps[-1].samples.color()
+        wait_until(lambda: session.panel.ray.steps)
+        page.get_by_text(f'pixel (400, 220), step {len(session.panel.ray.steps)}').wait_for()
+        color, acc = session.panel.ray.steps[-1].samples.color()
         rendered = viewer.frames.render(session.view.pose(), camera=session.view.camera())
         assert acc > 0.5
         np.testing.assert_allclose(color + 1 - acc, rendered.rgb[220, 400], atol=0.02)

@@ -18,13 +18,12 @@ from tiny_runs import (
     run_python,
 )
 
-from run_nerf_helpers import ndc_positions
 from scenes.errors import UserError
 from tools.trained import load_trained
 from training.processes import Processes
 from viewing.live import SHARE, LiveViewer
 from viewing.microscope import HEADER, csv, examine, table
-from viewing.pictures import KINDS, CroppedQuery, Look, Maps, PictureRenderer, depth_from_ndc, draw, normals
+from viewing.pictures import KINDS, CroppedQuery, Look, Maps, PictureRenderer, draw, normals
 
 WHITE, BLACK = Look(), Look(background=(0, 0, 0))
 RUNS = {'exact': TINY, 'grid': FAST_DEMO, 'proposal': PROPOSAL_DEMO}
@@ -117,15 +116,6 @@ def test_the_microscope_adds_up_to_the_pixel(trained):
         lines = csv(samples).splitlines()
         assert lines[0] == HEADER and len(lines) == len(samples.t) + 1
         assert len(table(samples, 5).splitlines()) == 2 + min(5, len(samples.t))
-
-
-def test_depths_in_normalised_device_coordinates():
-    rays_o, rays_d = torch.randn(50, 3) * 0.1, torch.tensor([0.0, 0, -1]) + 0.3 * torch.randn(50, 3)
-    rays_d[:, 2] = -1 - rays_d[:, 2].abs()
-    t = 2 + 5 * torch.rand(50)
-    found = depth_from_ndc(ndc_positions(1.0, rays_o, rays_d, t), rays_o, rays_d)
-    torch.testing.assert_close(found, t, rtol=1e-4, atol=1e-4)
-    assert depth_from_ndc(torch.tensor([torch.inf]), rays_o[:1], rays_d[:1]).isinf().all()
 
 
 def test_normals_of_a_plane():

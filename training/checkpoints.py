@@ -2,8 +2,8 @@
 
 nerf-pytorch's keys are `global_step`, `network_fn_state_dict`, `network_fine_state_dict`,
 `optimizer_state_dict`. The others are `renderer_state_dict`, `ray_sampler_state_dict`,
-`safeguards_state_dict`, `random_state`, `args`, `camera` (cameras, bounds and path of the scene) and
-`format`. Older files are converted when they are read.
+`safeguards_state_dict`, `random_state`, `args`, `camera` (cameras, bounds and path of the scene),
+`seconds` (that the run has taken) and `format`. Older files are converted when they are read.
 """
 import contextlib
 import io
@@ -20,6 +20,7 @@ import torch
 from scenes.errors import UserError, first_line
 from scenes.files import atomic_write, remove_partial_files
 from training.options import options_that_affect, plain_options
+from training.time_plan import seconds_of_process
 
 # The version of the layout: 2 is current, 1 older; files of nerf-pytorch have none.
 FORMAT = 2
@@ -170,8 +171,10 @@ def changed_options(args, state, *kinds):
       kinds: what the options affect; by default everything that a resumed run depends on.
     """
     saved = state['args']
+    planned = {'lrate_decay'} if args.minutes is not None else {}
     names = options_that_affect(*(kinds or ('networks', 'scene', 'training')))
-    changed = [name for name in names if name in saved and saved[name] != getattr(args, name)]
+    changed = [name for name in names if name in saved and saved[name] != getattr(args, name)
+               and name not in planned]
     return [f'{name} {getattr(args, name)} (was {saved[name]})' for name in changed]
 
 
@@ -284,15 +287,16 @@ class Checkpoints:
       start_path, start: the checkpoint that the run started from and its step; None and 0 for a new run.
       say: called with a line if a save fails.
       is_main: whether this process saves what is due.
+      seconds: that the run took before this process.
     Attributes:
       newest: path of the newest checkpoint of this run, `start_path` at first.
       saved_step: its step.
     """
 
-    def __init__(self, folder, parts, args, camera, start_path, start, say, is_main):
+    def __init__(self, folder, parts, args, camera, start_path, start, say, is_main, seconds=0.0):
         self.folder, self.parts, self.args, self.camera = Path(folder), parts, args, camera
         self.newest, self.saved_step, self.say, self.is_main = start_path, start, say, is_main
-        self.saved_at, self.retry_at = time.monotonic(), None
+        self.seconds, self.saved_at, self.retry_at = seconds, time.monotonic(), None
         self.timed = []  # paths of checkpoints that were saved only because of --save_minutes
         self.missed = False  # whether a checkpoint of --i_weights has failed and is still to be saved
 
@@ -370,6 +374,7 @@ class Checkpoints:
             'random_state': {'cpu': torch.get_rng_state(), 'cuda': cuda_state},
             'args': options,
             'camera': self.camera,
+            'seconds': self.seconds + seconds_of_process(),
             'format': FORMAT,
         }
         content = io.BytesIO()  # torch's own file writing does not raise OSError

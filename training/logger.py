@@ -94,7 +94,7 @@ class Logger:
 
     def __init__(self, args, folder, start, device, console):
         self.folder, self.device = folder, device
-        self.start, self.steps_done, self.N_iters, self.i_print = start, start, args.N_iters, args.i_print
+        self.args, self.start, self.steps_done = args, start, start
         self.say, self.log, self.tensorboard = console.say, console.log, TensorBoard(folder, console.say)
         no_bar = True if folder is None else None  # None: no bar unless on a terminal
         self.bar = tqdm(total=args.N_iters, initial=start, desc=args.expname, disable=no_bar,
@@ -109,9 +109,12 @@ class Logger:
     def steps(self):
         """Yield the numbers of the steps to do. The time until `finish_step` counts as training."""
         with self.bar:
-            for step in range(self.start + 1, self.N_iters + 1):
+            step = self.start
+            while step < self.args.N_iters:  # which --minutes changes
+                step += 1
                 self.step_began_at = time.perf_counter()
                 yield step
+                self.bar.total = self.args.N_iters
                 self.bar.update()
 
     def finish_step(self, step, num_rays, measures, lrate, safeguards):
@@ -125,7 +128,7 @@ class Logger:
           safeguards: `Safeguards`, whose counts are logged.
         """
         self.steps_done = step
-        due = step % self.i_print == 0 or step == self.N_iters
+        due = step % self.args.i_print == 0 or step == self.args.N_iters
         refresh = not self.bar.disable and time.perf_counter() - self.shown_at > REFRESH_SECONDS
         show = self.folder is not None and (due or refresh)
         losses = {name: float(loss) for name, loss in measures.losses.items()} if show else {}
@@ -141,7 +144,7 @@ class Logger:
         line = f'loss {loss:.4f}, PSNR {list(psnrs.values())[-1]:.2f}, {rays_per_second:,.0f} rays/s'
         self.bar.set_postfix_str(line)
         if due:
-            (self.say if self.bar.disable else self.log)(f'step {step}/{self.N_iters}: {line}')
+            (self.say if self.bar.disable else self.log)(f'step {step}/{self.args.N_iters}: {line}')
             self.scalars(step, {
                 'train/loss': loss, 'train/learning rate': lrate,
                 **{f'loss/{name}': term for name, term in losses.items()},
@@ -183,8 +186,8 @@ class Logger:
             self.say('another process of this run has ended; stopping')
         remove_partial_files(self.folder)  # an encoder may have continued a video that was given up
         minutes, seconds = divmod(round(time.perf_counter() - self.started_at), 60)
-        if self.start >= self.N_iters:
-            self.say(f'nothing to do: {self.start} steps are done, and --N_iters is {self.N_iters}')
+        if self.steps_done == self.start and self.start >= self.args.N_iters:
+            self.say(f'nothing to do: {self.start} steps are done, and --N_iters is {self.args.N_iters}')
         else:
             self.say(f'{self.steps_done} steps done, {minutes} min {seconds} s')
         unsaved = '' if saved else '; the steps after it are NOT SAVED'

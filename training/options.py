@@ -197,8 +197,8 @@ def config_parser():
     parser = OptionParser(prog='run_nerf.py', description='Train a NeRF and render novel views.',
                            allow_abbrev=False, config_file_open_func=open_config,
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for add_group in (_run_options, _data_options, _network_options, _training_options, _rendering_options,
-                      _render_only_options, _logging_options):
+    for add_group in (_run_options, _data_options, _network_options, _training_options, _real_scene_options,
+                      _rendering_options, _render_only_options, _logging_options):
         add_group(parser)
     return parser
 
@@ -288,6 +288,9 @@ def _network_options(parser):
 def _training_options(parser):
     add = parser.add_options('training')
     add('--N_iters', affects='nothing', type=integer(1), default=200000, help='training steps')
+    add('--minutes', affects='nothing', type=number(above=0), default=None,
+        help='train for this long instead, test views and video included; a run that is resumed with more '
+             'minutes goes on')
     add('--N_rand', affects='training', type=integer(1), default=32 * 32 * 4, help='rays per step')
     add('--lrate', affects='training', type=number(above=0), default=5e-4, help='initial learning rate')
     add('--lrate_decay', affects='training', type=integer(1), default=250,
@@ -297,23 +300,6 @@ def _training_options(parser):
     add('--sampler', affects='networks', choices=['hierarchical', 'proposal'], default='hierarchical',
         help='hierarchical: coarse samples, then fine ones where their weights are; proposal: two '
              'density grids decide where the N_samples samples of one network lie')
-    add('--contract', affects='networks', action=BooleanSwitch, default=False,
-        help='with --sampler proposal and --i_embed 1, for scenes without bounds: the hash grids cover all '
-             'space, contracted outside --aabb or the cube around the cameras; --far only scales depth maps')
-    add('--appearance', affects='networks', action=BooleanSwitch, default=False,
-        help='photos differ in exposure: train an affine change of colour for each; held-out views are '
-             'measured on their right half, after fitting one to the left half')
-    add('--refine_poses', affects='networks', action=BooleanSwitch, default=False,
-        help='camera poses are estimates: train a small rotation and shift of each; held-out views are '
-             'measured after aligning their poses to them')
-    add('--lrate_poses', affects='training', type=number(above=0), default=3e-4,
-        help='with --refine_poses: initial learning rate of the poses, in radians and halves of the box')
-    add('--lambda_depth', affects='training', type=number(least=0), default=0.,
-        help="weight of the depth loss: rays through the sparse points of the COLMAP model in the scene's "
-             'folder, sparse/0, should end there')
-    add('--lambda_distortion', affects='training', type=number(least=0), default=0.,
-        help='with --sampler proposal: weight of the distortion loss, which pulls the weights of a ray '
-             'together')
     add('--N_rand_samples', affects='training', type=integer(1), default=2 ** 18,
         help='with --occupancy_grid: samples per step; the number of rays adapts to it, up to N_rand')
     add('--no_batching', affects='training', action=BooleanSwitch, default=False,
@@ -335,6 +321,27 @@ def _training_options(parser):
         help='do not reinitialise a network that collapses to the background')
     add('--ft_path', affects='nothing',
         help='checkpoint to start from instead of the newest of the experiment')
+
+
+def _real_scene_options(parser):
+    add = parser.add_options('real scenes')
+    add('--contract', affects='networks', action=BooleanSwitch, default=False,
+        help='with --sampler proposal and --i_embed 1, for scenes without bounds: the hash grids cover all '
+             'space, contracted outside --aabb or the cube around the cameras; --far only scales depth maps')
+    add('--appearance', affects='networks', action=BooleanSwitch, default=False,
+        help='photos differ in exposure: train an affine change of colour for each; held-out views are '
+             'measured on their right half, after fitting one to the left half')
+    add('--refine_poses', affects='networks', action=BooleanSwitch, default=False,
+        help='camera poses are estimates: train a small rotation and shift of each; held-out views are '
+             'measured after aligning their poses to them')
+    add('--lrate_poses', affects='training', type=number(above=0), default=3e-4,
+        help='with --refine_poses: initial learning rate of the poses, in radians and halves of the box')
+    add('--lambda_depth', affects='training', type=number(least=0), default=0.,
+        help="weight of the depth loss: rays through the sparse points of the COLMAP model in the scene's "
+             'folder, sparse/0, should end there')
+    add('--lambda_distortion', affects='training', type=number(least=0), default=0.,
+        help='with --sampler proposal: weight of the distortion loss, which pulls the weights of a ray '
+             'together')
 
 
 def _rendering_options(parser):

@@ -24,13 +24,14 @@ from training.logger import Logger
 from training.options import plain_options
 from training.processes import Processes
 from training.safeguards import Safeguards
+from training.time_plan import TimePlan
 
 # Before the first step with an occupancy grid, rays are expected to have this fraction of --N_samples
 # samples.
 EXPECTED_FRACTION = 0.25
 
 
-def start_run(args, scene, checkpoint, render_kwargs, optimizer, start, console, processes):
+def start_run(args, scene, checkpoint, render_kwargs, optimizer, start, frames, console, processes):
     """What a training run needs in addition to the method, restored from the checkpoint that it
     resumes. Called in all processes.
 
@@ -41,10 +42,11 @@ def start_run(args, scene, checkpoint, render_kwargs, optimizer, start, console,
       render_kwargs: of training, for `render`.
       optimizer: the optimizer of all that is trained.
       start: number of steps done.
+      frames: a `FrameRenderer`.
       console: a `Console`.
       processes: a `Processes`.
     Returns:
-      `Logger`, `RaySampler`, `Safeguards`, `Checkpoints`.
+      `TimePlan`, `Logger`, `RaySampler`, `Safeguards`, `Checkpoints`.
     Raises:
       UserError: as `ray_sampler` does; there are too many views for --appearance or --refine_poses, or the
         folder of the run cannot be written to.
@@ -57,18 +59,19 @@ def start_run(args, scene, checkpoint, render_kwargs, optimizer, start, console,
         if views > rows:
             raise UserError(f'{option}: found {views} views from the first training view to the last, '
                             f'expected at most {rows}')
+    path, state = checkpoint
+    plan = TimePlan(args, scene, state, start, frames, processes, console.say)
     logger = open_run(args, scene, networks, start, device, console, processes)
     followers = {'renderer': render_kwargs['renderer'], 'ray_sampler': rays}
     safeguards = Safeguards(networks, optimizer, args.seed, not args.no_restart, console.say, followers)
-    path, state = checkpoint
     if state is not None:
         restore(path, state, {'ray_sampler': rays, 'safeguards': safeguards})
     processes.seed_per_rank(args.seed, start)
     parts = checkpoint_parts(render_kwargs, optimizer, ray_sampler=rays, safeguards=safeguards)
     camera = {'pixel_centers': render_kwargs['pixel_centers'], **scene.checkpoint_fields()}
     checkpoints = Checkpoints(Path(args.basedir, args.expname), parts, args, camera, path, start, console.say,
-                              processes.is_main)
-    return logger, rays, safeguards, checkpoints
+                              processes.is_main, plan.seconds_before)
+    return plan, logger, rays, safeguards, checkpoints
 
 
 def report_on_scene(args, scene, say):

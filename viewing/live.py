@@ -34,7 +34,7 @@ class LiveViewer:
     """
 
     def __init__(self, args, scene, frames, processes, stop, say):
-        self.viewer, self.stop, self.say, self.N_iters = None, stop, say, args.N_iters
+        self.viewer, self.stop, self.say, self.args = None, stop, say, args
         self.can_pause, self.paused, self.panels, self.history = processes.size == 1, False, [], []
         self.credit = self.left_at = self.refreshed_at = self.reported_at = self.rendered = 0.0
         if args.viewer and processes.is_main:
@@ -85,7 +85,7 @@ class LiveViewer:
         if len(self.history) > MAX_POINTS:
             self.history = self.history[::2]
         share = self.rendered / (time.perf_counter() - self.started_at)
-        text = (f'step {step:,} of {self.N_iters:,}, PSNR {self.history[-1][2]:.2f} dB; '
+        text = (f'step {step:,} of {self.args.N_iters:,}, PSNR {self.history[-1][2]:.2f} dB; '
                 f'the viewer takes {share:.0%} of the time')
         steps, losses, psnrs = np.array(self.history, np.float64).T
         for line, loss, psnr in self.panels:

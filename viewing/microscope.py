@@ -5,8 +5,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from run_nerf_helpers import ndc_rays
-from viewing.pictures import depth_from_ndc
+from run_nerf_helpers import ndc_rays, positions_from_ndc
 
 # The last interval of `raw2outputs` is this long or longer: shown as infinity.
 ENDLESS = 1e9
@@ -47,7 +46,7 @@ class Ray(NamedTuple):
     def points_at(self, t):
         """Points [S, 3] in the scene at positions t [S] along `rays_d`."""
         if self.ndc:
-            t = depth_from_ndc(t, self.origin.expand(len(t), 3), self.direction.expand(len(t), 3))
+            t = positions_from_ndc(1.0, self.origin, self.direction, t)
         return self.origin + t[:, None] * self.direction
 
 

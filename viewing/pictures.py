@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from run_nerf_helpers import positions_from_ndc
 from scenes.cameras import focus_point
 from scenes.rays import camera_rays
 from training.outputs import color_map, disparity_range, normalize_disparity
@@ -104,7 +105,7 @@ class PictureRenderer:
             samples = kwargs['renderer'].count_samples(rays, **kwargs)
         depth = torch.where((acc >= EMPTY) & (disp > 0), 1 / disp, torch.inf)
         if kwargs['ndc']:
-            depth = depth_from_ndc(depth, *rays)
+            depth = positions_from_ndc(1.0, *rays, depth)
         maps = Maps(*(part.float().cpu().numpy() for part in (rgb, acc, depth, samples)))
         rate = acc.numel() / max(time.perf_counter() - started, 1e-6)
         before = self.rates.get(look.crop is None, rate)
@@ -156,13 +157,6 @@ def enlarge(maps, width, height):
         return channels[0].permute(1, 2, 0).reshape(height, width, *part.shape[2:]).numpy().copy()
     return Maps(resized(maps.rgb, 'bilinear'), resized(maps.acc, 'bilinear'), resized(maps.depth, 'nearest'),
                 resized(maps.samples, 'nearest'))
-
-
-def depth_from_ndc(depth, rays_o, rays_d):
-    """Depths along rays in normalised device coordinates as those along rays_o, rays_d [..., 3]: the plane
-    at depth t' of NDC is that at z = -1 / (1 - t')."""
-    z = -1 / (1 - depth.clamp(0, 1 - 1e-6))
-    return torch.where(depth.isfinite(), (z - rays_o[..., 2]) / rays_d[..., 2], torch.inf)
 
 
 def draw(maps, rays_d, look, scale=None):

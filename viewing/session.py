@@ -64,10 +64,35 @@ class Session:
     def wanted(self):
         """The `View` that the browser should show."""
         camera = self.client.camera
-        c2w = np.column_stack([SO3(camera.wxyz).as_matrix() @ FLIP, np.asarray(camera.position) / self.scale])
+        c2w = self.pose_of(camera)
         rows = max(1, min(self.max_rows, camera.image_height))
         columns = max(1, round(rows * camera.image_width / max(camera.image_height, 1)))
         return View(tuple(c2w.ravel().tolist()), float(np.degrees(camera.fov)), columns, rows, self.look)
+
+    def placed(self, pose):
+        """Orientation wxyz and position of a pose [3, 4] in the viewer."""
+        return SO3.from_matrix(pose[:, :3] @ FLIP).wxyz, self.scale * pose[:, 3]
+
+    def pose_of(self, thing):
+        """The pose [3, 4] of something in the viewer that has wxyz and position; the inverse of `placed`."""
+        return np.column_stack([SO3(thing.wxyz).as_matrix() @ FLIP, np.asarray(thing.position) / self.scale])
+
+    def go_to(self, pose, fov):
+        """Move the camera to a pose [3, 4], with a vertical field of view in degrees."""
+        with self.client.atomic():
+            self.client.camera.wxyz, self.client.camera.position = self.placed(pose)
+            self.client.camera.fov = np.radians(fov)
+
+    def orbit_center(self, pose, camera):
+        """Let the mouse turn the camera about what a `Camera` at `pose` sees in its middle; a task for
+        `Viewer.call`."""
+        rows, columns = (slice(3 * size // 8, 5 * size // 8, max(1, size // 32))
+                         for size in (camera.H, camera.W))
+        depth = self.pictures.maps(self.pictures.rays(pose, camera)[:, rows, columns], Look()).depth
+        if np.isfinite(depth).any():
+            distance = np.median(depth[np.isfinite(depth)])
+            self.client.camera.look_at = self.scale * (pose[:, 3] - distance * pose[:, 2])
+        yield
 
     def due_in(self):
         """Seconds until there is something to render; None if the picture is complete."""

@@ -86,6 +86,11 @@ class Viewer:
         self.tasks.append(task)
         self.wake.set()
 
+    def go_to(self, session, pose, camera):
+        """Let a browser look through a `Camera` at `pose` [3, 4]."""
+        session.go_to(pose, camera.fov)
+        self.call(session.orbit_center(pose, camera))
+
     def work(self, timeout=0.0):
         """Do one thing that a browser waits for, for about `unit_seconds`. Returns whether there was anything
         to do within `timeout` seconds."""

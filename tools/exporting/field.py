@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from accel.fast_renderer import evaluated_networks
 from accel.grid_renderer import GridRenderer
+from run_nerf_helpers import positions_from_ndc
 from scenes.bounds import add_margin, find_bounds
 from scenes.cameras import Camera
 from scenes.rays import camera_rays
@@ -123,12 +124,12 @@ class Field:
         frame = frames.render(c2w, stride, camera=self.scene.cameras[index])
         camera = self.scene.cameras[index].reduced(max(frames.render_factor, 1))
         rays = camera_rays(camera, torch.from_numpy(c2w), self.pixel_centers)
-        rays_o, rays_d = (part[::stride, ::stride].numpy().astype(np.float64) for part in rays)
+        rays_o, rays_d = (part[::stride, ::stride].double() for part in rays)
         with np.errstate(divide='ignore'):
             t = np.where(frame.acc >= MIN_OPACITY, 1 / frame.disp.astype(np.float64), np.inf)
-            if self.ndc:  # the inverse of `ndc_positions`
-                behind = 1 / (np.minimum(t, 1.0) - 1)                      # z of the point, -infinity at 1
-                t = np.where(np.isfinite(t), (NDC_NEAR * behind - rays_o[..., 2]) / rays_d[..., 2], np.inf)
+        if self.ndc:
+            t = positions_from_ndc(NDC_NEAR, rays_o, rays_d, torch.from_numpy(t)).numpy()
+        rays_d = rays_d.numpy()
         return View(int(index), camera, c2w.astype(np.float64), stride, rays_d, t, frame.acc, frame.rgb)
 
     def ends(self, views):
