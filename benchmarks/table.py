@@ -284,7 +284,7 @@ def make_task(bench, name, folder):
     words = [word for key, value in own.items() for word in (f'--{key}', value)]
     words += ['--i_video', str(NEVER), *bench.rest]
     args = config_parser().parse_args(words)
-    for key, value in {**own, 'minutes': None}.items():  # --minutes would be less reproducible
+    for key, value in {**own, 'minutes': None}.items():  # a table needs a number of steps
         if vars(args)[key] != value:
             raise UserError(f'--{key}: not available here')
     return Task(name, [*words, '--i_testset', str(args.N_iters)], args)

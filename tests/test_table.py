@@ -17,9 +17,9 @@ from scenes.files import is_running
 from tools.datasets.sources import SETS
 
 sys.path.append(str(ROOT / 'benchmarks'))
-import results_page
-import published
 import table
+from published import PUBLISHED
+from results_page import latex, markdown, page
 
 # Options of runs of two steps.
 TWO_STEPS = [*map(str, [*TINY[4:], *NO_OUTPUTS, '--N_iters', 2])]
@@ -54,9 +54,9 @@ def content_of(**scenes):
 
 # --- published figures and what is written ------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', published.PUBLISHED)
+@pytest.mark.parametrize('name', PUBLISHED)
 def test_published_means_are_the_means_of_the_scenes(name):
-    for method in published.PUBLISHED[name]:
+    for method in PUBLISHED[name]:
         for metric, values in method.metrics.items():
             scenes = {key: value for key, value in values.items() if key != 'mean'}
             assert {*scenes} <= {*SETS[name].scenes}
@@ -66,15 +66,15 @@ def test_published_means_are_the_means_of_the_scenes(name):
 
 
 def test_missing_scenes_are_named_and_leave_the_mean_out():
-    text = results_page.markdown(content_of(lego=30.246, ship=None))
+    text = markdown(content_of(lego=30.246, ship=None))
     assert 'Not measured: ship (no folder data/ship).' in text
     assert '| lego_fast (ours) | 30.25 | – | – |' in text and '| NeRF | 32.54 | 28.65 | 31.01 |' in text
     assert '| lego_fast (ours) | 400×400 | 25 | white | CPU, 2 threads |' in text and 'LPIPS' not in text
-    assert '| lego_fast (ours) | 30.00 | 20.00 | 25.00 |' in results_page.markdown(content_of(lego=30.0, ship=20.0))
+    assert '| lego_fast (ours) | 30.00 | 20.00 | 25.00 |' in markdown(content_of(lego=30.0, ship=20.0))
 
 
 def test_latex_has_as_many_cells_as_columns():
-    lines = results_page.latex(content_of(lego=30.246, ship=None)).splitlines()
+    lines = latex(content_of(lego=30.246, ship=None)).splitlines()
     assert r'lego\_fast (ours) & 30.25 & -- & -- \\' in lines
     assert '% Not measured: ship (no folder data/ship).' in lines
     for begin in (line for line in lines if line.startswith(r'\begin')):
@@ -83,7 +83,7 @@ def test_latex_has_as_many_cells_as_columns():
 
 
 def test_the_page_is_that_of_the_results():
-    assert (ROOT / 'docs/results.md').read_text(encoding='utf-8') == results_page.page(ROOT / 'benchmarks/results')
+    assert (ROOT / 'docs/results.md').read_text(encoding='utf-8') == page(ROOT / 'benchmarks/results')
 
 
 # --- the scenes of a table ----------------------------------------------------------------------------------
@@ -112,6 +112,7 @@ def test_shards_share_the_scenes(monkeypatch, tmp_path, few_views):
     ('--table blender --preset lego --scenes fern', '--scenes: found fern, expected some of chair'),
     ('--preset lego', '--scenes: found none, expected some of NAME=FOLDER'),
     ('--table blender --preset lego --expname mine', '--expname: not available here'),
+    ('--table blender --preset lego --minutes 3', '--minutes: not available here'),
     ('--table blender --preset lego --scenes lego', 'lego: no folder nowhere/nerf_synthetic/lego'),
     ('--table blender --preset lego --shard 3/2', 'argument --shard: found 3/2, expected K/N')])
 def test_errors_are_one_line(monkeypatch, tmp_path, capsys, words, message):
