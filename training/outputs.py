@@ -95,8 +95,13 @@ def frames_fingerprint(render_poses, hwf, K, state, settings):
     cameras = {'render_poses': torch.as_tensor(np.asarray(render_poses, np.float32)),
                'hwf': torch.as_tensor(np.asarray(hwf, np.float64)),
                'K': torch.as_tensor(np.asarray(K, np.float64))}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=float).encode())
-    for name, tensors in sorted({**state, 'cameras': cameras}.items()):
+    return hash_of_tensors({**state, 'cameras': cameras}, json.dumps(settings, sort_keys=True, default=float))
+
+
+def hash_of_tensors(state, text=''):
+    """The SHA-256 of a text and of the tensors in `state`, a dict of state_dicts by name."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensors in sorted(state.items()):
         for key, tensor in sorted(tensors.items()):
             digest.update(f'{name}.{key} {tensor.dtype} {list(tensor.shape)}'.encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
