@@ -1,6 +1,7 @@
 """Evaluates networks at many points: in chunks, in the chosen precision, with a choice of backward passes."""
 import torch
 
+from accel import fused_network
 from accel.half_precision import HalfPrecision
 from accel.sparse_backward import (
     SparseBackward,
@@ -20,7 +21,8 @@ class NetworkQuery:
       backward: 'sparse' keeps no activations and backpropagates only through samples that have a gradient,
         see `accel/sparse_backward.py`; 'plain' is ordinary backpropagation. 'auto' is 'sparse', but networks
         with `keep_activations` also store activations, and on a GPU they are differentiated as with 'plain':
-        waiting for the number of samples would cost more than it saves.
+        waiting for the number of samples would cost more than it saves. Unless it is 'plain', hash networks
+        are evaluated on a CPU by `accel/fused_network.py`.
     """
 
     def __init__(self, netchunk=None, precision='fp32', backward='auto'):
@@ -50,6 +52,8 @@ class NetworkQuery:
 
     def evaluate(self, inputs, network):
         """`at_points` of points and directions in one tensor [M, 3 or 6]."""
+        if self.backward_pass != 'plain' and fused_network.can_fuse(network, inputs):
+            return fused_network.evaluate(network, inputs, self.precision == 'bf16')
         function = self.function(type(network).__call__, network)
 
         def evaluate(inputs):

@@ -85,9 +85,10 @@ class Kernels:
 
 def read_source(name):
     """The text of `kernel.h` and `<name>.c`, which may begin with an #include of another kernel file."""
-    text = (FOLDER / f'{name}.c').read_text()
-    text = re.sub(r'^#include "(\w+\.c)"$', lambda found: (FOLDER / found[1]).read_text(), text, flags=re.M)
-    return (FOLDER / 'kernel.h').read_text() + text
+    def text_of(file):
+        return re.sub(r'^#include "(\w+\.c)"$', lambda found: text_of(found[1]), (FOLDER / file).read_text(),
+                      flags=re.M)
+    return text_of('kernel.h') + text_of(f'{name}.c')
 
 
 def as_ctypes(argument):

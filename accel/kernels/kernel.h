@@ -13,6 +13,7 @@ typedef long long int64_t;
 #include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #define DEVICE static inline __attribute__((always_inline))
 #define KERNEL void

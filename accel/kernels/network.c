@@ -1,0 +1,296 @@
+#include "tiles.c"
+
+/* A `HashNeRF` at points, and its gradient. The reference implementation is the network's `forward`.
+ *
+ * Point n is at inputs + n * stride, followed by its unit direction if the colour depends on it. `parameters` has the
+ * weights and biases of the five layers, one layer after the other; the last one has 8 rows.
+ */
+#ifndef __CUDACC__
+#define BLOCK 512  /* points that a thread takes at once: enough for a level's entries to stay in the cache */
+#define N_LAYERS 5 /* two to the features, of which the first is the log density, and three to the colour */
+
+typedef int32_t IntVector __attribute__((vector_size(4 * LANES)));
+typedef float Matrix[MAX_CHANNELS * MAX_CHANNELS];
+typedef uint32_t Pairs[MAX_CHANNELS * MAX_CHANNELS / 2];
+
+typedef struct {
+    Grid grid;
+    Layer layers[N_LAYERS];
+    int64_t offsets[N_LAYERS + 1]; /* of the layers in `parameters` */
+    float initial_log_density, max_log_density;
+    bool views, bf16;
+} Network;
+
+DEVICE Network network_of(Grid grid, const float *parameters, int64_t width, int64_t n_features, int64_t views,
+                          float initial_log_density, float max_log_density, int64_t bf16)
+{
+    const int64_t n_in[] = {grid.levels * grid.F, width, n_features + (views ? N_HARMONICS : 0), width, width};
+    const int64_t n_out[] = {width, n_features, width, width, 8};
+    Network network = {grid, .initial_log_density = initial_log_density, .max_log_density = max_log_density,
+                       .views = views, .bf16 = bf16};
+#ifndef __AVX512BF16__
+    network.bf16 = false;
+#endif
+    for (int l = 0; l < N_LAYERS; l++) {
+        const float *W = parameters + network.offsets[l];
+        network.layers[l] = (Layer){W, W + n_in[l] * n_out[l], NULL, n_in[l], n_out[l]};
+        network.offsets[l + 1] = network.offsets[l] + (n_in[l] + 1) * n_out[l];
+    }
+    return network;
+}
+
+/* With bf16, lets the hidden layers multiply in bfloat16: all but those of density and colour. */
+DEVICE void convert_weights(Layer *layers, bool bf16, Pairs *pairs)
+{
+    for (int l = 0; l < N_LAYERS && bf16; l++)
+        if (l != 1 && l != N_LAYERS - 1) {
+            for (int64_t i = 0; i < layers[l].n_in * layers[l].n_out / 2; i++)
+                pairs[l][i] = to_pair(layers[l].W[2 * i], layers[l].W[2 * i + 1]);
+            layers[l].pairs = pairs[l];
+        }
+}
+
+/* The encodings of a block of points, [channel][BLOCK], zeros behind the last one. */
+DEVICE void encode_block(const Grid *grid, const float *inputs, int64_t stride, int64_t count, float *encoded)
+{
+    float x[3 * BLOCK] = {0};
+    for (int64_t m = 0; m < count; m++) {
+        float unit[3];
+        to_unit(inputs + m * stride, grid->aabb, grid->contracted, unit);
+        for (int i = 0; i < 3; i++)
+            x[i * BLOCK + m] = unit[i];
+    }
+    for (int64_t l = 0; l < grid->levels; l++)
+        for (int64_t first = 0; first < count; first += TILE)
+            encode_level(grid, l, x + first, BLOCK, encoded + l * grid->F * BLOCK + first, BLOCK);
+}
+
+/* From the encodings of a tile of `count` points to the inputs of the layers, in[0] to in[4], the outputs of the last
+ * one, in[5], and densities. */
+DEVICE void evaluate_tile(const Network *network, const float *encoded, const float *inputs, int64_t stride,
+                          int64_t count, Tile *in, float *density)
+{
+    const Layer *layers = network->layers;
+    for (int64_t i = 0; i < layers[0].n_in; i++)
+        memcpy(in[0][i], encoded + i * BLOCK, sizeof(in[0][i]));
+    for (int l = 0; l < N_LAYERS; l++) {
+        linear(layers + l, false, in[l], in[l + 1]);
+        for (int64_t i = 0; i < layers[l].n_out && l != 1 && l != N_LAYERS - 1; i++)
+            SIMD for (int m = 0; m < TILE; m++)
+                in[l + 1][i][m] = in[l + 1][i][m] < 0 ? 0 : in[l + 1][i][m];
+        for (int m = 0; m < TILE && l == 1 && network->views; m++) {
+            float harmonics[N_HARMONICS];
+            harmonics_of(inputs + (m < count ? m : 0) * stride + 3, harmonics);
+            for (int i = 0; i < N_HARMONICS; i++)
+                in[2][layers[1].n_out + i][m] = harmonics[i];
+        }
+    }
+    SIMD for (int m = 0; m < TILE; m++) {
+        float log_density = in[2][0][m] + network->initial_log_density;
+        density[m] = log_density > network->max_log_density ? network->max_log_density : log_density;
+    }
+    exponentials(density, TILE);
+}
+
+/* out[N][4]: three colour logits and a density. */
+KERNEL evaluate(const float *inputs, int64_t stride, int64_t N, const float *aabb, int64_t contracted,
+                const float *table, int64_t levels, int64_t F, const int64_t *resolutions,
+                const int64_t *level_offsets, const float *parameters, int64_t width, int64_t n_features,
+                int64_t views, float initial_log_density, float max_log_density, int64_t bf16, float *out)
+{
+    const Grid grid = {aabb, table, contracted, levels, F, resolutions, level_offsets};
+    Network network = network_of(grid, parameters, width, n_features, views, initial_log_density, max_log_density,
+                                 bf16);
+    Pairs pairs[N_LAYERS];
+    convert_weights(network.layers, network.bf16, pairs);
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t start = 0; start < N; start += BLOCK) {
+        const int64_t count = N - start < BLOCK ? N - start : BLOCK;
+        float encoded[MAX_CHANNELS * BLOCK] __attribute__((aligned(64)));
+        encode_block(&grid, inputs + start * stride, stride, count, encoded);
+        for (int64_t first = 0; first < count; first += TILE) {
+            const int64_t left = count - first < TILE ? count - first : TILE;
+            Tile in[N_LAYERS + 1];
+            float density[TILE], *to = out + 4 * (start + first);
+            evaluate_tile(&network, encoded + first, inputs + (start + first) * stride, stride, left, in, density);
+            for (int64_t m = 0; m < left; m++, to += 4)
+                to[0] = in[N_LAYERS][0][m], to[1] = in[N_LAYERS][1][m], to[2] = in[N_LAYERS][2][m],
+                to[3] = density[m];
+        }
+    }
+}
+
+/* --- the gradient --- */
+
+/* Numbers of a block [channel][point], as float or as bfloat16, two in each number. */
+typedef struct {
+    uint32_t *numbers;
+    int64_t row; /* distance of channels */
+} Rows;
+
+/* Sets the points of a tile, from `first` on. */
+DEVICE void set_rows(Rows rows, Tile x, int64_t channels, int64_t first, bool bf16)
+{
+    for (int64_t i = 0; i < channels; i++)
+        if (bf16)
+            SIMD for (int m = 0; m < TILE / 2; m++)
+                rows.numbers[i * rows.row + first / 2 + m] = to_pair(x[i][2 * m], x[i][2 * m + 1]);
+        else
+            memcpy(rows.numbers + i * rows.row + first, x[i], sizeof(x[i]));
+}
+
+/* sum + a b, or the sum of the products of two bfloat16 in each of these. */
+DEVICE Vector add_products(Vector sum, Vector a, Vector b, bool bf16)
+{
+#ifdef __AVX512BF16__
+    if (bf16)
+        return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+    return sum + a * b;
+}
+
+DEVICE float sum_of(Vector v)
+{
+    float sum = 0;
+    for (int i = 0; i < LANES; i++)
+        sum += v[i];
+    return sum;
+}
+
+/* The gradient by a layer's weights and biases, from its inputs and the gradient by its outputs, in `count` numbers of
+ * each row: dW[n_out][n_in] = grad in^T and db[n_out] = grad 1. Sixteen sums at once take half the registers of AVX-512;
+ * they have names because GCC keeps arrays in memory. */
+DEVICE void layer_gradient(const Layer *layer, Rows grad, Rows in, int64_t count, bool bf16, float *dW, float *db)
+{
+#define COLUMNS(each, r) each(r, 0) each(r, 1) each(r, 2) each(r, 3)
+#define FOUR_BY_FOUR(each) COLUMNS(each, 0) COLUMNS(each, 1) COLUMNS(each, 2) COLUMNS(each, 3)
+#define ZERO(r, c) Vector sum##r##c = {0};
+#define MULTIPLY(r, c) sum##r##c = add_products(sum##r##c, g##r, h##c, bf16);
+#define STORE_SUM(r, c) dW[(o + r) * layer->n_in + i + c] = sum_of(sum##r##c);
+#define LOAD(r)                                                                                                        \
+    const Vector g##r = *(const Vector *)(g + r * grad.row + v), h##r = *(const Vector *)(h + r * in.row + v);
+    const Vector ones = bf16 ? (Vector)((IntVector){0} + 0x3f803f80) : (Vector){0} + 1; /* 1, or two in bfloat16 */
+    for (int64_t o = 0; o < layer->n_out; o += 4) {
+        const uint32_t *g = grad.numbers + o * grad.row;
+        for (int64_t i = 0; i < layer->n_in; i += 4) {
+            const uint32_t *h = in.numbers + i * in.row;
+            FOUR_BY_FOUR(ZERO)
+            for (int64_t v = 0; v < count; v += LANES) {
+                LOAD(0) LOAD(1) LOAD(2) LOAD(3)
+                FOUR_BY_FOUR(MULTIPLY)
+            }
+            FOUR_BY_FOUR(STORE_SUM)
+        }
+        for (int r = 0; r < 4; r++) {
+            Vector sum = {0};
+            for (int64_t v = 0; v < count; v += LANES)
+                sum = add_products(sum, *(const Vector *)(g + r * grad.row + v), ones, bf16);
+            db[o + r] = sum_of(sum);
+        }
+    }
+}
+
+/* The layers from the gradient by outputs to that by inputs; directions have none. */
+DEVICE void transpose_layers(const Network *network, Layer *backward, Matrix *transposed, const float *zeros)
+{
+    for (int l = 0; l < N_LAYERS; l++) {
+        const Layer *layer = network->layers + l;
+        const int64_t n_in = l == 2 ? network->layers[1].n_out : layer->n_in, n_out = layer->n_out;
+        for (int64_t i = 0; i < n_in; i++)
+            for (int64_t o = 0; o < n_out; o++)
+                transposed[l][i * n_out + o] = layer->W[o * layer->n_in + i];
+        backward[l] = (Layer){transposed[l], zeros, NULL, n_out, n_in};
+    }
+}
+
+/* From the gradient by colours and density of a tile, [count][4], to that by its encodings, [count][channels]. Sets the
+ * tile's points in the rows of the layers, from `first` on: inputs, and gradients by outputs. */
+DEVICE void differentiate_tile(const Network *network, const Layer *backward, Tile *in, const float *density,
+                               const float *grad_out, int64_t count, int64_t first, Rows *in_rows, Rows *grad_rows,
+                               float *grad_encoded)
+{
+    const int64_t channels = network->layers[0].n_in;
+    const float least = expf(-network->max_log_density);
+    Tile grad[2];
+    float by_log_density[TILE], (*of_out)[TILE] = grad[0], (*of_in)[TILE] = grad[1];
+    for (int64_t m = 0; m < TILE; m++) {
+        for (int i = 0; i < 8; i++)
+            of_out[i][m] = i < 3 && m < count ? grad_out[4 * m + i] : 0;
+        by_log_density[m] = m < count ? grad_out[4 * m + 3] * (density[m] < least ? least : density[m]) : 0;
+    }
+    for (int l = N_LAYERS - 1; l >= 0; l--) {
+        set_rows(in_rows[l], in[l], network->layers[l].n_in, first, network->bf16);
+        set_rows(grad_rows[l], of_out, network->layers[l].n_out, first, network->bf16);
+        linear(backward + l, false, of_out, of_in);
+        for (int64_t i = 0; i < backward[l].n_out && l != 2 && l != 0; i++) /* of the ReLU */
+            SIMD for (int m = 0; m < TILE; m++)
+                of_in[i][m] = in[l][i][m] > 0 ? of_in[i][m] : 0;
+        if (l == 2)
+            SIMD for (int m = 0; m < TILE; m++)
+                of_in[0][m] += by_log_density[m];
+        float (*next)[TILE] = of_out;
+        of_out = of_in, of_in = next;
+    }
+    for (int64_t m = 0; m < count; m++)
+        for (int64_t i = 0; i < channels; i++)
+            grad_encoded[m * channels + i] = of_out[i][m];
+}
+
+/* For grad_out[N][4], the gradient by what `evaluate` returns, that by the parameters, in their layout, and that by the
+ * encodings, grad_encoded[N][levels * F]. partial[blocks][parameters] is for the sums of blocks, which are added in
+ * their order, so that the result does not depend on the number of threads. */
+KERNEL evaluate_gradient(const float *inputs, int64_t stride, int64_t N, const float *aabb, int64_t contracted,
+                         const float *table, int64_t levels, int64_t F, const int64_t *resolutions,
+                         const int64_t *level_offsets, const float *parameters, int64_t width, int64_t n_features,
+                         int64_t views, float initial_log_density, float max_log_density, int64_t bf16,
+                         const float *grad_out, float *grad_encoded, float *partial, float *grad_parameters)
+{
+    const Grid grid = {aabb, table, contracted, levels, F, resolutions, level_offsets};
+    Network network = network_of(grid, parameters, width, n_features, views, initial_log_density, max_log_density,
+                                 bf16);
+    const int64_t n_parameters = network.offsets[N_LAYERS], row = network.bf16 ? BLOCK / 2 : BLOCK;
+    const int64_t size = MAX_CHANNELS * row;
+    const float zeros[MAX_CHANNELS] = {0};
+    Layer backward[N_LAYERS];
+    Pairs pairs[N_LAYERS], backward_pairs[N_LAYERS];
+    Matrix transposed[N_LAYERS];
+    transpose_layers(&network, backward, transposed, zeros);
+    convert_weights(network.layers, network.bf16, pairs);
+    convert_weights(backward, network.bf16, backward_pairs);
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t start = 0; start < N; start += BLOCK) {
+        const int64_t count = N - start < BLOCK ? N - start : BLOCK;
+        float encoded[MAX_CHANNELS * BLOCK] __attribute__((aligned(64)));
+        uint32_t *numbers = aligned_alloc(64, 2 * N_LAYERS * size * sizeof(uint32_t)); /* much for a thread's stack */
+        Rows in_rows[N_LAYERS], grad_rows[N_LAYERS];
+        for (int l = 0; l < N_LAYERS; l++) {
+            in_rows[l] = (Rows){numbers + 2 * l * size, row};
+            grad_rows[l] = (Rows){numbers + (2 * l + 1) * size, row};
+        }
+        encode_block(&grid, inputs + start * stride, stride, count, encoded);
+        for (int64_t first = 0; first < count; first += TILE) {
+            const int64_t left = count - first < TILE ? count - first : TILE, n = start + first;
+            Tile in[N_LAYERS + 1];
+            float density[TILE];
+            evaluate_tile(&network, encoded + first, inputs + n * stride, stride, left, in, density);
+            differentiate_tile(&network, backward, in, density, grad_out + 4 * n, left, first, in_rows, grad_rows,
+                               grad_encoded + n * levels * F);
+        }
+        const int64_t points = (count + TILE - 1) / TILE * TILE;
+        for (int l = 0; l < N_LAYERS; l++) {
+            const Layer *layer = network.layers + l;
+            float *dW = partial + start / BLOCK * n_parameters + network.offsets[l];
+            float *db = dW + layer->n_in * layer->n_out;
+            if (network.bf16)
+                layer_gradient(layer, grad_rows[l], in_rows[l], points / 2, true, dW, db);
+            else
+                layer_gradient(layer, grad_rows[l], in_rows[l], points, false, dW, db);
+        }
+        free(numbers);
+    }
+    memset(grad_parameters, 0, n_parameters * sizeof(float));
+    for (int64_t block = 0; block * BLOCK < N; block++)
+        SIMD for (int64_t p = 0; p < n_parameters; p++)
+            grad_parameters[p] += partial[block * n_parameters + p];
+}
+#endif

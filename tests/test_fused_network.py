@@ -1,0 +1,159 @@
+"""Kernels that evaluate and differentiate a whole hash network, against the network itself."""
+import platform
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_devices import on_cpu_only
+from tiny_grids import NO_C_COMPILER
+
+from accel import fused_network
+from accel.fused_network import BLOCK, can_fuse, evaluate, layers_of
+from accel.half_precision import HalfPrecision
+from accel.hash_grid import HashGrid
+from accel.hash_nerf import HashNeRF
+from accel.kernels import compiled
+from accel.kernels.compiled import Kernels
+from accel.network_query import NetworkQuery
+from run_nerf_helpers import get_embedder
+
+pytestmark = [on_cpu_only('the kernels are for CPUs'), NO_C_COMPILER]
+
+
+def hash_network(n_levels=4, n_features=4, contract=False, views=2, scale=1.0):
+    torch.manual_seed(0)
+    encoding_views = (None, 0) if views is None else get_embedder(4, views)
+    network = HashNeRF(HashGrid(n_levels, 100, 12, n_features, contract), *encoding_views)
+    torch.nn.init.uniform_(network.encoding.table, -scale, scale)
+    return network
+
+
+def random_inputs(count, views=True):
+    """Points, some outside of the box, and directions."""
+    points = 3 * torch.rand(count, 3) - 1.5
+    return torch.cat([points, F.normalize(torch.randn(count, 3), dim=-1)], -1) if views else points
+
+
+def gradients(raw, weights, network):
+    return torch.autograd.grad((raw * weights).sum(), [network.encoding.table, *layers_of(network)])
+
+
+def assert_equal_to_reference(network, inputs, weights):
+    assert can_fuse(network, inputs)
+    found, expected = evaluate(network, inputs), network(*inputs.split(3, -1))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for part, reference in zip(gradients(found, weights, network), gradients(expected, weights, network)):
+        atol = 1e-4 * reference.abs().max().item() + 1e-9
+        torch.testing.assert_close(part, reference, rtol=1e-3, atol=atol)
+
+
+@pytest.mark.parametrize('count', [0, 1, 31, 32, 33, BLOCK, 2 * BLOCK + 5])
+def test_outputs_and_gradients_are_those_of_the_network(count):
+    network = hash_network()
+    assert_equal_to_reference(network, random_inputs(count), torch.randn(count, 4))
+
+
+@pytest.mark.parametrize('settings', [{'contract': True}, {'n_features': 2}, {'n_features': 8},
+                                      {'views': None}, {'n_levels': 8}, {'n_levels': 8, 'n_features': 8},
+                                      {'n_levels': 16, 'n_features': 1}])
+def test_any_hash_network(settings):
+    network, inputs = hash_network(**settings), random_inputs(200, settings.get('views', 2) is not None)
+    assert_equal_to_reference(network, inputs, torch.randn(200, 4))
+
+
+@pytest.mark.parametrize('weights', [torch.zeros(300, 4), torch.eye(4).repeat(75, 1),
+                                     torch.tensor([0.0, 0, 0, 1]).expand(300, 4)])
+def test_points_without_a_gradient_change_nothing(weights):
+    weights = weights * (torch.arange(300) % 7 == 0)[:, None]
+    assert_equal_to_reference(hash_network(), random_inputs(300), weights)
+
+
+@pytest.mark.parametrize('log_density', [-60.0, 60.0])
+def test_emptiness_and_solid_matter(log_density):
+    network = hash_network()
+    with torch.no_grad():
+        network.density_linears[1].bias[0] = log_density
+    assert_equal_to_reference(network, random_inputs(100), 1e-6 * torch.randn(100, 4))
+
+
+def test_nan_stays_visible():
+    network, inputs = hash_network(), random_inputs(100)
+    with torch.no_grad():
+        network.density_linears[1].bias[3] = float('nan')
+    for bf16 in (False, True):
+        raw = evaluate(network, inputs, bf16)
+        assert raw[:, :3].isnan().all() and raw[:, 3].isfinite().all()
+    network, weights = hash_network(), torch.zeros(100, 4)
+    weights[50, 1] = float('nan')
+    for bf16 in (False, True):
+        assert gradients(evaluate(network, inputs, bf16), weights, network)[0].isnan().any()
+
+
+def test_bfloat16_is_as_close_as_autocast():
+    network, inputs, weights = hash_network(scale=2.0), random_inputs(4000), torch.randn(4000, 4)
+    results = []
+    for raw in (network(*inputs.split(3, -1)), evaluate(network, inputs, bf16=True),
+                HalfPrecision(HashNeRF.__call__, network)(*inputs.split(3, -1))):
+        results.append([raw.detach(), *gradients(raw, weights, network)])
+    for expected, found, autocast in zip(*results):
+        limit = 0.005 * expected.norm() + 2 * (autocast - expected).norm()
+        assert (found - expected).norm() <= limit
+
+
+@pytest.mark.parametrize('bf16', [False, True])
+def test_the_number_of_threads_changes_nothing(bf16):
+    network, inputs, weights = hash_network(), random_inputs(5000), torch.randn(5000, 4)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            raw = evaluate(network, inputs, bf16)
+            results.append([raw, *gradients(raw, weights, network)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*parts) for parts in zip(*results))
+
+
+def test_a_query_uses_the_kernels_unless_something_speaks_against_it(monkeypatch):
+    network, inputs = hash_network(), random_inputs(50)
+    calls, call = [], fused_network.KERNELS.call
+    monkeypatch.setattr(fused_network.KERNELS, 'call', lambda *args: calls.append(args[0]) or call(*args))
+
+    def called(query, inputs):
+        calls.clear()
+        query.evaluate(inputs, network).sum().backward()
+        return calls
+    assert called(NetworkQuery(), inputs) == ['evaluate', 'evaluate_gradient', 'encode_gradient']
+    assert not called(NetworkQuery(backward='plain'), inputs)
+    assert not called(NetworkQuery(), inputs.clone().requires_grad_())  # --refine_poses
+    assert not can_fuse(hash_network(views=0), inputs)                  # positional encoding of directions
+    assert not can_fuse(hash_network(n_levels=3, n_features=2), inputs)
+    monkeypatch.setenv('NERF_PLAIN', '1')
+    assert not called(NetworkQuery(), inputs)
+
+
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='builds for processors of this family')
+@pytest.mark.parametrize('processor', ['x86-64', 'haswell'])
+def test_older_processors(processor, monkeypatch):
+    """Without AVX-512 and bfloat16 the same text compiles to the same results."""
+    flags = ['-march=' + processor if flag == '-march=native' else flag for flag in compiled.FLAGS]
+    monkeypatch.setattr(compiled, 'FLAGS', flags)
+    kernels = Kernels('network', fused_network.check_kernels)
+    monkeypatch.setattr(fused_network, 'KERNELS', kernels)
+    assert kernels.usable(torch.device('cpu'))
+
+
+@pytest.mark.parametrize('right, wrong', [
+    ('in[l][i][m] > 0 ?', 'in[l][i][m] > -9 ?'),
+    ('of_in[0][m] += by_log_density[m]', 'of_in[0][m] -= by_log_density[m]'),
+    ('l != 1 && l != N_LAYERS - 1', 'l != N_LAYERS - 1'),
+    ('grad_parameters[p] += partial', 'grad_parameters[p] = partial'),
+])
+def test_kernels_that_compute_something_else_are_not_used(right, wrong, monkeypatch):
+    original = compiled.read_source
+    assert right in original('network')
+    monkeypatch.setattr(compiled, 'read_source', lambda name: original(name).replace(right, wrong))
+    broken = Kernels('network', fused_network.check_kernels)
+    monkeypatch.setattr(fused_network, 'KERNELS', broken)
+    with pytest.warns(UserWarning, match='network kernels cannot be used on cpu'):
+        assert not broken.usable(torch.device('cpu'))
