@@ -36,6 +36,14 @@ def evaluate(network, inputs, bf16=False):
     return FusedNetwork.apply(network, bf16, inputs, network.encoding.table, *layers_of(network))
 
 
+def density(network, points, bf16=False):
+    """The density [M] of a network that `can_fuse` at `points` [M, 3], without gradient; `bf16` as for
+    `evaluate`."""
+    found, layers = points.new_empty(len(points)), padded(layers_of(network))
+    KERNELS.call('evaluate', len(points), *arguments_of(network, points, layers, bf16), 0, found)
+    return found
+
+
 class FusedNetwork(torch.autograd.Function):
     """`evaluate`; parameters are arguments too, so that autograd requests their gradients. Only the inputs
     are saved: the gradient evaluates the network again, at the points where it is not zero."""
@@ -45,7 +53,7 @@ class FusedNetwork(torch.autograd.Function):
         ctx.network, ctx.bf16 = network, bf16
         ctx.save_for_backward(inputs, table, *layers)
         raw = inputs.new_empty(len(inputs), 4)
-        KERNELS.call('evaluate', len(inputs), *arguments_of(network, inputs, padded(layers), bf16), raw)
+        KERNELS.call('evaluate', len(inputs), *arguments_of(network, inputs, padded(layers), bf16), 1, raw)
         return raw
 
     @staticmethod
@@ -106,6 +114,8 @@ def check_kernels(device):
             parameters, results = [network.encoding.table, *layers_of(network)], []
             for raw in (network(points, viewdirs), *(evaluate(network, inputs, bf16) for bf16 in (0, 1))):
                 results.append([raw, *torch.autograd.grad((raw * weights).sum(), parameters)])
+            for bf16 in (False, True):
+                assert torch.equal(density(network, points, bf16), evaluate(network, inputs, bf16)[:, 3])
             for expected, exact, bf16 in zip(*results):
                 assert (exact - expected).norm() <= 1e-4 * expected.norm()
                 assert (bf16 - expected).norm() <= 0.15 * expected.norm()  # ReLUs change sides

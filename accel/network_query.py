@@ -82,6 +82,8 @@ class NetworkQuery:
     @torch.no_grad()
     def density(self, points, network):
         """The density before its ReLU [M] at `points` [M, 3], without gradients."""
+        if fused_network.can_fuse(network, points):
+            return fused_network.density(network, points, self.precision == 'bf16')
         density = self.function(type(network).density, network)
         return evaluate_in_chunks(density, points, self.chunk(network, points.device))
 

@@ -102,7 +102,8 @@ def test_density_is_that_of_raw_without_gradient(make, precision):
     (encoded_nerf, 'auto', 'sparse'), (encoded_nerf, 'sparse', 'sparse'), (encoded_nerf, 'plain', 'plain'),
     (hash_nerf, 'auto', 'sparse' if DEVICE.type == 'cpu' else 'plain'),  # it keeps activations
     (hash_nerf, 'sparse', 'sparse'), (hash_nerf, 'plain', 'plain')])
-def test_backward_is_sparse_unless_it_is_plain(make, backward, expected):
+def test_backward_is_sparse_unless_it_is_plain(make, backward, expected, monkeypatch):
+    monkeypatch.setenv('NERF_PLAIN', '1')  # hash networks have kernels of their own
     raw = NetworkQuery(50, backward=backward).at_points(*points_and_directions(100), make())
     assert raw.grad_fn.name().startswith('SparseBackward') == (expected == 'sparse')
 
@@ -203,10 +204,14 @@ def test_a_network_in_half_precision_may_change(multiple):
 def test_training_and_rendering_compute_the_same(make, precision):
     torch.manual_seed(0)
     network, inputs = make(), points_and_directions(300)
-    raw = [NetworkQuery(64, precision, backward).at_points(*inputs, network).detach()
-           for backward in ('sparse', 'plain')]
+    sparse, plain = (NetworkQuery(64, precision, backward).at_points(*inputs, network).detach()
+                     for backward in ('sparse', 'plain'))
     with torch.no_grad():
         rendered = NetworkQuery(64, precision).at_points(*inputs, network)
     assert rendered.dtype == torch.float32
-    for trained in raw:
-        assert torch.equal(trained, rendered)
+    assert torch.equal(sparse, rendered)
+    if make is encoded_nerf:
+        assert torch.equal(plain, rendered)
+    else:  # the others may be computed by kernels
+        tolerance = {'fp32': 1e-5, 'bf16': 5e-3}[precision]
+        torch.testing.assert_close(plain, rendered, rtol=tolerance, atol=tolerance)

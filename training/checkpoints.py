@@ -20,7 +20,6 @@ import torch
 from scenes.errors import UserError, first_line
 from scenes.files import atomic_write, remove_partial_files
 from training.options import options_that_affect, plain_options
-from training.time_plan import seconds_of_process
 
 # The version of the layout: 2 is current, 1 older; files of nerf-pytorch have none.
 FORMAT = 2
@@ -287,16 +286,17 @@ class Checkpoints:
       start_path, start: the checkpoint that the run started from and its step; None and 0 for a new run.
       say: called with a line if a save fails.
       is_main: whether this process saves what is due.
-      seconds: that the run took before this process.
+      seconds_taken: returns how many seconds the run has taken.
     Attributes:
       newest: path of the newest checkpoint of this run, `start_path` at first.
       saved_step: its step.
     """
 
-    def __init__(self, folder, parts, args, camera, start_path, start, say, is_main, seconds=0.0):
+    def __init__(self, folder, parts, args, camera, start_path, start, say, is_main,
+                 seconds_taken=lambda: 0.0):
         self.folder, self.parts, self.args, self.camera = Path(folder), parts, args, camera
         self.newest, self.saved_step, self.say, self.is_main = start_path, start, say, is_main
-        self.seconds, self.saved_at, self.retry_at = seconds, time.monotonic(), None
+        self.seconds_taken, self.saved_at, self.retry_at = seconds_taken, time.monotonic(), None
         self.timed = []  # paths of checkpoints that were saved only because of --save_minutes
         self.missed = False  # whether a checkpoint of --i_weights has failed and is still to be saved
 
@@ -374,7 +374,7 @@ class Checkpoints:
             'random_state': {'cpu': torch.get_rng_state(), 'cuda': cuda_state},
             'args': options,
             'camera': self.camera,
-            'seconds': self.seconds + seconds_of_process(),
+            'seconds': self.seconds_taken(),
             'format': FORMAT,
         }
         content = io.BytesIO()  # torch's own file writing does not raise OSError

@@ -21,10 +21,13 @@ class Console:
 
     Args:
       quiet: print nothing.
+    Attributes:
+      started_at: when it was made, by `time.perf_counter`.
     """
 
     def __init__(self, quiet=False):
         self.quiet, self.log_path, self.early_lines = quiet, None, []
+        self.started_at = time.perf_counter()
 
     def say(self, message, file=None):
         """Log a line and print it above a progress bar. A closed console or a full disk behind it does no

@@ -60,7 +60,7 @@ def start_run(args, scene, checkpoint, render_kwargs, optimizer, start, frames, 
             raise UserError(f'{option}: found {views} views from the first training view to the last, '
                             f'expected at most {rows}')
     path, state = checkpoint
-    plan = TimePlan(args, scene, state, start, frames, processes, console.say)
+    plan = TimePlan(args, scene, state, start, frames, processes, console)
     logger = open_run(args, scene, networks, start, device, console, processes)
     followers = {'renderer': render_kwargs['renderer'], 'ray_sampler': rays}
     safeguards = Safeguards(networks, optimizer, args.seed, not args.no_restart, console.say, followers)
@@ -70,7 +70,7 @@ def start_run(args, scene, checkpoint, render_kwargs, optimizer, start, frames, 
     parts = checkpoint_parts(render_kwargs, optimizer, ray_sampler=rays, safeguards=safeguards)
     camera = {'pixel_centers': render_kwargs['pixel_centers'], **scene.checkpoint_fields()}
     checkpoints = Checkpoints(Path(args.basedir, args.expname), parts, args, camera, path, start, console.say,
-                              processes.is_main, plan.seconds_before)
+                              processes.is_main, plan.seconds_taken)
     return plan, logger, rays, safeguards, checkpoints
 
 

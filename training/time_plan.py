@@ -2,8 +2,8 @@
 import math
 import time
 
-# When this process began: importing torch and others took about this much of the processor.
-STARTED_AT = time.perf_counter() - time.process_time()
+# Importing torch and others takes about this long, before the console is there.
+IMPORT_SECONDS = time.process_time()
 # Test views and video are each left out if all of them would take more than this share of the time.
 MAX_OUTPUT_SHARE = 0.4
 # What they take is measured again after this share of the time; a measured frame takes about the other share.
@@ -16,11 +16,6 @@ SECONDS_PER_WRITTEN_PIXEL = 2e-7
 SHOWN_FACTOR = 1.1
 # The interval of outputs that are not made.
 NEVER = 10 ** 9
-
-
-def seconds_of_process():
-    """Seconds since this process began."""
-    return time.perf_counter() - STARTED_AT
 
 
 class TimePlan:
@@ -36,14 +31,13 @@ class TimePlan:
       start: number of steps done.
       frames: a `FrameRenderer`.
       processes: a `Processes`; rank 0 plans.
-      say: called with each line for the console.
-    Attributes:
-      seconds_before: that the run took before this process.
+      console: a `Console`.
     """
 
-    def __init__(self, args, scene, state, start, frames, processes, say):
-        self.args, self.scene, self.frames, self.processes, self.say = args, scene, frames, processes, say
-        self.seconds_before = (state or {}).get('seconds', 0.0)
+    def __init__(self, args, scene, state, start, frames, processes, console):
+        self.args, self.scene, self.frames, self.processes = args, scene, frames, processes
+        self.say, self.started_at = console.say, console.started_at
+        self.seconds_before = (state or {}).get('seconds', 0.0)  # in earlier processes
         if args.minutes is None:
             return
         self.seconds, self.decay_per_step = 60 * args.minutes, args.lrate_decay / args.N_iters
@@ -57,7 +51,7 @@ class TimePlan:
 
     def seconds_taken(self):
         """By the run, until now."""
-        return self.seconds_before + seconds_of_process()
+        return self.seconds_before + IMPORT_SECONDS + time.perf_counter() - self.started_at
 
     def adopt(self, step, N_iters, outputs, wait=0.0):
         """After `step` steps, change the options to a plan: the number of steps, and what is made after the

@@ -66,37 +66,41 @@ DEVICE void encode_block(const Grid *grid, const float *inputs, int64_t stride, 
 }
 
 /* From the encodings of a tile of `count` points to the inputs of the layers, in[0] to in[4], the outputs of the last
- * one, in[5], and densities. */
+ * one, in[5], and densities; without colours only the first two layers are evaluated. */
 DEVICE void evaluate_tile(const Network *network, const float *encoded, const float *inputs, int64_t stride,
-                          int64_t count, Tile *in, float *density)
+                          int64_t count, bool colors, Tile *in, float *density)
 {
     const Layer *layers = network->layers;
     for (int64_t i = 0; i < layers[0].n_in; i++)
         memcpy(in[0][i], encoded + i * BLOCK, sizeof(in[0][i]));
-    for (int l = 0; l < N_LAYERS; l++) {
+    for (int l = 0; l < (colors ? N_LAYERS : 2); l++) {
         linear(layers + l, false, in[l], in[l + 1]);
         for (int64_t i = 0; i < layers[l].n_out && l != 1 && l != N_LAYERS - 1; i++)
             SIMD for (int m = 0; m < TILE; m++)
                 in[l + 1][i][m] = in[l + 1][i][m] < 0 ? 0 : in[l + 1][i][m];
-        for (int m = 0; m < TILE && l == 1 && network->views; m++) {
+        for (int m = 0; m < TILE && l == 1 && network->views && colors; m++) {
             float harmonics[N_HARMONICS];
             harmonics_of(inputs + (m < count ? m : 0) * stride + 3, harmonics);
             for (int i = 0; i < N_HARMONICS; i++)
                 in[2][layers[1].n_out + i][m] = harmonics[i];
         }
     }
+    float log_density[TILE];
     SIMD for (int m = 0; m < TILE; m++) {
-        float log_density = in[2][0][m] + network->initial_log_density;
-        density[m] = log_density > network->max_log_density ? network->max_log_density : log_density;
+        log_density[m] = in[2][0][m] + network->initial_log_density;
+        density[m] = log_density[m] > network->max_log_density ? network->max_log_density : log_density[m];
     }
     exponentials(density, TILE);
+    SIMD for (int m = 0; m < TILE; m++)
+        density[m] = log_density[m] < -87 ? 0 : density[m]; /* as exp does, nearly: then there is no gradient */
 }
 
-/* out[N][4]: three colour logits and a density. */
+/* out[N][4]: three colour logits and a density; without `colors` out[N], densities alone. */
 KERNEL evaluate(const float *inputs, int64_t stride, int64_t N, const float *aabb, int64_t contracted,
                 const float *table, int64_t levels, int64_t F, const int64_t *resolutions,
                 const int64_t *level_offsets, const float *parameters, int64_t width, int64_t n_features,
-                int64_t views, float initial_log_density, float max_log_density, int64_t bf16, float *out)
+                int64_t views, float initial_log_density, float max_log_density, int64_t bf16, int64_t colors,
+                float *out)
 {
     const Grid grid = {aabb, table, contracted, levels, F, resolutions, level_offsets};
     Network network = network_of(grid, parameters, width, n_features, views, initial_log_density, max_log_density,
@@ -111,11 +115,14 @@ KERNEL evaluate(const float *inputs, int64_t stride, int64_t N, const float *aab
         for (int64_t first = 0; first < count; first += TILE) {
             const int64_t left = count - first < TILE ? count - first : TILE;
             Tile in[N_LAYERS + 1];
-            float density[TILE], *to = out + 4 * (start + first);
-            evaluate_tile(&network, encoded + first, inputs + (start + first) * stride, stride, left, in, density);
-            for (int64_t m = 0; m < left; m++, to += 4)
-                to[0] = in[N_LAYERS][0][m], to[1] = in[N_LAYERS][1][m], to[2] = in[N_LAYERS][2][m],
-                to[3] = density[m];
+            const int64_t n = start + first;
+            float density[TILE];
+            evaluate_tile(&network, encoded + first, inputs + n * stride, stride, left, colors, in, density);
+            for (int64_t m = 0; m < left; m++) {
+                for (int i = 0; i < 3 && colors; i++)
+                    out[4 * (n + m) + i] = in[N_LAYERS][i][m];
+                out[colors ? 4 * (n + m) + 3 : n + m] = density[m];
+            }
         }
     }
 }
@@ -272,7 +279,7 @@ KERNEL evaluate_gradient(const float *inputs, int64_t stride, int64_t N, const f
             const int64_t left = count - first < TILE ? count - first : TILE, n = start + first;
             Tile in[N_LAYERS + 1];
             float density[TILE];
-            evaluate_tile(&network, encoded + first, inputs + n * stride, stride, left, in, density);
+            evaluate_tile(&network, encoded + first, inputs + n * stride, stride, left, true, in, density);
             differentiate_tile(&network, backward, in, density, grad_out + 4 * n, left, first, in_rows, grad_rows,
                                grad_encoded + n * levels * F);
         }
