@@ -19,10 +19,9 @@ class NetworkQuery:
       precision: 'bf16' for bfloat16 products in the hidden layers. 'fp32' and 'tf32' are the same here: TF32
         is a global setting of torch (`pick_precision`).
       backward: 'sparse' keeps no activations and backpropagates only through samples that have a gradient,
-        see `accel/sparse_backward.py`; 'plain' is ordinary backpropagation. 'auto' is 'sparse', but networks
-        with `keep_activations` also store activations, and on a GPU they are differentiated as with 'plain':
-        waiting for the number of samples would cost more than it saves. Unless it is 'plain', hash networks
-        are evaluated on a CPU by `accel/fused_network.py`.
+        see `accel/sparse_backward.py`; 'plain' is ordinary backpropagation. 'auto' is 'sparse', but 'plain'
+        for networks with `keep_activations` on a GPU: waiting for the number of samples would cost more than
+        it saves. Unless it is 'plain', hash networks are evaluated on a CPU by `accel/fused_network.py`.
     """
 
     def __init__(self, netchunk=None, precision='fp32', backward='auto'):
@@ -62,10 +61,10 @@ class NetworkQuery:
         chunk = self.chunk(network, inputs.device)
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         if torch.is_grad_enabled() and (parameters or inputs.requires_grad):
-            keep_activations = self.backward_pass == 'auto' and network.keep_activations
-            if self.backward_pass == 'plain' or (keep_activations and inputs.device.type == 'cuda'):
+            small = network.keep_activations and inputs.device.type == 'cuda'
+            if self.backward_pass == 'plain' or (self.backward_pass == 'auto' and small):
                 return evaluate_with_activations(evaluate, inputs, chunk)
-            return SparseBackward.apply(evaluate, chunk, keep_activations, self, inputs, *parameters)
+            return SparseBackward.apply(evaluate, chunk, self, inputs, *parameters)
         return evaluate_in_chunks(evaluate, inputs, chunk)
 
     def backward(self, losses, share=1.0):

@@ -6,8 +6,6 @@ backward pass selects the points where the gradient is not zero, evaluates the n
 differentiates that. The gradient is the same. With F the cost of a forward pass and p the fraction of these
 points, a step costs F(1 + 3p) instead of 3F, and activations take the memory of one chunk.
 
-With `keep_activations` the forward pass stores the activations too, and each backward pass takes the cheaper
-way: it evaluates the network again if p < 2/3, and otherwise uses them.
 """
 import math
 from collections.abc import Callable
@@ -18,9 +16,6 @@ import torch
 # On a CPU, chunks are padded to one of this many lengths: oneDNN compiles a kernel for each new number of
 # rows and keeps hundreds of them, which costs more time and memory than a few superfluous rows.
 CHUNK_LENGTHS = 32
-# Evaluating the network again is cheaper than using stored activations if fewer points than this fraction
-# have a gradient: F(1 + 3p) < 3F.
-RECOMPUTE_BELOW = 2 / 3
 
 
 class Evaluation(NamedTuple):
@@ -30,15 +25,10 @@ class Evaluation(NamedTuple):
     inputs: torch.Tensor      # [M, C]
     parameters: list          # of `fn`
     grad_raw: torch.Tensor    # gradient of the loss by its outputs
-    kept: tuple | None        # outputs and inputs with their graph, if activations are kept
 
     def differentiable_parts(self, mask, count, to_inputs=False):
         """Yield (rows, leaf, raw): an index of rows, a leaf tensor with these rows of `inputs`, and
         `fn(leaf)` with its graph. Together they cover the rows in `mask` [M], `count` of them."""
-        if self.kept and count >= RECOMPUTE_BELOW * len(self.inputs):
-            raw, leaf = self.kept
-            yield slice(None), leaf, raw
-            return
         rows = indices_of(mask, count)
         for part in rows.split(self.chunk) if count else ():
             leaf = self.inputs.index_select(0, part).detach().requires_grad_(to_inputs)
@@ -61,26 +51,20 @@ class SparseBackward(torch.autograd.Function):
     backward pass only adds an `Evaluation` to it, for `backpropagate`."""
 
     @staticmethod
-    def forward(ctx, fn, chunk, keep_activations, query, inputs, *parameters):
-        ctx.fn, ctx.chunk, ctx.query, ctx.kept = fn, chunk, query, None
+    def forward(ctx, fn, chunk, query, inputs, *parameters):
+        ctx.fn, ctx.chunk, ctx.query = fn, chunk, query
         ctx.save_for_backward(inputs, *parameters)
-        if not keep_activations:
-            return evaluate_in_chunks(fn, inputs, chunk)
-        leaf = inputs.detach().requires_grad_(ctx.needs_input_grad[4])
-        with torch.enable_grad():
-            raw = evaluate_with_activations(fn, leaf, chunk)
-        ctx.kept = raw, leaf
-        return raw.detach()
+        return evaluate_in_chunks(fn, inputs, chunk)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_raw):
         inputs, *parameters = ctx.saved_tensors
-        evaluation = Evaluation(ctx.fn, ctx.chunk, inputs, parameters, grad_raw, ctx.kept)
-        to_inputs, ctx.kept = ctx.needs_input_grad[4], None
+        evaluation = Evaluation(ctx.fn, ctx.chunk, inputs, parameters, grad_raw)
+        to_inputs = ctx.needs_input_grad[3]
         if ctx.query.deferred is not None and not to_inputs:
             ctx.query.deferred.append(evaluation)
-            return (None,) * (5 + len(parameters))
+            return (None,) * (4 + len(parameters))
         (mask, count), = rows_with_gradient([grad_raw])
         grad_inputs = torch.zeros_like(inputs) if to_inputs else None
         sums = [None] * len(parameters)
@@ -91,7 +75,7 @@ class SparseBackward(torch.autograd.Function):
                 grads, grad_inputs[rows] = grads[:-1], grads[-1]
             sums = add_gradients(sums, grads)
         sums = [torch.zeros_like(p) if total is None else total for p, total in zip(parameters, sums)]
-        return None, None, None, None, grad_inputs, *sums
+        return None, None, None, grad_inputs, *sums
 
 
 def backpropagate(evaluations):

@@ -130,27 +130,6 @@ def test_points_without_gradient_are_not_evaluated_again(device):
     assert 1112 <= sum(evaluated) <= 1112 + 320 / CHUNK_LENGTHS
 
 
-@pytest.mark.parametrize('fraction, evaluations', [(0.0, 1.0), (0.3, 1.3 if DEVICE.type == 'cpu' else 1.0),
-                                                   (0.9, 1.0)])
-def test_kept_activations_are_used_where_most_points_have_a_gradient(fraction, evaluations):
-    """Gradients of parameters and points, and how often a point is evaluated."""
-    torch.manual_seed(0)
-    network, evaluated, found = encoded_nerf(), [], []
-    network.keep_activations = True
-    network.register_forward_pre_hook(lambda _, inputs: evaluated.append(len(inputs[0])))
-    inputs = points_and_directions(1000)
-    weights = torch.rand(1000, 4) * (torch.arange(1000)[:, None] < fraction * 1000)
-    for backward in ('plain', 'auto'):
-        network.zero_grad()
-        evaluated.clear()
-        points, viewdirs = (x.clone().requires_grad_() for x in inputs)
-        raw = NetworkQuery(320, backward=backward).at_points(points, viewdirs, network)
-        (raw * weights).sum().backward()
-        found.append([points.grad, viewdirs.grad, *(p.grad for p in network.parameters())])
-    assert_same_gradients(found[1], found[0])
-    assert sum(evaluated) == pytest.approx(evaluations * 1000, abs=320 / CHUNK_LENGTHS)
-
-
 def test_gradients_of_points_and_directions():
     """For optimising poses."""
     network, _ = two_networks()

@@ -313,8 +313,7 @@ def _training_options(parser):
              'the device, fp32 in exact rendering')
     add('--backward', affects='nothing', choices=['auto', 'sparse', 'plain'], default='auto',
         help='sparse: store no activations and backpropagate only through samples that have a gradient; '
-             'plain: ordinary backpropagation; auto: sparse, but hash networks also store activations, and '
-             'use plain on a GPU')
+             'plain: ordinary backpropagation; auto: sparse, but plain for hash networks on a GPU')
     add('--no_reload', affects='nothing', action=BooleanSwitch, default=False,
         help='start from scratch even if there are checkpoints')
     add('--no_restart', affects='training', action=BooleanSwitch, default=False,
