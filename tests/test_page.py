@@ -13,12 +13,13 @@ from tiny_exports import Ball, trained_ball
 from tiny_runs import DEMO, NO_OUTPUTS, run
 
 from accel import proposals
+from accel.hash_grid import expand
 from accel.occupancy import CellGrid
-from accel.proposals import ProposalRenderer
+from accel.proposals import FAR, ProposalRenderer
 from run_nerf_helpers import BoundedModule
 from scenes.errors import UserError
 from tools.exporting.baking import Baking, ContractedBaking, occupied_box
-from tools.exporting.page import write_page
+from tools.exporting.page import angle_limits, write_page
 from tools.exporting.sparse_field import (
     BASE_LOW,
     BASE_RANGE,
@@ -40,11 +41,11 @@ RADIUS, COLOR = 0.5, torch.tensor([0.8, 0.5, 0.2])
 class SphereBaking(Baking):
     """Stands for the `Baking` of a scene in which a dense sphere surrounds the origin, and one camera sees
     it from above. Its colour is COLOR."""
-    ndc, min_opacity, scene = False, 0.03, Namespace(i_train=[0])
+    scene = Namespace(i_train=[0])
 
     def __init__(self):
         self.cells = CellGrid(16)
-        self.box = occupied_box(self.cells)
+        self.box, self.device = occupied_box(self.cells), self.cells.aabb.device
 
     def density(self, points):
         return 200.0 * (points.norm(dim=-1) < RADIUS)
@@ -327,7 +328,7 @@ def room(monkeypatch):
         grid.encoding.set_aabb([[-1, -1.2, -1], [1.2, 1, 1]])
     trained = trained_ball(network=Room(), renderer=renderer, bounds=(0.5, 9.0))
     trained.args.contract, trained.args.occupancy_grid, trained.args.expname = True, False, 'room'
-    trained.args.pixel_centers = True
+    trained.args.pixel_centers, trained.render_kwargs['N_samples'] = True, 128
     return trained
 
 
@@ -335,3 +336,28 @@ def test_a_page_of_contracted_space_shows_what_is_rendered(room, browser, tmp_pa
     write_page(room, tmp_path / 'page.html', 4, print)
     page, _ = open_page(browser, tmp_path / 'page.html')
     assert psnr_of_views(page, room, [0, 5, 10]) > 30
+
+
+def test_steps_along_curved_rays_add_up_to_their_length(room):
+    baking, spacing, farthest = ContractedBaking(room), 0.01, 4.5
+    t, _ = baking.intervals[0]
+    baking.intervals[0] = t, (t[:, 1:] < farthest)
+    points, _, ray_indices, _, lengths = baking.march(0, spacing, torch.Generator().manual_seed(0))
+    steps = spacing * lengths * baking.unit * expand(points, FAR)[1][:, 0] ** 2
+    found = torch.zeros(len(t)).index_add(0, ray_indices, steps)
+    expected = torch.where(t < farthest, t, 0).amax(-1) - room.scene.near
+    torch.testing.assert_close(found, expected * baking.rays(0)[0][:, 3:6].norm(dim=-1), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(('degrees', 'expected'), [
+    ((-40, 0, 30), (-40, 30)), ((-170, 120, 60, 0), (0, 190)), ((170, -120, -60, 0), (-190, 0)),
+    ((10, 50), (0, 50)), ((0, 90, 180, -90), None)])
+def test_the_camera_stays_among_the_views_unless_they_surround_the_scene(degrees, expected):
+    azimuth = np.radians(degrees)
+    position, center, up = np.array([2.0, 0, 1]), np.array([0, 0, 1.0]), np.array([0, 0, 1.0])
+    poses = np.zeros((len(azimuth), 3, 4))
+    poses[:, :, 3] = center + np.stack([np.cos(azimuth), np.sin(azimuth), 0.1 + 0 * azimuth], -1)
+    limits = angle_limits(poses, position, center, up)
+    assert limits['elevation'] == pytest.approx([-0.05, np.arctan(0.1) + 0.05])
+    found = np.degrees(limits['azimuth']) + [3, -3] if expected else limits.get('azimuth')
+    assert found == pytest.approx(expected, abs=0.2)

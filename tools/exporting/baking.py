@@ -17,10 +17,8 @@ from run_nerf_helpers import ndc_rays
 from scenes.bounds import box_of_rays
 from scenes.rays import camera_rays
 
-# Points of less opacity than this are empty. Forward-facing scenes are full of thin fog.
-MIN_OPACITY, MIN_OPACITY_NDC = 0.03, 0.008
-# The longest side of a grid has at most this many steps. In forward-facing scenes thin fog fills all space, so
-# that more take too much time; contracted space holds all surroundings.
+# The longest side of a grid has at most this many steps. In forward-facing scenes thin fog fills all space,
+# so more take too much time; contracted space holds all surroundings.
 MAX_RESOLUTION, MAX_RESOLUTION_NDC, MAX_RESOLUTION_CONTRACTED = 512, 320, 1024
 # Visibility is computed along about this many rays of a view, and of all views.
 RAYS_PER_VIEW, MAX_RAYS = 40_000, 1_500_000
@@ -32,7 +30,7 @@ POINTS_AT_ONCE = 2 ** 20
 CONTRACTED_CELLS = 256
 # An interval of a ray through contracted space is visible if it has at least this weight for each cell of its
 # length.
-MIN_WEIGHT = 0.005
+MIN_CELL_WEIGHT = 0.003
 # This many rays are rendered at once.
 RAYS_AT_ONCE = 2 ** 12
 
@@ -48,7 +46,6 @@ class Baking:
         self.kwargs, self.scene, self.path = trained.render_kwargs, trained.scene, trained.path
         self.network = self.kwargs['network_fine'] or self.kwargs['network_fn']
         self.query, self.ndc = self.kwargs['network_query_fn'], self.kwargs['ndc']
-        self.min_opacity = MIN_OPACITY_NDC if self.ndc else MIN_OPACITY
         self.max_resolution = MAX_RESOLUTION_NDC if self.ndc else MAX_RESOLUTION
         self.unit = 1.0  # of the grid's coordinates, in units of the world
         self.device = next(self.network.parameters()).device
@@ -148,7 +145,7 @@ class ContractedBaking(Baking):
         extras = renderer.render_rays(rays, self.network, self.query, self.kwargs['N_samples'],
                                       retsamples=True)
         t = renderer.positions(extras['s_vals'], rays[:, 6:7], rays[:, 7:8], lindisp=False)
-        return t, extras['weights'] >= MIN_WEIGHT * (self.lengths(rays, t) / side).clamp(min=1)
+        return t, extras['weights'] >= MIN_CELL_WEIGHT * (self.lengths(rays, t) / side).clamp(min=1)
 
     def lengths(self, rays, t):
         """The lengths [N, K] of intervals of rays [N, 8 or more] in contracted space, from their edges
@@ -169,22 +166,30 @@ class ContractedBaking(Baking):
 
     def march(self, view, spacing, generator):
         (rays, viewdirs), (t, visible) = self.rays(view), self.intervals[view]
-        K, steps = visible.shape[1], self.lengths(rays, t) / spacing * visible         # [N, K]
+        steps = self.lengths(rays, t) / spacing * visible                              # [N, K]
         jitter = torch.rand(len(rays), 1, generator=generator, device=self.device)
-        ends = F.pad(steps.cumsum(-1), (1, 0)) - jitter                                # [N, K + 1]
-        before = ends.ceil().long()                                # how many points are in front of each edge
-        offsets = offsets_of(before[:, -1])
-        interval = torch.arange(steps.numel(), device=self.device).repeat_interleave(before.diff().flatten())
-        ray_indices = interval // K
-        number = torch.arange(len(interval), device=self.device) - offsets[ray_indices]
-        share = (number - ends[:, :-1].flatten()[interval]) / steps.flatten()[interval]
-        dt = t.diff().flatten()[interval]
+        interval, share, offsets = whole_numbers(F.pad(steps.cumsum(-1), (1, 0)) - jitter)
+        ray_indices, dt = interval // visible.shape[1], t.diff().flatten()[interval]
         at = t[:, :-1].flatten()[interval] + share * dt
-        points = (rays[ray_indices, :3] + at[:, None] * rays[ray_indices, 3:6] - self.center) / self.half
+        points = rays[ray_indices, :3] + at[:, None] * rays[ray_indices, 3:6]
+        points = (points - self.center) / self.half
         norm = points.abs().amax(-1).clamp(min=1)
-        length = torch.linalg.vector_norm(rays[:, 3:6], dim=-1)[ray_indices] * dt / steps.flatten()[interval]
-        return (contract(points), viewdirs, ray_indices, offsets,
-                length / (spacing * self.unit * norm ** 2))
+        step = dt * torch.linalg.vector_norm(rays[ray_indices, 3:6], dim=-1) / steps.flatten()[interval]
+        return contract(points), viewdirs, ray_indices, offsets, step / (spacing * self.unit * norm ** 2)
+
+
+def whole_numbers(edges):
+    """Which of the numbers 0, 1, 2, … are in which intervals, with the `edges` [N, K + 1] along N rays.
+
+    Returns:
+      interval: of each number, counted over all rays [M]; share: 0 to 1, where it is in there [M].
+      offsets: see `accel/packed.py` [N + 1].
+    """
+    before = edges.ceil().clamp(min=0).long()
+    offsets, starts = offsets_of(before[:, -1]), edges[:, :-1].flatten()
+    interval = torch.arange(len(starts), device=edges.device).repeat_interleave(before.diff().flatten())
+    number = torch.arange(len(interval), device=edges.device) - offsets[interval // (edges.shape[1] - 1)]
+    return interval, (number - starts[interval]) / edges.diff().flatten()[interval], offsets
 
 
 def occupied_box(grid):

@@ -12,7 +12,7 @@ import imageio.v3 as iio
 import numpy as np
 
 from run_nerf_helpers import to8b
-from scenes.cameras import focus_point, normalize
+from scenes.cameras import LARGEST_GAP, focus_point, normalize
 from scenes.errors import UserError
 from scenes.files import write_text
 from tools.exporting.baking import Baking, ContractedBaking
@@ -33,8 +33,9 @@ PART_BYTES = 3 * 2 ** 18
 PREVIEW_SIZE = 400
 # How far the camera may go up and down, in radians, and to and from the scene, in distances of the start.
 ELEVATIONS, DISTANCES = (-1.5, 1.5), (0.2, 4.0)
-# In forward-facing scenes it stays among the training views, give or take this angle in radians.
-ANGLE_MARGIN, FORWARD_DISTANCES = 0.05, (0.6, 1.2)
+# In forward-facing scenes and contracted space it stays among the training views, give or take this angle in
+# radians, and closer to their distance.
+ANGLE_MARGIN, FORWARD_DISTANCES, CONTRACTED_DISTANCES = 0.05, (0.6, 1.2), (0.3, 1.5)
 
 
 def write_page(trained, path, size_limit_mb, say):
@@ -123,28 +124,35 @@ def views(trained):
     distance = max((focus_point(path) - position) @ forward, 1e-3)
     center = position + distance * forward
     limits = {'elevation': ELEVATIONS, 'distance': DISTANCES}
-    if kwargs['ndc']:
+    box, near = [[0.0] * 3] * 2, 0.0
+    if kwargs['ndc'] or trained.args.contract:
         limits = {**angle_limits(scene.poses[scene.i_train], position, center, up),
-                  'distance': FORWARD_DISTANCES}
-    uncontracted = [[0, 0, 0], [0, 0, 0]]
+                  'distance': FORWARD_DISTANCES if kwargs['ndc'] else CONTRACTED_DISTANCES}
     if trained.args.contract:
-        low, high = kwargs['network_fn'].encoding.aabb.cpu()
-        uncontracted = [(0.5 * (low + high)).tolist(), (0.5 * (high - low)).tolist()]
+        low, high = kwargs['network_fn'].encoding.aabb
+        box, near = [(0.5 * (low + high)).tolist(), (0.5 * (high - low)).tolist()], float(scene.near)
     return {'center': center.tolist(), 'up': up.tolist(), 'position': position.tolist(), 'focal': focal,
             'imageSize': [W, H], 'ndc': [W, H, focal] if kwargs['ndc'] else [0, 0, 0], 'limits': limits,
-            'background': [float(kwargs['white_bkgd'])] * 3,
-            'uncontracted': uncontracted, 'near': float(scene.near)}
+            'background': [float(kwargs['white_bkgd'])] * 3, 'box': box, 'near': near}
 
 
 def angle_limits(poses, position, center, up):
-    """The range of azimuths, relative to `position`, and of elevations from which cameras [N, 3, 4] see
-    `center`, with ANGLE_MARGIN; as in the page's `Orbit`."""
-    arms = poses[:, :, 3] - center
+    """The ranges of azimuths, relative to `position`, and of elevations from which cameras [N, 3, 4] and one
+    at `position` see `center`, with ANGLE_MARGIN; as in the page's `Orbit`. Azimuths have no range if cameras
+    surround `center`."""
+    arms = np.concatenate([poses[:, :, 3], position[None]]) - center
     across = normalize(position - center - (position - center) @ up * up)
-    azimuth = np.arctan2(arms @ np.cross(up, across), arms @ across)
     elevation = np.arcsin(arms @ up / np.linalg.norm(arms, axis=-1))
-    return {name: [values.min() - ANGLE_MARGIN, values.max() + ANGLE_MARGIN]
-            for name, values in (('azimuth', azimuth), ('elevation', elevation))}
+    limits = {'elevation': [elevation.min() - ANGLE_MARGIN, elevation.max() + ANGLE_MARGIN]}
+    azimuth = np.sort(np.arctan2(arms @ np.cross(up, across), arms @ across))
+    gaps = np.diff(azimuth, append=azimuth[0] + 2 * np.pi)
+    before = gaps.argmax()
+    if gaps[before] > LARGEST_GAP:
+        first, last = azimuth[(before + 1) % len(azimuth)], azimuth[before]
+        if first > last:  # the range that holds 0 contains ±pi too
+            first, last = (first - 2 * np.pi, last) if last >= 0 else (first, last + 2 * np.pi)
+        limits['azimuth'] = [first - ANGLE_MARGIN, last + ANGLE_MARGIN]
+    return limits
 
 
 def preview(trained):

@@ -30,8 +30,11 @@ GLOSS_EVERY = 2
 N_BASIS, TABLE_SIDE = 4, 64
 # They are learned from the colours of this many points, a batch of which is used in each of so many steps.
 LEARNED_POINTS, BATCH_POINTS, LEARNING_STEPS = 16384, 512, 300
-# A point is seen if at least this share of the light from it reaches a training view.
-MIN_TRANSMITTANCE = 0.1
+# A point is seen if it has at least this weight in a ray of a training view. Thin fog has little opacity in
+# each step, but the sum counts.
+MIN_WEIGHT = 0.01
+# Lower opacities are lost in 8 bits.
+MIN_OPACITY = 1 / 255
 # No step is more opaque than this, so that optical depths stay finite.
 MAX_OPACITY = 0.998
 # For each cell of CELL³ points, up to MAX_DIRECTIONS directions are kept from which a view sees it.
@@ -113,15 +116,14 @@ class Lattice:
 
 @torch.no_grad()
 def bake_opacity(baking, lattice):
-    """Opacities of the points of a lattice, [512 B]. Those outside of occupied cells, or below the least
-    opacity that counts, are 0."""
+    """Opacities of the points of a lattice, [512 B]; 0 outside of occupied cells, and below MIN_OPACITY."""
     opacity = torch.zeros(len(lattice.corners) * BRICK ** 3, device=lattice.low.device)
     for numbers in torch.arange(len(opacity), device=opacity.device).split(POINTS_AT_ONCE):
         points = lattice.points(numbers)
         inside = baking.cells.occupied[baking.cells.cell_indices(points)]
         inside &= (points <= baking.cells.aabb[1]).all(-1)
         found = 1 - torch.exp(-baking.density(points[inside]) * lattice.spacing)
-        opacity[numbers[inside]] = found.clamp(max=MAX_OPACITY) * (found >= baking.min_opacity)
+        opacity[numbers[inside]] = found.clamp(max=MAX_OPACITY) * (found >= MIN_OPACITY)
     return opacity
 
 
@@ -143,11 +145,12 @@ def look(baking, lattice, opacity):
         optical_depths = torch.where(numbers < 0, 0, -torch.log1p(-opacity[numbers]) * lengths)
         raw = torch.stack([optical_depths] * 4, -1)
         _, weights = composite(raw, lengths, ray_indices, torch.ones_like(dirs[:, 0]), offsets)
-        hits = (optical_depths > 0) & (weights >= MIN_TRANSMITTANCE * -torch.expm1(-optical_depths))
+        hits = weights >= MIN_WEIGHT
         numbers, ray_indices = numbers[hits], ray_indices[hits]
         seen[numbers] = True
-        # one for each cell, or the last view would overwrite all others
-        slots = torch.randint(MAX_DIRECTIONS, (len(opacity) // CELL ** 3,), generator=random, device=dirs.device)
+        # one slot for each cell, so that no view overwrites all others
+        slots = torch.randint(MAX_DIRECTIONS, (len(viewdirs) // MAX_DIRECTIONS,), generator=random,
+                              device=dirs.device)
         cells = lattice.number(lattice.index(numbers), CELL)
         viewdirs[cells * MAX_DIRECTIONS + slots[cells]] = dirs[ray_indices]
     return with_adjacent(lattice, seen), viewdirs.view(-1, MAX_DIRECTIONS, 3)
