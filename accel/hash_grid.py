@@ -64,6 +64,14 @@ def contract(points):
     return points * ((2 - 1 / norm) / norm)
 
 
+def expand(points, farthest):
+    """The inverse of `contract`: points [N, 3], and their maximum norms, at least 1, [N, 1]. The norms are
+    clamped to `farthest`, because the surface of the cube [-2, 2]³ is infinitely far away."""
+    contracted = points.abs().amax(-1, keepdim=True).clamp(min=1)
+    norm = 1 / (2 - contracted).clamp(min=1 / farthest)
+    return points * (norm / contracted), norm
+
+
 def encode(points, aabb, contracted, table, resolutions, level_offsets):
     """The reference implementation, all levels at once.
 

@@ -15,6 +15,7 @@ from accel.hash_grid import (
     HashGrid,
     encode,
     encode_directions,
+    expand,
 )
 from accel.hash_grid import contract as contracted
 from run_nerf_helpers import SphericalHarmonics
@@ -171,18 +172,15 @@ def test_a_gradient_whose_rows_overlap():
     assert float(grid.table.grad.sum()) == pytest.approx(2 * 2 * len(points), rel=1e-3)
 
 
-def uncontract(points):
-    """The inverse of `contract`, inside the cube [-2, 2]³."""
-    norm = points.abs().amax(-1, keepdim=True).clamp(min=1)
-    return points / (norm * (2 - norm))
-
-
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3))
 def test_contraction_inverts(point):
     points = torch.tensor([point], dtype=torch.float64)
     inner, norm = contracted(points), float(points.abs().max())
     assert float(inner.abs().max()) == pytest.approx(norm if norm <= 1 else 2 - 1 / norm)
-    torch.testing.assert_close(uncontract(inner), points, rtol=1e-9, atol=1e-12)
+    expanded, expanded_norm = expand(inner, farthest=1e4)
+    torch.testing.assert_close(expanded, points, rtol=1e-9, atol=1e-12)
+    assert expanded_norm.item() == pytest.approx(max(norm, 1))
+    assert expand(2 * torch.eye(3), farthest=50)[0].equal(50 * torch.eye(3))
 
 
 def test_a_contracted_grid_covers_all_space():

@@ -7,22 +7,27 @@ import numpy as np
 import pytest
 import torch
 from tiny_browser import open_browser
+from tiny_exports import Ball, trained_ball
 from tiny_runs import DEMO, NO_OUTPUTS, run
 
+from accel import proposals
+from accel.hash_grid import expand
 from accel.occupancy import CellGrid
+from accel.proposals import FAR, ProposalRenderer
 from benchmarks.page import picture_of, show_view
+from run_nerf_helpers import BoundedModule
 from scenes.errors import UserError
-from tools.exporting.page import write_page
+from tools.exporting.baking import Baking, ContractedBaking, occupied_box
+from tools.exporting.page import angle_limits, write_page
 from tools.exporting.sparse_field import (
     BASE_LOW,
     BASE_RANGE,
+    BRICK,
     N_BASIS,
     Lattice,
     bake_field,
     fit_gloss,
-    into_bricks,
     number_bricks,
-    occupied_box,
     occupied_bricks,
     octahedron,
 )
@@ -32,14 +37,14 @@ from tools.trained import load_trained
 RADIUS, COLOR = 0.5, torch.tensor([0.8, 0.5, 0.2])
 
 
-class SphereBaking:
+class SphereBaking(Baking):
     """Stands for the `Baking` of a scene in which a dense sphere surrounds the origin, and one camera sees
     it from above. Its colour is COLOR."""
-    ndc, min_opacity, scene = False, 0.03, Namespace(i_train=[0])
+    scene = Namespace(i_train=[0])
 
     def __init__(self):
         self.cells = CellGrid(16)
-        self.box = occupied_box(self.cells)
+        self.box, self.device = occupied_box(self.cells), self.cells.aabb.device
 
     def density(self, points):
         return 200.0 * (points.norm(dim=-1) < RADIUS)
@@ -61,9 +66,9 @@ def sphere():
     baking = SphereBaking()
     field, num_points = bake_field(baking, 64, 10 ** 6, print)
     assert num_points == len(field.base)
-    lattice = Lattice(baking.box, 64)
-    points = lattice.points(torch.arange(np.prod(lattice.shape))).view(*lattice.shape, 3)
-    return field, into_bricks(points, field.bricks >= 0, 8)[field.opacity > 0]
+    corners = BRICK * (field.bricks >= 0).nonzero()
+    local = torch.cartesian_prod(*[torch.arange(BRICK)] * 3)
+    return field, (field.low + field.spacing * (corners[:, None] + local))[field.opacity > 0]
 
 
 def test_only_what_is_seen_is_kept(sphere):
@@ -114,14 +119,33 @@ def test_an_empty_scene_is_refused():
         bake_field(baking, 64, 10 ** 6, print)
 
 
-def test_bricks_hold_each_point_once_and_borders_have_bricks():
-    opacity = torch.zeros(24, 16, 16)
-    opacity[8, 3, 8] = 1  # the first of its brick in x and z: the bricks in front interpolate with it
-    occupied = occupied_bricks(opacity)
-    assert occupied.nonzero().tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]]
-    bricks = into_bricks(opacity, occupied, 8)
-    assert bricks.shape == (4, 512) and bricks.sum() == 1
-    assert bricks.view(4, 8, 8, 8)[number_bricks(occupied)[1, 0, 1]][0, 3, 0] == 1
+def test_points_are_numbered_in_bricks_that_touch_occupied_cells():
+    cells = CellGrid(10)
+    cells.set_occupied(torch.rand(10, 10, 10, generator=torch.Generator().manual_seed(0)) < 0.02)
+    lattice = Lattice(cells, cells.aabb, 90)
+    numbers = torch.arange(len(lattice.corners) * BRICK ** 3)
+    index = lattice.index(numbers)
+    assert lattice.number(index).equal(numbers) and len(index.unique(dim=0)) == len(index)
+    assert (index >= 0).all() and (index < index.new_tensor(lattice.shape)).all()
+    # all points in occupied cells have a number
+    everywhere = torch.cartesian_prod(*[torch.arange(91)] * 3)
+    points = lattice.low + lattice.spacing * everywhere
+    occupied = cells.occupied[cells.cell_indices(points)]
+    assert (lattice.number(everywhere[occupied]) >= 0).all()
+    assert lattice.nearest(points[occupied]).equal(lattice.number(everywhere[occupied]))
+    # every second point along each axis
+    numbers = numbers[:len(numbers) // 8]
+    assert lattice.number(lattice.index(numbers, 2), 2).equal(numbers)
+    assert lattice.number(lattice.index(numbers, 2)).ge(0).all()
+    outside = torch.tensor([[-1, 0, 0], [0, 0, lattice.shape[2]]])
+    assert lattice.number(outside).tolist() == [-1, -1]
+
+
+def test_bricks_border_on_the_next_ones():
+    lattice = Lattice(CellGrid(2), CellGrid(2).aabb, 16)
+    filled = torch.zeros(len(lattice.corners) * BRICK ** 3, dtype=torch.bool)
+    filled[lattice.number(torch.tensor([[8, 3, 8]]))] = True  # the first of its brick in x and z
+    assert occupied_bricks(lattice, filled).nonzero().tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]]
 
 
 def test_empty_bricks_know_how_far_the_next_one_is():
@@ -260,7 +284,64 @@ def test_the_page_of_hierarchical_sampling_shows_what_is_rendered(tmp_path, brow
     assert psnr_of_views(page, trained, trained.scene.i_test[:4]) > 29
 
 
-def test_contracted_space_is_refused(tmp_path):
-    trained = Namespace(args=Namespace(contract=True), path='run/000100.tar')
-    with pytest.raises(UserError, match='found a scene in contracted space'):
-        write_page(trained, tmp_path / 'page.html', 20, print)
+class Room(Ball):
+    """The ball in a room, whose walls are a cube around the origin, and colourful. The box that is not
+    contracted holds the ball and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoding = BoundedModule()
+        self.encoding.set_aabb([[-1, -1.2, -1], [1.2, 1, 1]])
+
+    def density(self, points):
+        beyond = points.abs().amax(-1) - 4
+        return super().density(points) + 50 * torch.sigmoid(20 * beyond) * (beyond > -0.5)
+
+    def forward(self, points, viewdirs=None):
+        raw = super().forward(points, viewdirs)
+        is_ball = points.abs().amax(-1, keepdim=True) < 2
+        return torch.cat([torch.where(is_ball, raw[:, :3], points.sin()), raw[:, 3:]], -1)
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """That room as a trained scene, whose rays are sampled evenly."""
+    monkeypatch.setattr(proposals, 'resample', lambda s_vals, weights, edges: edges)
+    renderer = ProposalRenderer(contract=True)
+    for grid in renderer.grids:
+        grid.encoding.set_aabb([[-1, -1.2, -1], [1.2, 1, 1]])
+    trained = trained_ball(network=Room(), renderer=renderer, bounds=(0.5, 9.0))
+    trained.args.contract, trained.args.occupancy_grid, trained.args.expname = True, False, 'room'
+    trained.args.pixel_centers, trained.render_kwargs['N_samples'] = True, 128
+    return trained
+
+
+def test_a_page_of_contracted_space_shows_what_is_rendered(room, browser, tmp_path):
+    write_page(room, tmp_path / 'page.html', 4, print)
+    page, _ = open_page(browser, tmp_path / 'page.html')
+    assert psnr_of_views(page, room, [0, 5, 10]) > 30
+
+
+def test_steps_along_curved_rays_add_up_to_their_length(room):
+    baking, spacing, farthest = ContractedBaking(room), 0.01, 4.5
+    t, _ = baking.intervals[0]
+    baking.intervals[0] = t, (t[:, 1:] < farthest)
+    points, _, ray_indices, _, lengths = baking.march(0, spacing, torch.Generator().manual_seed(0))
+    steps = spacing * lengths * baking.unit * expand(points, FAR)[1][:, 0] ** 2
+    found = torch.zeros(len(t)).index_add(0, ray_indices, steps)
+    expected = torch.where(t < farthest, t, 0).amax(-1) - room.scene.near
+    torch.testing.assert_close(found, expected * baking.rays(0)[0][:, 3:6].norm(dim=-1), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(('degrees', 'expected'), [
+    ((-40, 0, 30), (-40, 30)), ((-170, 120, 60, 0), (0, 190)), ((170, -120, -60, 0), (-190, 0)),
+    ((10, 50), (0, 50)), ((0, 90, 180, -90), None)])
+def test_the_camera_stays_among_the_views_unless_they_surround_the_scene(degrees, expected):
+    azimuth = np.radians(degrees)
+    position, center, up = np.array([2.0, 0, 1]), np.array([0, 0, 1.0]), np.array([0, 0, 1.0])
+    poses = np.zeros((len(azimuth), 3, 4))
+    poses[:, :, 3] = center + np.stack([np.cos(azimuth), np.sin(azimuth), 0.1 + 0 * azimuth], -1)
+    limits = angle_limits(poses, position, center, up)
+    assert limits['elevation'] == pytest.approx([-0.05, np.arctan(0.1) + 0.05])
+    found = np.degrees(limits['azimuth']) + [3, -3] if expected else limits.get('azimuth')
+    assert found == pytest.approx(expected, abs=0.2)

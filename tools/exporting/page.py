@@ -12,15 +12,15 @@ import imageio.v3 as iio
 import numpy as np
 
 from run_nerf_helpers import to8b
-from scenes.cameras import focus_point, normalize
+from scenes.cameras import LARGEST_GAP, focus_point, normalize
 from scenes.errors import UserError
 from scenes.files import write_text
-from tools.exporting.sparse_field import BASE_LOW, BASE_RANGE, TABLE_SIDE, Baking, bake_field
+from tools.exporting.baking import Baking, ContractedBaking
+from tools.exporting.sparse_field import BASE_LOW, BASE_RANGE, TABLE_SIDE, bake_field
 
 TEMPLATE = Path(__file__).with_name('page.html')
-# The longest side of a scene's box has at most, and at least, this many steps of the grid. In forward-facing
-# scenes thin fog fills all space, so that more steps take too much memory.
-MAX_RESOLUTION, MAX_RESOLUTION_NDC, MIN_RESOLUTION = 512, 320, 32
+# The longest side of a scene's box has at least this many steps of the grid.
+MIN_RESOLUTION = 32
 # A step of the grid is about this many pixels of the training views.
 STEP_PIXELS = 0.6
 # A point of the grid takes about this many bytes of the page.
@@ -33,8 +33,9 @@ PART_BYTES = 3 * 2 ** 18
 PREVIEW_SIZE = 400
 # How far the camera may go up and down, in radians, and to and from the scene, in distances of the start.
 ELEVATIONS, DISTANCES = (-1.5, 1.5), (0.2, 4.0)
-# In forward-facing scenes it stays among the training views, give or take this angle in radians.
-ANGLE_MARGIN, FORWARD_DISTANCES = 0.05, (0.6, 1.2)
+# In forward-facing scenes and contracted space it stays among the training views, give or take this angle in
+# radians, and closer to their distance.
+ANGLE_MARGIN, FORWARD_DISTANCES, CONTRACTED_DISTANCES = 0.05, (0.6, 1.2), (0.3, 1.5)
 
 
 def write_page(trained, path, size_limit_mb, say):
@@ -48,16 +49,13 @@ def write_page(trained, path, size_limit_mb, say):
     Raises:
       UserError: scenes of this kind cannot be exported, nothing can be seen, or the limit is too low.
     """
-    if trained.args.contract:
-        raise UserError(f'{trained.path}: found a scene in contracted space (--contract), which cannot be '
-                        'exported as a page yet, expected an object in a box or a forward-facing scene')
     head, tail = TEMPLATE.read_text(encoding='utf-8').split('@DATA@')
     marks = {'TITLE': html.escape(trained.args.expname), 'PREVIEW': preview(trained),
              'BACKGROUND': '#fff' if trained.render_kwargs['white_bkgd'] else '#000'}
     for mark, text in marks.items():
         head = head.replace(f'@{mark}@', text)
     reserve = len(head.encode()) + len(tail.encode()) + 2000  # for the description of the scene
-    baking = Baking(trained)
+    baking = (ContractedBaking if trained.args.contract else Baking)(trained)
     field, data = fit(baking, first_resolution(baking), size_limit_mb * 1e6 - reserve, say)
     if field is None:
         raise UserError(f'{path}: the scene does not fit in {size_limit_mb:g} MB; give a larger limit')
@@ -85,13 +83,13 @@ def fit(baking, resolution, room, say):
 
 
 def first_resolution(baking):
-    """The resolution at which a step of the grid is STEP_PIXELS pixels wide, at most MAX_RESOLUTION."""
+    """The resolution at which a step of the grid is STEP_PIXELS pixels wide, at most `max_resolution`."""
     if baking.ndc:
-        return MAX_RESOLUTION_NDC
-    scene, box = baking.scene, baking.box
+        return baking.max_resolution
+    scene, (low, high) = baking.scene, baking.box
     distance = np.median(np.linalg.norm(scene.poses[:, :, 3] - focus_point(scene.poses), axis=-1))
-    step = STEP_PIXELS * distance / scene.hwf[2]
-    return int(np.clip((box[1] - box[0]).amax().item() / step, MIN_RESOLUTION, MAX_RESOLUTION))
+    step = STEP_PIXELS * distance / scene.hwf[2] / baking.unit
+    return int(np.clip((high - low).amax().item() / step, MIN_RESOLUTION, baking.max_resolution))
 
 
 def pack(field):
@@ -126,23 +124,35 @@ def views(trained):
     distance = max((focus_point(path) - position) @ forward, 1e-3)
     center = position + distance * forward
     limits = {'elevation': ELEVATIONS, 'distance': DISTANCES}
-    if kwargs['ndc']:
+    box, near = [[0.0] * 3] * 2, 0.0
+    if kwargs['ndc'] or trained.args.contract:
         limits = {**angle_limits(scene.poses[scene.i_train], position, center, up),
-                  'distance': FORWARD_DISTANCES}
+                  'distance': FORWARD_DISTANCES if kwargs['ndc'] else CONTRACTED_DISTANCES}
+    if trained.args.contract:
+        low, high = kwargs['network_fn'].encoding.aabb
+        box, near = [(0.5 * (low + high)).tolist(), (0.5 * (high - low)).tolist()], float(scene.near)
     return {'center': center.tolist(), 'up': up.tolist(), 'position': position.tolist(), 'focal': focal,
             'imageSize': [W, H], 'ndc': [W, H, focal] if kwargs['ndc'] else [0, 0, 0], 'limits': limits,
-            'background': [float(kwargs['white_bkgd'])] * 3}
+            'background': [float(kwargs['white_bkgd'])] * 3, 'box': box, 'near': near}
 
 
 def angle_limits(poses, position, center, up):
-    """The range of azimuths, relative to `position`, and of elevations from which cameras [N, 3, 4] see
-    `center`, with ANGLE_MARGIN; as in the page's `Orbit`."""
-    arms = poses[:, :, 3] - center
+    """The ranges of azimuths, relative to `position`, and of elevations from which cameras [N, 3, 4] and one
+    at `position` see `center`, with ANGLE_MARGIN; as in the page's `Orbit`. Azimuths have no range if cameras
+    surround `center`."""
+    arms = np.concatenate([poses[:, :, 3], position[None]]) - center
     across = normalize(position - center - (position - center) @ up * up)
-    azimuth = np.arctan2(arms @ np.cross(up, across), arms @ across)
     elevation = np.arcsin(arms @ up / np.linalg.norm(arms, axis=-1))
-    return {name: [values.min() - ANGLE_MARGIN, values.max() + ANGLE_MARGIN]
-            for name, values in (('azimuth', azimuth), ('elevation', elevation))}
+    limits = {'elevation': [elevation.min() - ANGLE_MARGIN, elevation.max() + ANGLE_MARGIN]}
+    azimuth = np.sort(np.arctan2(arms @ np.cross(up, across), arms @ across))
+    gaps = np.diff(azimuth, append=azimuth[0] + 2 * np.pi)
+    before = gaps.argmax()
+    if gaps[before] > LARGEST_GAP:
+        first, last = azimuth[(before + 1) % len(azimuth)], azimuth[before]
+        if first > last:  # the range that holds 0 contains ±pi too
+            first, last = (first - 2 * np.pi, last) if last >= 0 else (first, last + 2 * np.pi)
+        limits['azimuth'] = [first - ANGLE_MARGIN, last + ANGLE_MARGIN]
+    return limits
 
 
 def preview(trained):

@@ -10,18 +10,17 @@
 
 Only points that some training view sees are kept, in bricks of BRICK³ points.
 """
+import itertools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from accel.baking import bake, with_neighbours
+from accel.baking import with_neighbours
 from accel.packed import composite
-from run_nerf_helpers import ndc_rays
-from scenes.bounds import box_of_rays
 from scenes.errors import UserError
-from scenes.rays import camera_rays
+from tools.exporting.baking import POINTS_AT_ONCE
 
 # Points of the lattice along each side of a brick.
 BRICK = 8
@@ -31,14 +30,13 @@ GLOSS_EVERY = 2
 N_BASIS, TABLE_SIDE = 4, 64
 # They are learned from the colours of this many points, a batch of which is used in each of so many steps.
 LEARNED_POINTS, BATCH_POINTS, LEARNING_STEPS = 16384, 512, 300
-# Points of less opacity than this are empty. Forward-facing scenes are full of thin fog.
-MIN_OPACITY, MIN_OPACITY_NDC = 0.03, 0.008
-# A point is seen if at least this share of the light from it reaches a training view.
-MIN_TRANSMITTANCE = 0.1
+# A point is seen if it has at least this weight in a ray of a training view. Thin fog has little opacity in
+# each step, but the sum counts.
+MIN_WEIGHT = 0.01
+# Lower opacities are lost in 8 bits.
+MIN_OPACITY = 1 / 255
 # No step is more opaque than this, so that optical depths stay finite.
 MAX_OPACITY = 0.998
-# Visibility is computed along the rays of every RAY_STRIDE-th pixel of both axes.
-RAY_STRIDE = 2
 # For each cell of CELL³ points, up to MAX_DIRECTIONS directions are kept from which a view sees it.
 CELL, MAX_DIRECTIONS = 4, 16
 # The base colour is fitted to the network's colours from this many of these directions.
@@ -47,10 +45,6 @@ BASE_DIRECTIONS = 6
 GLOSS_PENALTY = 0.1
 # Base colours are stored as (colour - BASE_LOW) / BASE_RANGE in 8 bits; gloss and basis from -1 to 1.
 BASE_LOW, BASE_RANGE = -0.5, 2.0
-# For scenes without an occupancy grid, at most this many small cells per coarse cell are evaluated.
-MAX_BAKED_CELLS = 16
-# The network is evaluated at this many points at once.
-POINTS_AT_ONCE = 2 ** 20
 
 
 class SparseField(NamedTuple):
@@ -65,118 +59,71 @@ class SparseField(NamedTuple):
     basis: torch.Tensor    # int8 [TABLE_SIDE, TABLE_SIDE, N_BASIS], see `octahedron`
 
 
-class Baking:
-    """What baking needs to know of a trained scene.
+class Lattice:
+    """The points low + spacing * (i, j, k) in bricks of BRICK³, as far as something may be in these. They are
+    numbered brick after brick.
 
     Args:
-      trained: a `Trained`.
+      cells: a `CellGrid`; bricks that touch its occupied cells, or are in front of one that does, are kept.
+      box: the points cover this box [2, 3].
+      resolution: steps along its longest side.
     """
 
-    def __init__(self, trained):
-        kwargs, self.scene, self.path = trained.render_kwargs, trained.scene, trained.path
-        self.network = kwargs['network_fine'] or kwargs['network_fn']
-        self.query, self.ndc = kwargs['network_query_fn'], kwargs['ndc']
-        self.pixel_centers, self.uses_viewdirs = kwargs['pixel_centers'], kwargs['use_viewdirs']
-        self.device = next(self.network.parameters()).device
-        renderer = kwargs['renderer']
-        self.cells = renderer.grid if trained.args.occupancy_grid else self.find_cells(kwargs)
-        self.box, self.min_opacity = occupied_box(self.cells), MIN_OPACITY_NDC if self.ndc else MIN_OPACITY
+    def __init__(self, cells, box, resolution):
+        sides = box[1] - box[0]
+        self.low, self.spacing = box[0], (sides.amax() / resolution).item()
+        occupied = cells.occupied
+        for axis, count in enumerate(((sides / self.spacing + 1) / BRICK).ceil().int().tolist()):
+            # the cells in which each brick begins and ends
+            ends = self.low[axis] + self.spacing * BRICK * torch.arange(count + 1, device=box.device)
+            side = (cells.aabb[1] - cells.aabb[0])[axis] / cells.resolution
+            ends = ((ends - cells.aabb[0, axis]) / side).long().clamp(0, cells.resolution - 1).tolist()
+            occupied = torch.stack([occupied.narrow(axis, first, last - first + 1).any(axis)
+                                    for first, last in itertools.pairwise(ends)], axis)
+        # those in front of them too, because they interpolate with them
+        kept = F.max_pool3d(F.pad(occupied, (0, 1) * 3)[None].float(), 2, 1)[0] > 0
+        self.bricks = torch.where(kept, kept.flatten().cumsum(0).view(kept.shape) - 1, -1)
+        self.corners = BRICK * kept.nonzero()                                          # [B, 3]
 
-    def find_cells(self, kwargs):
-        """The cells in which the network may be visible, a `CellGrid`."""
-        aabb = box_of_rays(self.scene, self.ndc, self.scene.i_train).to(self.device)
-        step = (aabb[1] - aabb[0]).amax() / (4 * kwargs['N_samples'])
-        for _ in range(2):  # the second time in the box of what was found
-            cells = bake(lambda points: self.density(points) * step, aabb, MAX_BAKED_CELLS)
-            aabb = occupied_box(cells)
-        return cells
+    @property
+    def shape(self):
+        """How many points there are along each axis, those of all bricks."""
+        return [BRICK * count for count in self.bricks.shape]
 
-    def density(self, points):
-        """Densities [M] at `points` [M, 3]."""
-        parts = [self.query.density(part, self.network) for part in points.split(POINTS_AT_ONCE)]
-        return torch.relu(torch.cat(parts)) if parts else points[:, 0]
+    def index(self, numbers, every=1):
+        """Indices i, j, k [M, 3] of points with `numbers` [M]. If only `every` so many points along each axis
+        are numbered, these are their numbers."""
+        side = BRICK // every
+        local = torch.stack([numbers // side ** 2 % side, numbers // side % side, numbers % side], -1)
+        return self.corners[numbers // side ** 3] + every * local
 
-    def colors(self, points, viewdirs):
-        """Colours [M, K, 3] at `points` [M, 3], seen in each of `viewdirs` [M, K, 3]."""
-        K, found = viewdirs.shape[1], []
-        for part, dirs in zip(points.split(POINTS_AT_ONCE // K), viewdirs.split(POINTS_AT_ONCE // K)):
-            if not self.uses_viewdirs:
-                raw = self.query.at_points(part, None, self.network)[:, None].expand(-1, K, -1)
-            else:
-                repeated = part[:, None].expand(dirs.shape).reshape(-1, 3)
-                raw = self.query.at_points(repeated, dirs.reshape(-1, 3), self.network).unflatten(0, (-1, K))
-            found.append(torch.sigmoid(raw[..., :3]))
-        return torch.cat(found)
-
-    def rays(self, view):
-        """Rays of every RAY_STRIDE-th pixel of a view: a ray batch [N, 8] in the grid's coordinates, and unit
-        directions in the world [N, 3]."""
-        scene = self.scene
-        c2w = torch.from_numpy(scene.poses[view]).to(self.device)
-        rays_o, rays_d = camera_rays(scene.cameras[view], c2w, self.pixel_centers)
-        rays_o, rays_d = (part[::RAY_STRIDE, ::RAY_STRIDE].reshape(-1, 3) for part in (rays_o, rays_d))
-        viewdirs = F.normalize(rays_d, dim=-1)
-        if self.ndc:
-            rays_o, rays_d = ndc_rays(scene.H, scene.W, scene.K[0, 0], 1.0, rays_o, rays_d)
-        bounds = torch.tensor([scene.near, scene.far], device=self.device).expand(len(rays_o), 2)
-        return torch.cat([rays_o, rays_d, bounds], -1).float(), viewdirs
-
-
-def occupied_box(grid):
-    """The smallest box [2, 3] that holds the occupied cells of a `CellGrid`; its own if none is."""
-    index = grid.occupied.nonzero()
-    if not len(index):
-        return grid.aabb
-    side = (grid.aabb[1] - grid.aabb[0]) / grid.resolution
-    return grid.aabb[0] + side * torch.stack([index.amin(0), index.amax(0) + 1])
-
-
-class Lattice:
-    """The points low + spacing * (i, j, k), numbered i, j, k from 0 to shape - 1; a multiple of BRICK in each
-    direction."""
-
-    def __init__(self, aabb, resolution):
-        sides = aabb[1] - aabb[0]
-        self.low, self.spacing = aabb[0], (sides.amax() / resolution).item()
-        self.shape = [int(-(-count // BRICK)) * BRICK for count in (sides / self.spacing + 1).ceil().tolist()]
-
-    def index(self, numbers):
-        """Indices [M, 3] of points with flat `numbers` [M]."""
-        _, Y, Z = self.shape
-        return torch.stack([numbers // (Y * Z), numbers // Z % Y, numbers % Z], -1)
-
-    def number(self, index, divide=1):
-        """Flat numbers of the points with `index` [M, 3], or of the cells of `divide`³ points around them."""
-        _, Y, Z = (side // divide for side in self.shape)
-        x, y, z = (index // divide).unbind(-1)
-        return (x * Y + y) * Z + z
+    def number(self, index, every=1):
+        """The inverse of `index`: numbers [M], -1 where there is no brick."""
+        side, shape = BRICK // every, index.new_tensor(self.bricks.shape)
+        brick, local = index.div(BRICK, rounding_mode='floor'), index % BRICK // every
+        inside = ((brick >= 0) & (brick < shape)).all(-1)
+        number = self.bricks[torch.where(inside[:, None], brick, 0).unbind(-1)]
+        x, y, z = local.unbind(-1)
+        return torch.where(inside & (number >= 0), ((number * side + x) * side + y) * side + z, -1)
 
     def points(self, numbers):
         return self.low + self.spacing * self.index(numbers)
 
     def nearest(self, points):
-        """Indices [M, 3] of the points of the lattice nearest to `points` [M, 3]."""
-        index = ((points - self.low) / self.spacing).round().long()
-        return index.clamp(min=0).minimum(index.new_tensor(self.shape) - 1)
+        """Numbers [M] of the points of the lattice nearest to `points` [M, 3], -1 where there is no brick."""
+        return self.number(((points - self.low) / self.spacing).round().long())
 
 
 @torch.no_grad()
-def bake_opacity(density, cells, lattice, min_opacity):
-    """Opacities [X, Y, Z] at the points of the lattice.
-
-    Args:
-      density: a function of points [M, 3].
-      cells: a `CellGrid`; outside of its occupied cells opacities are 0.
-      lattice: a `Lattice`.
-      min_opacity: lower opacities are 0.
-    """
-    opacity = torch.zeros(lattice.shape, device=lattice.low.device)
-    for start in range(0, opacity.numel(), 4 * POINTS_AT_ONCE):
-        numbers = torch.arange(start, min(start + 4 * POINTS_AT_ONCE, opacity.numel()), device=opacity.device)
+def bake_opacity(baking, lattice):
+    """Opacities of the points of a lattice, [512 B]; 0 outside of occupied cells, and below MIN_OPACITY."""
+    opacity = torch.zeros(len(lattice.corners) * BRICK ** 3, device=lattice.low.device)
+    for numbers in torch.arange(len(opacity), device=opacity.device).split(POINTS_AT_ONCE):
         points = lattice.points(numbers)
-        inside = cells.occupied[cells.cell_indices(points)] & (points <= cells.aabb[1]).all(-1)
-        found = 1 - torch.exp(-density(points[inside]) * lattice.spacing)
-        opacity.view(-1)[numbers[inside]] = found.clamp(max=MAX_OPACITY) * (found >= min_opacity)
+        inside = baking.cells.occupied[baking.cells.cell_indices(points)]
+        inside &= (points <= baking.cells.aabb[1]).all(-1)
+        found = 1 - torch.exp(-baking.density(points[inside]) * lattice.spacing)
+        opacity[numbers[inside]] = found.clamp(max=MAX_OPACITY) * (found >= MIN_OPACITY)
     return opacity
 
 
@@ -185,28 +132,41 @@ def look(baking, lattice, opacity):
     """What the training views see.
 
     Returns:
-      seen: whether points, or neighbours of theirs, are seen; bool, as `opacity` [X, Y, Z].
+      seen: whether points, or neighbours of theirs, are seen; bool, as `opacity` [512 B].
       viewdirs: directions from which cells of CELL³ points are seen, [cells, MAX_DIRECTIONS, 3], 0 where
         there are fewer.
     """
     seen = torch.zeros_like(opacity, dtype=torch.bool)
-    viewdirs = opacity.new_zeros(opacity.numel() // CELL ** 3 * MAX_DIRECTIONS, 3)
+    viewdirs = opacity.new_zeros(len(opacity) // CELL ** 3 * MAX_DIRECTIONS, 3)
     random = torch.Generator(opacity.device).manual_seed(0)
     for view in baking.scene.i_train:
-        rays, dirs = baking.rays(view)
-        jitter = torch.rand(len(rays), generator=random, device=rays.device)
-        t, ray_indices, offsets = baking.cells.march(rays, *baking.cells.candidates(rays, lattice.spacing,
-                                                                                    jitter))
-        index = lattice.nearest(rays[ray_indices, :3] + t[:, None] * rays[ray_indices, 3:6])
-        numbers = lattice.number(index)
-        at = opacity.view(-1)[numbers]
-        raw = torch.stack([-torch.log1p(-at) / lattice.spacing] * 4, -1)
-        _, weights = composite(raw, t, ray_indices, torch.full_like(jitter, lattice.spacing), offsets)
-        hits = ((at > 0) & (weights >= MIN_TRANSMITTANCE * at)).nonzero()[:, 0]
-        seen.view(-1)[numbers[hits]] = True
-        slots = torch.randint(MAX_DIRECTIONS, hits.shape, generator=random, device=rays.device)
-        viewdirs[lattice.number(index[hits], CELL) * MAX_DIRECTIONS + slots] = dirs[ray_indices[hits]]
-    return with_neighbours(seen), viewdirs.view(-1, MAX_DIRECTIONS, 3)
+        points, dirs, ray_indices, offsets, lengths = baking.march(view, lattice.spacing, random)
+        numbers = lattice.nearest(points)
+        optical_depths = torch.where(numbers < 0, 0, -torch.log1p(-opacity[numbers]) * lengths)
+        raw = torch.stack([optical_depths] * 4, -1)
+        _, weights = composite(raw, lengths, ray_indices, torch.ones_like(dirs[:, 0]), offsets)
+        hits = weights >= MIN_WEIGHT
+        numbers, ray_indices = numbers[hits], ray_indices[hits]
+        seen[numbers] = True
+        # one slot for each cell, so that no view overwrites all others
+        slots = torch.randint(MAX_DIRECTIONS, (len(viewdirs) // MAX_DIRECTIONS,), generator=random,
+                              device=dirs.device)
+        cells = lattice.number(lattice.index(numbers), CELL)
+        viewdirs[cells * MAX_DIRECTIONS + slots[cells]] = dirs[ray_indices]
+    return with_adjacent(lattice, seen), viewdirs.view(-1, MAX_DIRECTIONS, 3)
+
+
+def with_adjacent(lattice, seen):
+    """Points [512 B] that are `seen`, or have a neighbour that is, diagonal ones included."""
+    for axis in range(3):
+        index, grown = lattice.index(seen.nonzero()[:, 0]), seen.clone()
+        for step in (-1, 1):
+            index[:, axis] += step
+            numbers = lattice.number(index)
+            grown[numbers[numbers >= 0]] = True
+            index[:, axis] -= step
+        seen = grown
+    return seen
 
 
 def directions_at(lattice, viewdirs, numbers, count):
@@ -273,16 +233,21 @@ def learn_basis(baking, lattice, numbers, viewdirs):
 
 @torch.no_grad()
 def bake_gloss(baking, lattice, opacity, viewdirs, basis):
-    """The gloss [X / 2, Y / 2, Z / 2, 3 * N_BASIS], each that of the most opaque point around."""
-    most, numbers = F.max_pool3d(opacity[None], 3, GLOSS_EVERY, 1, return_indices=True)
-    filled = (most[0] > 0).view(-1).nonzero()[:, 0]
-    gloss = opacity.new_zeros(most.numel(), 3 * N_BASIS)
-    for part in filled.split(POINTS_AT_ONCE // MAX_DIRECTIONS):
-        at = numbers.view(-1)[part]
-        dirs, is_set = directions_at(lattice, viewdirs, at, MAX_DIRECTIONS)
-        found, *_ = fit_gloss(basis(dirs), baking.colors(lattice.points(at), dirs), is_set)
+    """The gloss [64 B, 3 * N_BASIS] at every GLOSS_EVERY-th point along each axis, each that of the most
+    opaque point around."""
+    most = opacity.new_zeros(len(opacity) // GLOSS_EVERY ** 3)
+    numbers = torch.arange(len(most), device=opacity.device)
+    index, of_most = lattice.index(numbers, GLOSS_EVERY), numbers
+    for offset in torch.cartesian_prod(*[torch.arange(-1, 2, device=opacity.device)] * 3):
+        around = lattice.number(index + offset)
+        found = torch.where(around < 0, 0, opacity[around])
+        of_most, most = torch.where(found > most, around, of_most), torch.maximum(found, most)
+    gloss = opacity.new_zeros(len(most), 3 * N_BASIS)
+    for part in most.nonzero()[:, 0].split(POINTS_AT_ONCE // MAX_DIRECTIONS):
+        dirs, is_set = directions_at(lattice, viewdirs, of_most[part], MAX_DIRECTIONS)
+        found, *_ = fit_gloss(basis(dirs), baking.colors(lattice.points(of_most[part]), dirs), is_set)
         gloss[part] = found.flatten(1).clamp(-1, 1)
-    return gloss.view(*most.shape[1:], 3 * N_BASIS)
+    return gloss
 
 
 @torch.no_grad()
@@ -292,33 +257,34 @@ def bake_base(baking, lattice, numbers, viewdirs, gloss, basis):
     base = []
     for part in numbers.split(POINTS_AT_ONCE // BASE_DIRECTIONS):
         dirs, is_set = directions_at(lattice, viewdirs, part, BASE_DIRECTIONS)
-        around = interpolate(gloss, lattice.index(part) / GLOSS_EVERY).unflatten(-1, (3, N_BASIS))
+        around = interpolate_gloss(lattice, gloss, part).unflatten(-1, (3, N_BASIS))
         rest = baking.colors(lattice.points(part), dirs) - basis(dirs) @ around.mT      # [M, K, 3]
         base.append((is_set[..., None] * rest).sum(1) / is_set.sum(-1, keepdim=True))
     return torch.cat(base)
 
 
-def interpolate(values, position):
-    """Values [X, Y, Z, C] at positions [M, 3] in units of their lattice, trilinearly; [M, C]."""
-    first, result = position.floor().long(), 0
-    last = first.new_tensor(values.shape[:3]) - 1
-    for corner in torch.cartesian_prod(*[torch.arange(2, device=values.device)] * 3):
-        weight = torch.where(corner == 1, position - first, 1 - (position - first)).prod(-1, keepdim=True)
-        result = result + weight * values[(first + corner).minimum(last).unbind(-1)]
+def interpolate_gloss(lattice, gloss, numbers):
+    """The gloss [M, 3 * N_BASIS] at points with flat `numbers` [M], trilinearly."""
+    index, result = lattice.index(numbers), 0
+    share = index % GLOSS_EVERY / GLOSS_EVERY                                              # [M, 3]
+    for corner in torch.cartesian_prod(*[torch.arange(2, device=gloss.device)] * 3):
+        weight = torch.where(corner == 1, share, 1 - share).prod(-1, keepdim=True)
+        at = lattice.number(index + GLOSS_EVERY * corner, GLOSS_EVERY)
+        result = result + torch.where(at[:, None] < 0, 0, weight * gloss[at])
     return result
 
 
-def into_bricks(values, occupied, side):
-    """Values [X, Y, Z, …] in the bricks of `side`³ values that are `occupied`: [B, side³, …]."""
-    for axis in (2, 1, 0):
-        values = values.unflatten(axis, (-1, side))
-    return values.permute(0, 2, 4, 1, 3, 5, *range(6, values.ndim))[occupied].flatten(1, 3)
-
-
-def occupied_bricks(opacity):
-    """Which bricks hold points that are not empty, or border on such points of the next bricks; [X, Y, Z]."""
-    padded = F.pad(opacity, (0, BRICK) * 3)[None]
-    return F.max_pool3d(padded, BRICK + 1, BRICK)[0] > 0
+def occupied_bricks(lattice, filled):
+    """Which bricks hold points that are `filled` [512 B], or border on such points of the next bricks; bool
+    [X, Y, Z]."""
+    filled, (X, Y, Z) = filled.view(-1, BRICK, BRICK, BRICK), lattice.bricks.shape
+    occupied = torch.zeros_like(lattice.bricks, dtype=torch.bool)
+    for a, b, c in itertools.product((0, 1), repeat=3):
+        # of the next brick along an axis only the first points count
+        border = filled[:, :1 if a else None, :1 if b else None, :1 if c else None].flatten(1).any(1)
+        found = F.pad((lattice.bricks >= 0) & border[lattice.bricks], (0, 1) * 3)
+        occupied |= found[a:a + X, b:b + Y, c:c + Z]
+    return occupied
 
 
 def signed_bytes(values):
@@ -351,11 +317,11 @@ def bake_field(baking, resolution, max_points, say):
     Raises:
       UserError: there are no points.
     """
-    lattice = Lattice(baking.box, resolution)
-    opacity = bake_opacity(baking.density, baking.cells, lattice, baking.min_opacity)
+    lattice = Lattice(baking.cells, baking.box, resolution)
+    opacity = bake_opacity(baking, lattice)
     seen, viewdirs = look(baking, lattice, opacity)
     opacity *= seen
-    numbers = (opacity > 0).view(-1).nonzero()[:, 0]
+    numbers = opacity.nonzero()[:, 0]
     say(f'{" × ".join(map(str, lattice.shape))} points, of which {len(numbers)} are visible')
     if not len(numbers):
         raise UserError(f'{baking.path}: found nothing that the training views see, expected a trained scene')
@@ -365,12 +331,12 @@ def bake_field(baking, resolution, max_points, say):
     basis = learn_basis(baking, lattice, numbers, viewdirs)
     gloss = bake_gloss(baking, lattice, opacity, viewdirs, basis)
     base = bake_base(baking, lattice, numbers, viewdirs, gloss, basis)
-    occupied = occupied_bricks(opacity)
-    colors = torch.zeros(*lattice.shape, 3, dtype=torch.uint8, device=base.device)
-    colors.view(-1, 3)[numbers] = ((base - BASE_LOW) / BASE_RANGE * 255).round().clamp(0, 255).byte()
-    opacity = into_bricks((opacity * 255).round().byte(), occupied, BRICK)
-    field = SparseField(lattice.low, lattice.spacing, number_bricks(occupied), opacity,
-                        into_bricks(colors, occupied, BRICK)[opacity > 0],
-                        into_bricks(signed_bytes(gloss), occupied, BRICK // GLOSS_EVERY),
+    base = ((base - BASE_LOW) / BASE_RANGE * 255).round().clamp(0, 255).byte()
+    occupied = occupied_bricks(lattice, opacity > 0)
+    kept = lattice.bricks[occupied]
+    opacity = (opacity * 255).round().byte()
+    field = SparseField(lattice.low, lattice.spacing, number_bricks(occupied),
+                        opacity.view(-1, BRICK ** 3)[kept], base[opacity[numbers] > 0],
+                        signed_bytes(gloss).view(len(lattice.corners), -1, 3 * N_BASIS)[kept],
                         signed_bytes(basis(octahedron(TABLE_SIDE).to(base.device))))
     return field, len(numbers)
