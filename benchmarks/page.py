@@ -1,5 +1,6 @@
 """How close a page that `tools/export.py --html` wrote comes to the photos, in a headless Chromium, and how
-close the network itself comes.
+close the network itself comes. Pages have no lens distortion: where photos have, the page is compared with
+the network.
 
     python tools/export.py logs/lego_fast --html lego.html
     python benchmarks/page.py logs/lego_fast lego.html
@@ -39,8 +40,8 @@ def picture_of(page):
 
 
 def show_view(page, trained, view):
-    """The picture of a view of the scene of a `Trained`, uint8 [H, W, 3]."""
-    camera, shift = trained.scene.cameras[view], 0.0 if trained.args.pixel_centers else 0.5
+    """The picture of a view of the scene of a `Trained`, without distortion, uint8 [H, W, 3]."""
+    camera, shift = trained.scene.cameras[view].undistorted(), 0.0 if trained.args.pixel_centers else 0.5
     fx, fy, cx, cy = camera.K[(0, 1, 0, 1), (0, 1, 2, 2)]
     page.evaluate('([c2w, K, W, H]) => setCamera(c2w, K, W, H)',
                   [trained.scene.poses[view].tolist(), [fx, fy, cx + shift, cy + shift], camera.W, camera.H])
@@ -62,9 +63,10 @@ def main():
         page.goto(args.page.resolve().as_uri())
         page.wait_for_selector('body[data-ready=yes]', state='attached', timeout=300_000)
         for view in scene.i_test[:args.views]:
-            rgb = trained.frames.render(scene.poses[view], camera=scene.cameras[view]).rgb
-            pictures = show_view(page, trained, view), to8b(rgb)
-            scores.append([psnr(picture, scene.images[view]) for picture in pictures])
+            camera, picture = scene.cameras[view], show_view(page, trained, view)
+            rgb = to8b(trained.frames.render(scene.poses[view], camera=camera.undistorted()).rgb)
+            target = scene.images[view] if camera.is_pinhole else rgb
+            scores.append([psnr(picture, target), psnr(rgb, target)])  # the latter may be infinite
             print(f'view {view}: page {scores[-1][0]:.2f} dB, network {scores[-1][1]:.2f} dB', flush=True)
         browser.close()
     means = [sum(part) / len(scores) for part in zip(*scores)]
