@@ -20,8 +20,11 @@ from scenes.rays import camera_rays
 # The longest side of a grid has at most this many steps. In forward-facing scenes thin fog fills all space,
 # so more take too much time; contracted space holds all surroundings.
 MAX_RESOLUTION, MAX_RESOLUTION_NDC, MAX_RESOLUTION_CONTRACTED = 512, 320, 1024
+# A point is seen if it has at least this weight in a ray of a training view. Thin fog has little opacity in
+# each step, but the sum counts.
+MIN_WEIGHT, MIN_WEIGHT_NDC = 0.01, 0.002
 # Visibility is computed along about this many rays of a view, and of all views.
-RAYS_PER_VIEW, MAX_RAYS = 40_000, 1_500_000
+RAYS_PER_VIEW, MAX_RAYS = 40_000, 4_000_000
 # For scenes without an occupancy grid, at most this many small cells per coarse cell are evaluated.
 MAX_BAKED_CELLS = 16
 # The network is evaluated at this many points at once.
@@ -41,12 +44,16 @@ class Baking:
     Args:
       trained: a `Trained`.
     """
+    # The rays of a view cover this many times its width and height.
+    widening = 1.0
+    max_resolution, min_weight = MAX_RESOLUTION, MIN_WEIGHT
 
     def __init__(self, trained):
         self.kwargs, self.scene, self.path = trained.render_kwargs, trained.scene, trained.path
         self.network = self.kwargs['network_fine'] or self.kwargs['network_fn']
         self.query, self.ndc = self.kwargs['network_query_fn'], self.kwargs['ndc']
-        self.max_resolution = MAX_RESOLUTION_NDC if self.ndc else MAX_RESOLUTION
+        if self.ndc:
+            self.max_resolution, self.min_weight = MAX_RESOLUTION_NDC, MIN_WEIGHT_NDC
         self.unit = 1.0  # of the grid's coordinates, in units of the world
         self.device = next(self.network.parameters()).device
         self.cells = self.kwargs['renderer'].grid if trained.args.occupancy_grid else self.find_cells()
@@ -91,6 +98,9 @@ class Baking:
         c2w = torch.from_numpy(scene.poses[view]).to(self.device)
         rays_o, rays_d = camera_rays(camera, c2w, self.kwargs['pixel_centers'])
         rays_o, rays_d = (part[::stride, ::stride].reshape(-1, 3) for part in (rays_o, rays_d))
+        if self.widening != 1:
+            depths = rays_d @ -c2w[:, 2:3]                                             # [N, 1]
+            rays_d = self.widening * rays_d + (1 - self.widening) * depths * -c2w[:, 2]
         viewdirs = F.normalize(rays_d, dim=-1)
         if self.ndc:
             rays_o, rays_d = ndc_rays(scene.H, scene.W, scene.K[0, 0], 1.0, rays_o, rays_d)
@@ -120,6 +130,8 @@ class ContractedBaking(Baking):
     where `norm` is the maximum norm of its point. Densities are multiplied by this, which is their optical
     depth in such a step; steps in other directions are shorter.
     """
+    # Surroundings do not end at the borders of the photos.
+    widening = 1.12
 
     @torch.no_grad()
     def find_cells(self):

@@ -24,7 +24,7 @@ MIN_RESOLUTION = 32
 # A step of the grid is about this many pixels of the training views.
 STEP_PIXELS = 0.6
 # A point of the grid takes about this many bytes of the page.
-BYTES_PER_POINT = 5.0
+BYTES_PER_POINT = 4.1
 # If a page is too large, the next attempt aims at this share of the limit.
 SAFETY = 0.93
 # The data is split into parts of this many bytes, to show the progress of loading.
@@ -35,7 +35,7 @@ PREVIEW_SIZE = 400
 ELEVATIONS, DISTANCES = (-1.5, 1.5), (0.2, 4.0)
 # In forward-facing scenes and contracted space it stays among the training views, give or take this angle in
 # radians, and closer to their distance.
-ANGLE_MARGIN, FORWARD_DISTANCES, CONTRACTED_DISTANCES = 0.05, (0.6, 1.2), (0.3, 1.5)
+ANGLE_MARGIN, FORWARD_DISTANCES, CONTRACTED_DISTANCES = 0.05, (0.6, 1.2), (0.5, 1.5)
 
 
 def write_page(trained, path, size_limit_mb, say):

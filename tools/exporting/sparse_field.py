@@ -1,7 +1,7 @@
 """Bakes a trained scene into a sparse grid of opacities and colours, which a browser can march through.
 
-  lattice   points low + spacing * (i, j, k), in the coordinates that the network is evaluated in: those of
-            the world, or normalised device coordinates (NDC)
+  lattice   points low + spacing * (i, j, k), in the coordinates of the world, normalised device coordinates
+            (NDC) or contracted space, see baking.py
   opacity   1 - exp(-density * spacing) at a point of the lattice, the opacity of a step along a ray
   colour    base + sum of gloss * basis(viewdir): a base colour at each point of the lattice, and at every
             second one along each axis how much of each basis function red, green and blue have
@@ -30,9 +30,6 @@ GLOSS_EVERY = 2
 N_BASIS, TABLE_SIDE = 4, 64
 # They are learned from the colours of this many points, a batch of which is used in each of so many steps.
 LEARNED_POINTS, BATCH_POINTS, LEARNING_STEPS = 16384, 512, 300
-# A point is seen if it has at least this weight in a ray of a training view. Thin fog has little opacity in
-# each step, but the sum counts.
-MIN_WEIGHT = 0.01
 # Lower opacities are lost in 8 bits.
 MIN_OPACITY = 1 / 255
 # No step is more opaque than this, so that optical depths stay finite.
@@ -145,7 +142,7 @@ def look(baking, lattice, opacity):
         optical_depths = torch.where(numbers < 0, 0, -torch.log1p(-opacity[numbers]) * lengths)
         raw = torch.stack([optical_depths] * 4, -1)
         _, weights = composite(raw, lengths, ray_indices, torch.ones_like(dirs[:, 0]), offsets)
-        hits = weights >= MIN_WEIGHT
+        hits = weights >= baking.min_weight
         numbers, ray_indices = numbers[hits], ray_indices[hits]
         seen[numbers] = True
         # one slot for each cell, so that no view overwrites all others
