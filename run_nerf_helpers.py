@@ -269,7 +269,7 @@ class RadianceField(nn.Module):
     # A chunk of fewer points costs more in calls than it gains in caches.
     MIN_CHUNK_POINTS = 1024
     adam_options = {'betas': (0.9, 0.999)}  # noqa: RUF012 - read only
-    keep_activations = False  # Whether `--backward auto` stores activations on a GPU: small networks only.
+    plain_on_gpu = False  # Whether `--backward auto` is plain on a GPU: for small networks only.
 
     def __init__(self):
         super().__init__()

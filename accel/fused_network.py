@@ -6,12 +6,16 @@ import torch.nn.functional as F
 from accel.hash_grid import HashGrid
 from accel.hash_nerf import DENSITY_OUTPUTS, HIDDEN_WIDTH, INITIAL_LOG_DENSITY, MAX_LOG_DENSITY, HashNeRF
 from accel.kernels.compiled import Kernels
+from accel.packed import MAX_OPTICAL_DEPTH
 from run_nerf_helpers import SphericalHarmonics, get_embedder
 
 # The kernels take encodings of at most so many channels, a multiple of MULTIPLE.
 MAX_CHANNELS, MULTIPLE = 64, 8
 # They sum the gradient of this many points at once.
 BLOCK = 512
+# Samples are hidden behind this optical depth: a little more than where `composite` ends, which may round
+# its sums in another way.
+HIDDEN_OPTICAL_DEPTH = 1.01 * MAX_OPTICAL_DEPTH
 # They expect this many rows in the last layer.
 RGB_ROWS = 8
 
@@ -27,20 +31,22 @@ def can_fuse(network, inputs):
             and KERNELS.usable(inputs.device))
 
 
-def evaluate(network, inputs, bf16=False):
+def evaluate(network, inputs, bf16=False, rays=None):
     """raw [M, 4] of a network that `can_fuse` at `inputs` [M, 3 or 6].
 
     Args:
       bf16: use bfloat16 products in the hidden layers, if the processor has them.
+      rays: step_sizes and offsets, see `accel/packed.py`, if these are samples along rays: those that are
+        hidden behind others may be left out, and are 0.
     """
-    return FusedNetwork.apply(network, bf16, inputs, network.encoding.table, *layers_of(network))
+    return FusedNetwork.apply(network, bf16, rays, inputs, network.encoding.table, *layers_of(network))
 
 
 def density(network, points, bf16=False):
     """The density [M] of a network that `can_fuse` at `points` [M, 3], without gradient; `bf16` as for
     `evaluate`."""
     found, layers = points.new_empty(len(points)), padded(layers_of(network))
-    KERNELS.call('evaluate', len(points), *arguments_of(network, points, layers, bf16), 0, found)
+    KERNELS.call('evaluate', len(points), *arguments_of(network, points, layers, bf16), len(points), 0, found)
     return found
 
 
@@ -49,11 +55,16 @@ class FusedNetwork(torch.autograd.Function):
     are saved: the gradient evaluates the network again, at the points where it is not zero."""
 
     @staticmethod
-    def forward(ctx, network, bf16, inputs, table, *layers):
+    def forward(ctx, network, bf16, rays, inputs, table, *layers):
         ctx.network, ctx.bf16 = network, bf16
         ctx.save_for_backward(inputs, table, *layers)
-        raw = inputs.new_empty(len(inputs), 4)
-        KERNELS.call('evaluate', len(inputs), *arguments_of(network, inputs, padded(layers), bf16), 1, raw)
+        raw, arguments = inputs.new_zeros(len(inputs), 4), arguments_of(network, inputs, padded(layers), bf16)
+        if rays is None:
+            KERNELS.call('evaluate', len(inputs), *arguments, len(inputs), 1, raw)
+        else:
+            step_sizes, offsets = rays
+            KERNELS.call('evaluate_rays', len(step_sizes), *arguments, len(step_sizes), offsets, step_sizes,
+                         HIDDEN_OPTICAL_DEPTH, raw)
         return raw
 
     @staticmethod
@@ -67,13 +78,13 @@ class FusedNetwork(torch.autograd.Function):
         grad, partial = inputs.new_empty(sum(sizes)), inputs.new_empty(-(-len(rows) // BLOCK), sum(sizes))
         grad_encoded, grad_table = inputs.new_empty(len(rows), encoding.out_dim), torch.empty_like(table)
         KERNELS.call('evaluate_gradient', len(rows), *arguments_of(ctx.network, inputs, layers, ctx.bf16),
-                     grad_raw, grad_encoded, partial, grad)
+                     len(rows), grad_raw, grad_encoded, partial, grad)
         KERNELS.call('encode_gradient', len(rows), inputs, inputs.stride(0), encoding.aabb,
                      int(encoding.contract), grad_encoded, grad_table, len(rows), len(encoding.resolutions),
                      table.shape[1], encoding.resolutions, encoding.level_offsets)
         grads = [part.view_as(layer) for part, layer in zip(grad.split(sizes), layers)]
         outputs = len(ctx.network.rgb_linears[-1].bias)
-        return None, None, None, grad_table, *grads[:-2], *(part[:outputs] for part in grads[-2:])
+        return None, None, None, None, grad_table, *grads[:-2], *(part[:outputs] for part in grads[-2:])
 
 
 def layers_of(network):
@@ -93,7 +104,7 @@ def arguments_of(network, inputs, layers, bf16):
     """The arguments that the kernels have in common; `layers` are `padded`."""
     encoding, parameters = network.encoding, torch.cat([part.flatten() for part in layers])
     inputs = inputs if inputs.stride(1) == 1 else inputs.contiguous()
-    return (inputs, inputs.stride(0), len(inputs), encoding.aabb, int(encoding.contract), encoding.table,
+    return (inputs, inputs.stride(0), encoding.aabb, int(encoding.contract), encoding.table,
             len(encoding.resolutions), encoding.table.shape[1], encoding.resolutions, encoding.level_offsets,
             parameters, HIDDEN_WIDTH, DENSITY_OUTPUTS, int(network.encoding_views is not None),
             INITIAL_LOG_DENSITY, MAX_LOG_DENSITY, int(bf16))
@@ -114,8 +125,12 @@ def check_kernels(device):
             parameters, results = [network.encoding.table, *layers_of(network)], []
             for raw in (network(points, viewdirs), *(evaluate(network, inputs, bf16) for bf16 in (0, 1))):
                 results.append([raw, *torch.autograd.grad((raw * weights).sum(), parameters)])
+            offsets = torch.tensor([0, 0, 3, 900, 911, 1200], device=device)
+            rays = torch.zeros(len(offsets) - 1, device=device), offsets
             for bf16 in (False, True):
-                assert torch.equal(density(network, points, bf16), evaluate(network, inputs, bf16)[:, 3])
+                raw = evaluate(network, inputs, bf16)
+                assert torch.equal(density(network, points, bf16), raw[:, 3])
+                assert torch.equal(evaluate(network, inputs, bf16, rays), raw)  # empty steps hide nothing
             for expected, exact, bf16 in zip(*results):
                 assert (exact - expected).norm() <= 1e-4 * expected.norm()
                 assert (bf16 - expected).norm() <= 0.15 * expected.norm()  # ReLUs change sides

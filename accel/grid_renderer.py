@@ -54,10 +54,11 @@ class GridRenderer(Renderer):
         spacing, num_candidates = self.grid.candidates(fixed, step_size, jitter)
         step_sizes = torch.full_like(near, step_size)
 
-        def query(t, ray_indices):
+        def query(t, ray_indices, steps_and_offsets=None):
             rays = ray_batch.index_select(0, ray_indices)                              # [M, 8 or 11]
             pts = torch.addcmul(rays[:, :3], rays[:, 3:6], t[:, None])                 # [M, 3]
-            raw = network_query_fn.at_points(pts, rays[:, 8:11] if uses_viewdirs else None, network_fn)
+            raw = network_query_fn.at_points(pts, rays[:, 8:11] if uses_viewdirs else None, network_fn,
+                                             steps_and_offsets)
             raw = raw[:, :4] if raw.shape[-1] > 4 else raw
             if raw_noise_std > 0:
                 raw = torch.cat([raw[:, :3], raw[:, 3:] + raw_noise_std * torch.randn_like(raw[:, 3:])], -1)
@@ -67,7 +68,10 @@ class GridRenderer(Renderer):
             out = self.render_until_opaque(query, ray_batch, spacing, num_candidates, step_sizes)
             return split_maps(out, white_bkgd)
         t, ray_indices, offsets = self.grid.march(fixed, spacing, num_candidates)
-        out, weights = composite(query(t, ray_indices), t, ray_indices, step_sizes, offsets)
+        # noise would show what is hidden without it
+        steps_and_offsets = None if raw_noise_std > 0 else (step_sizes, offsets)
+        raw = query(t, ray_indices, steps_and_offsets)
+        out, weights = composite(raw, t, ray_indices, step_sizes, offsets)
         ret = split_maps(out, white_bkgd)
         if retsamples:
             ret['packed'] = PackedSamples(weights, t, spacing[:, 1], ray_indices)

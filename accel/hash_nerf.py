@@ -49,7 +49,7 @@ class HashNeRF(RadianceField):
     # Table entries get rare and tiny gradients; a small eps keeps Adam from damping them. `fused` updates the
     # table in one pass.
     adam_options = {'betas': (0.9, 0.99), 'eps': 1e-15, 'fused': True}  # noqa: RUF012 - read only
-    keep_activations = True
+    plain_on_gpu = True
     W = HIDDEN_WIDTH
 
     def __init__(self, encoding, encoding_views=None, input_ch_views=0):

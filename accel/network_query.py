@@ -4,6 +4,7 @@ import torch
 from accel import fused_network
 from accel.half_precision import HalfPrecision
 from accel.sparse_backward import (
+    SampledGradient,
     SparseBackward,
     backpropagate,
     evaluate_in_chunks,
@@ -20,8 +21,9 @@ class NetworkQuery:
         is a global setting of torch (`pick_precision`).
       backward: 'sparse' keeps no activations and backpropagates only through samples that have a gradient,
         see `accel/sparse_backward.py`; 'plain' is ordinary backpropagation. 'auto' is 'sparse', but 'plain'
-        for networks with `keep_activations` on a GPU: waiting for the number of samples would cost more than
-        it saves. Unless it is 'plain', hash networks are evaluated on a CPU by `accel/fused_network.py`.
+        for networks with `plain_on_gpu` on a GPU: waiting for the number of samples would cost more than it
+        saves. 'sampled' is 'auto' with `SampledGradient` where it is sparse. Unless it is 'plain', hash
+        networks are evaluated on a CPU by `accel/fused_network.py`.
     """
 
     def __init__(self, netchunk=None, precision='fp32', backward='auto'):
@@ -45,27 +47,31 @@ class NetworkQuery:
         raw = self.evaluate(inputs.flatten(0, 1), network)
         return raw.reshape(*pts.shape[:-1], raw.shape[-1])
 
-    def at_points(self, points, viewdirs, network):
-        """Raw outputs [M, 4 or more] at `points` [M, 3] with unit directions `viewdirs` [M, 3] or None."""
-        return self.evaluate(points if viewdirs is None else torch.cat([points, viewdirs], -1), network)
+    def at_points(self, points, viewdirs, network, rays=None):
+        """Raw outputs [M, 4 or more] at `points` [M, 3] with unit directions `viewdirs` [M, 3] or None. Of
+        packed samples with `rays`, their step_sizes and offsets (`accel/packed.py`), those that are hidden
+        behind others may be 0."""
+        return self.evaluate(points if viewdirs is None else torch.cat([points, viewdirs], -1), network, rays)
 
-    def evaluate(self, inputs, network):
+    def evaluate(self, inputs, network, rays=None):
         """`at_points` of points and directions in one tensor [M, 3 or 6]."""
         if self.backward_pass != 'plain' and fused_network.can_fuse(network, inputs):
-            return fused_network.evaluate(network, inputs, self.precision == 'bf16')
-        function = self.function(type(network).__call__, network)
+            raw = fused_network.evaluate(network, inputs, self.precision == 'bf16', rays)
+        else:
+            function = self.function(type(network).__call__, network)
 
-        def evaluate(inputs):
-            return function(*inputs.split(3, -1))
+            def evaluate(inputs):
+                return function(*inputs.split(3, -1))
 
-        chunk = self.chunk(network, inputs.device)
-        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        if torch.is_grad_enabled() and (parameters or inputs.requires_grad):
-            small = network.keep_activations and inputs.device.type == 'cuda'
-            if self.backward_pass == 'plain' or (self.backward_pass == 'auto' and small):
+            chunk = self.chunk(network, inputs.device)
+            parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+            if not (torch.is_grad_enabled() and (parameters or inputs.requires_grad)):
+                return evaluate_in_chunks(evaluate, inputs, chunk)
+            if self.backward_pass == 'plain' or (
+                    self.backward_pass != 'sparse' and network.plain_on_gpu and inputs.device.type == 'cuda'):
                 return evaluate_with_activations(evaluate, inputs, chunk)
-            return SparseBackward.apply(evaluate, chunk, self, inputs, *parameters)
-        return evaluate_in_chunks(evaluate, inputs, chunk)
+            raw = SparseBackward.apply(evaluate, chunk, self, inputs, *parameters)
+        return SampledGradient.apply(raw) if self.backward_pass == 'sampled' and raw.requires_grad else raw
 
     def backward(self, losses, share=1.0):
         """`(share * sum(losses)).backward()` for losses of outputs of this query. The host waits for a GPU

@@ -84,9 +84,11 @@ def composite_reference(raw, t, ray_indices, lengths, offsets, optical_depth=Non
       others: as in `composite`.
     """
     sample_depths = torch.relu(raw[:, 3]) * lengths                                   # of each sample [M]
-    # sums over the samples in front, by differences of a sum over all rays, which needs float64
-    total = torch.cat([sample_depths.new_zeros(1, dtype=torch.float64), sample_depths.double().cumsum(0)])
-    in_front = (total[:-1] - total[offsets[:-1]][ray_indices]).to(raw.dtype)
+    # sums over the samples in front, in a row for each ray
+    column = torch.arange(len(t), device=t.device) - offsets[ray_indices]
+    rows = raw.new_zeros(len(offsets) - 1, 1 + max(offsets.diff().tolist(), default=0))
+    rows = rows.index_put((ray_indices, column + 1), sample_depths)
+    in_front = rows.cumsum(-1)[ray_indices, column]
     if optical_depth is not None:
         in_front = in_front + optical_depth[ray_indices]
     visible = ~(in_front.detach() > MAX_OPTICAL_DEPTH)  # NaN counts as visible

@@ -78,6 +78,24 @@ class SparseBackward(torch.autograd.Function):
         return None, None, None, grad_inputs, *sums
 
 
+class SampledGradient(torch.autograd.Function):
+    """The identity. Rows of its gradient [M, C] that are small are drawn at random: one whose largest number
+    is smaller than their mean, of rows that are not 0, is kept with a probability in proportion to it, and
+    divided by that. So most rows are 0, and the expected value is the gradient itself."""
+
+    @staticmethod
+    def forward(ctx, raw):
+        return raw.view_as(raw)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_raw):
+        size = grad_raw.abs().amax(-1)
+        probability = (size * ((size > 0).sum() / size.sum())).clamp(max=1)
+        dropped = torch.rand_like(probability) >= probability  # never if it is NaN, which is passed on
+        return (grad_raw / probability[:, None]).masked_fill(dropped[:, None], 0)
+
+
 def backpropagate(evaluations):
     """Add the gradients of `Evaluation`s to those of their parameters. The host waits for a GPU once for all
     of them, to know in how many rows they have a gradient."""

@@ -114,7 +114,7 @@ class NerfPytorchQuery(NetworkQuery):
     """Evaluates networks as nerf-pytorch does: all points are encoded at once, then go through the network
     65,536 at a time; all activations are kept."""
 
-    def evaluate(self, inputs, network):
+    def evaluate(self, inputs, network, rays=None):
         encoded = network.encoding(inputs[:, :3])
         if inputs.shape[-1] > 3:
             encoded = torch.cat([encoded, network.encoding_views(inputs[:, 3:])], -1)

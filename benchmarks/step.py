@@ -33,7 +33,8 @@ from training.logger import memory_gib
 # Each variant has a way to backpropagate and a precision.
 VARIANTS = {'nerf-pytorch': ('plain', 'fp32'), 'plain fp32': ('plain', 'fp32'),
             'sparse fp32': ('sparse', 'fp32'), 'sparse tf32': ('sparse', 'tf32'),
-            'sparse bf16': ('sparse', 'bf16')}
+            'sparse bf16': ('sparse', 'bf16'), 'sampled fp32': ('sampled', 'fp32'),
+            'sampled bf16': ('sampled', 'bf16')}
 # The rate of the machine is measured by a product of two square matrices of this size.
 PRODUCT_SIZE = 4096
 
@@ -115,8 +116,8 @@ class GradientCounter(NetworkQuery):
         super().__init__(netchunk)
         self.counts = {}
 
-    def evaluate(self, inputs, network):
-        raw = super().evaluate(inputs, network)
+    def evaluate(self, inputs, network, rays=None):
+        raw = super().evaluate(inputs, network, rays)
         if raw.requires_grad:
             raw.register_hook(partial(self.count, network))
         return raw

@@ -61,7 +61,7 @@ def atomic_write(path):
     partial = partial_path(path)
     try:
         yield partial
-        with open(partial, 'rb') as file:
+        with open(partial, 'r+b') as file:  # Windows writes only what may be written
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
@@ -102,7 +102,9 @@ def remove_partial_files(folder):
 
 
 def is_running(pid):
-    """Whether the process `pid` of this machine is running."""
+    """Whether the process `pid` of this machine is running; on Windows always true."""
+    if os.name == 'nt':  # there `kill` would send it Ctrl-C
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -5,7 +5,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_runs import DEMO, FAST_DEMO, NO_OUTPUTS, PROPOSAL_DEMO, run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import run_nerf
+from accel.grid_renderer import GridRenderer
+from accel.proposals import ProposalRenderer
 from accel.renderer import MAX_SAMPLES
 from run_nerf import EXACT, create_nerf
 from scenes.errors import UserError
@@ -128,3 +134,33 @@ def test_too_little_memory_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
     with pytest.raises(torch.OutOfMemoryError):
         MemoryLimit(None, 'tests').fit(work, MIN_RAYS)
+
+
+# --- devices without float64, such as Apple's GPUs ----------------------------------------------------------
+
+class NoFloat64(TorchDispatchMode):
+    """Stands for a device that has no float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [part for part in tree_leaves(out) if torch.is_tensor(part)]
+        assert all(tensor.dtype != torch.float64 for tensor in tensors), f'{function} returned float64'
+        return out
+
+
+@pytest.mark.parametrize('options', [DEMO, FAST_DEMO, PROPOSAL_DEMO])
+def test_steps_and_frames_need_no_float64(options, tmp_path, monkeypatch):
+    def without_float64(module, name):
+        function = getattr(module, name)
+
+        def wrapped(*args, **kwargs):
+            with NoFloat64():
+                return function(*args, **kwargs)
+        monkeypatch.setattr(module, name, wrapped)
+
+    monkeypatch.setenv('NERF_PLAIN', '1')
+    for module, name in ((run_nerf, 'loss_and_gradient'), (run_nerf, 'render'), (GridRenderer, 'update'),
+                         (ProposalRenderer, 'update'), (torch.optim.Adam, 'step')):
+        without_float64(module, name)
+    assert run(*options, *NO_OUTPUTS, '--N_iters', 16, '--i_testset', 16, '--exact_render',
+               '--basedir', tmp_path) == 0

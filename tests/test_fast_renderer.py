@@ -37,9 +37,9 @@ class CountingQuery(NetworkQuery):
     """Counts the points that it evaluates."""
     points = 0
 
-    def evaluate(self, inputs, network):
+    def evaluate(self, inputs, network, rays=None):
         self.points += len(inputs)
-        return super().evaluate(inputs, network)
+        return super().evaluate(inputs, network, rays)
 
     def density(self, points, network):
         self.points += len(points)
@@ -56,8 +56,8 @@ class ScaledQuery(CountingQuery):
     def scale(self, network):
         return self.factor if self.of in (None, network) else 1.0
 
-    def evaluate(self, inputs, network):
-        return super().evaluate(inputs, network) * self.scale(network)
+    def evaluate(self, inputs, network, rays=None):
+        return super().evaluate(inputs, network, rays) * self.scale(network)
 
     def density(self, points, network):
         return super().density(points, network) * self.scale(network)

@@ -15,6 +15,8 @@ from accel.hash_nerf import HashNeRF
 from accel.kernels import compiled
 from accel.kernels.compiled import Kernels
 from accel.network_query import NetworkQuery
+from accel.occupancy import offsets_of
+from accel.packed import composite
 from run_nerf_helpers import get_embedder
 
 pytestmark = [on_cpu_only('the kernels are for CPUs'), NO_C_COMPILER]
@@ -66,6 +68,27 @@ def test_any_hash_network(settings):
 def test_points_without_a_gradient_change_nothing(weights):
     weights = weights * (torch.arange(300) % 7 == 0)[:, None]
     assert_equal_to_reference(hash_network(), random_inputs(300), weights)
+
+
+def test_samples_that_are_hidden_are_left_out():
+    network, counts = hash_network(), torch.randint(0, 90, (1200,))
+    counts[::3], counts[0] = 0, 400
+    inputs, offsets = random_inputs(int(counts.sum())), offsets_of(counts)
+    ray_indices, step_sizes = torch.arange(1200).repeat_interleave(counts), torch.linspace(0, 2, 1200)
+    raws = [evaluate(network, inputs, rays=rays) for rays in (None, (step_sizes, offsets))]
+    maps, grads = zip(*[composited(raw, network, ray_indices, step_sizes, offsets) for raw in raws])
+    assert torch.equal(*maps)
+    for part, reference in zip(*grads):
+        torch.testing.assert_close(part, reference)
+    left_out = (raws[1] == 0).all(-1)
+    assert torch.equal(raws[0][~left_out], raws[1][~left_out])
+    assert left_out.float().mean() > 0.3
+
+
+def composited(raw, network, ray_indices, step_sizes, offsets):
+    """Maps of rays, and the gradient of some loss of theirs by the network's parameters."""
+    out, _ = composite(raw, torch.linspace(1, 2, len(raw)), ray_indices, step_sizes, offsets)
+    return out.detach(), gradients(out, torch.linspace(-1, 1, out.numel()).view_as(out), network)
 
 
 @pytest.mark.parametrize('log_density', [-60.0, 60.0])

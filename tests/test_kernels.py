@@ -89,9 +89,10 @@ def test_kernels_pass_their_own_check(kernels, kernels_of):
 
 @pytest.mark.parametrize('kernels, right, wrong', [
     (ALL_KERNELS[0], 'sum[f] += weight[c]', 'sum[f] += 1.001f * weight[c]'),
+    (ALL_KERNELS[0], 'sum += weight[c][m] * entries', 'sum += 1.001f * weight[c][m] * entries'),
     (ALL_KERNELS[0], '805459861u', '805459863u'),
     (ALL_KERNELS[0], 'atomicAdd(to + f, ', 'atomicAdd(to, '),
-    (ALL_KERNELS[0], 'to[f] += w * grad_out[f]', 'to[f] += w * grad_out[0]'),
+    (ALL_KERNELS[0], 'weight[c][m] * grad_out[m * row + f]', 'weight[c][m] * grad_out[m * row]'),
     (ALL_KERNELS[0], 'value : -value', 'value : value'),
     (ALL_KERNELS[0], '-slope : slope', 'slope : slope'),
     (ALL_KERNELS[0], '|| fabsf(y[i]) <= 1', '|| true'),
@@ -117,7 +118,8 @@ def test_kernels_that_compute_something_else_are_not_used(kernels, right, wrong,
     def read_wrong_source(name):
         source = original(name).replace(right, wrong)
         return source.replace('__CUDA_ARCH__ >= 900', 'false') if 'atomicAdd' in right else source
-    for mode in ['cuda'] if 'atomicAdd' in right else ['c'] if 'to[f]' in right else ['c', 'cuda']:
+    only_cuda, only_c = 'atomicAdd' in right or 'sum[f]' in right, 'weight[c][m]' in right
+    for mode in ['cuda'] if only_cuda else ['c'] if only_c else ['c', 'cuda']:
         with implementation(mode):
             monkeypatch.setattr(compiled, 'read_source', read_wrong_source)
             broken = Kernels(kernels.name, kernels.check)

@@ -100,12 +100,49 @@ def test_density_is_that_of_raw_without_gradient(make, precision):
 
 @pytest.mark.parametrize('make, backward, expected', [
     (encoded_nerf, 'auto', 'sparse'), (encoded_nerf, 'sparse', 'sparse'), (encoded_nerf, 'plain', 'plain'),
-    (hash_nerf, 'auto', 'sparse' if DEVICE.type == 'cpu' else 'plain'),  # it keeps activations
+    (hash_nerf, 'auto', 'sparse' if DEVICE.type == 'cpu' else 'plain'),
     (hash_nerf, 'sparse', 'sparse'), (hash_nerf, 'plain', 'plain')])
 def test_backward_is_sparse_unless_it_is_plain(make, backward, expected, monkeypatch):
     monkeypatch.setenv('NERF_PLAIN', '1')  # hash networks have kernels of their own
     raw = NetworkQuery(50, backward=backward).at_points(*points_and_directions(100), make())
     assert raw.grad_fn.name().startswith('SparseBackward') == (expected == 'sparse')
+
+
+@pytest.mark.parametrize('make', [encoded_nerf, hash_nerf])
+def test_a_sampled_gradient_is_right_on_average(make):
+    """Over many draws; of rows with a gradient, far from all count."""
+    torch.manual_seed(0)
+    network, (points, viewdirs) = make(), points_and_directions(200)
+    upstream = torch.randn(200, 4) * 10 ** (-3 * torch.rand(200, 1))
+    upstream[::4], draws = 0, 400
+    exact, _ = gradient(network, points, viewdirs, upstream, 'sparse')
+    found, rows = zip(*[gradient(network, points, viewdirs, upstream, 'sampled') for _ in range(draws)])
+    error = torch.stack(found).mean(0) - exact
+    # with the deviation of a mean of so many draws
+    deviation = torch.stack(found).std(0).norm() / draws ** 0.5
+    assert error.norm() < 2 * deviation and deviation < 0.1 * exact.norm()
+    rows = torch.stack(rows)                                                           # [draws, 200]
+    assert not rows[:, ::4].any() and 0.2 < rows.float().mean() < 0.5
+    assert rows[:, upstream.abs().amax(-1) > 1].all()
+
+
+def gradient(network, points, viewdirs, upstream, backward):
+    """The gradient of the parameters as a vector, and at which points that of the outputs is not zero."""
+    seen = []
+    raw = NetworkQuery(70, backward=backward).at_points(points, viewdirs, network)
+    (raw.grad_fn.next_functions[0][0] if backward == 'sampled' else raw.grad_fn).register_prehook(
+        lambda grads: seen.append((grads[0] != 0).any(-1)))
+    grads = torch.autograd.grad(raw, [*network.parameters()], upstream)
+    return torch.cat([grad.flatten() for grad in grads]), seen[0]
+
+
+def test_nan_in_a_sampled_gradient_is_passed_on():
+    network = hash_nerf()
+    raw = NetworkQuery(70, backward='sampled').at_points(*points_and_directions(100), network)
+    upstream = torch.ones_like(raw)
+    upstream[3, 1] = torch.nan
+    raw.backward(upstream)
+    assert network.rgb_linears[0].weight.grad.isnan().any()
 
 
 def test_without_parameters_to_train_there_is_no_gradient():

@@ -63,11 +63,12 @@ def test_each_option_is_read():
 
 # Resuming warns if one of these differs from the checkpoint.
 RESUME_WARNED = set(re.findall(r'\w+', """
-    N_importance N_rand N_rand_samples N_samples aabb appearance contract dataset_type factor far finest_res
-    half_res i_embed i_embed_views lambda_depth lambda_distortion lindisp llffhold log2_hashmap_size lrate
-    lrate_decay lrate_poses multires multires_views n_features n_levels near netdepth netdepth_fine netwidth
-    netwidth_fine no_batching no_ndc occupancy_grid perturb precrop_frac precrop_iters random_bkgd
-    raw_noise_std refine_poses sampler seed spherify train_views use_viewdirs white_bkgd"""))
+    N_importance N_rand N_rand_samples N_samples aabb appearance backward contract dataset_type factor far
+    finest_res half_res i_embed i_embed_views lambda_depth lambda_distortion lindisp llffhold
+    log2_hashmap_size lrate lrate_decay lrate_poses multires multires_views n_features n_levels near
+    netdepth netdepth_fine netwidth netwidth_fine no_batching no_ndc occupancy_grid perturb precrop_frac
+    precrop_iters random_bkgd raw_noise_std refine_poses sampler seed spherify train_views use_viewdirs
+    white_bkgd"""))
 # --render_only takes these from the checkpoint.
 RENDER_ONLY_ADOPTED = set(re.findall(r'\w+', """
     N_importance N_samples appearance contract dataset_type datadir expname factor far finest_res half_res

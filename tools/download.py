@@ -9,7 +9,6 @@ name when it is complete, and scenes that are there are skipped.
 """
 import argparse
 import contextlib
-import fcntl
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -116,7 +115,12 @@ def make_parser():
 
 @contextlib.contextmanager
 def only_process(folder):
-    """Wait until no other process downloads to a folder."""
+    """Wait until no other process downloads to a folder. On Windows there is no such lock."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
     with open(folder / '.lock', 'w') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -293,7 +293,7 @@ def _training_options(parser):
              'minutes goes on')
     add('--N_rand', affects='training', type=integer(1), default=32 * 32 * 4, help='rays per step')
     add('--lrate', affects='training', type=number(above=0), default=5e-4, help='initial learning rate')
-    add('--lrate_decay', affects='training', type=integer(1), default=250,
+    add('--lrate_decay', affects='training', type=number(above=0), default=250,
         help='thousands of steps in which the learning rate decays to a tenth')
     add('--occupancy_grid', affects='networks', action=BooleanSwitch, default=False,
         help='one network, sampled only in occupied cells; N_samples steps span the diagonal of the box')
@@ -311,9 +311,11 @@ def _training_options(parser):
     add('--precision', affects='rendering', choices=['auto', 'fp32', 'tf32', 'bf16'], default='auto',
         help='precision of matrix products in the hidden layers; auto: bf16 in training if that is fast on '
              'the device, fp32 in exact rendering')
-    add('--backward', affects='nothing', choices=['auto', 'sparse', 'plain'], default='auto',
+    add('--backward', affects='training', choices=['auto', 'sparse', 'sampled', 'plain'], default='auto',
         help='sparse: store no activations and backpropagate only through samples that have a gradient; '
-             'plain: ordinary backpropagation; auto: sparse, but plain for hash networks on a GPU')
+             'sampled: draw some of the samples with a small gradient to stand for the others, which has the '
+             'same expectation; plain: ordinary backpropagation; auto: sparse, but plain for hash networks '
+             'on a GPU')
     add('--no_reload', affects='nothing', action=BooleanSwitch, default=False,
         help='start from scratch even if there are checkpoints')
     add('--no_restart', affects='training', action=BooleanSwitch, default=False,

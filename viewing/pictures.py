@@ -64,7 +64,7 @@ class CroppedQuery:
     def __call__(self, pts, viewdirs, network):
         return self._cut(self.query(pts, viewdirs, network), pts)
 
-    def at_points(self, pts, viewdirs, network):
+    def at_points(self, pts, viewdirs, network, rays=None):
         return self._cut(self.query.at_points(pts, viewdirs, network), pts)
 
 

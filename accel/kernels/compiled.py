@@ -5,14 +5,16 @@ A library is used only if its results for a small input are those of the referen
 Otherwise, without a compiler, and with NERF_PLAIN=1 in the environment, the reference is used.
 
 On a CPU the kernels run in torch's own pool of OpenMP threads if torch's OpenMP runtime is called
-`libgomp.so.1`, as theirs is.
+`libgomp.so.1`, as theirs is with GCC. On macOS they are linked with the runtime in torch's package.
 """
 import ctypes
 import hashlib
 import os
 import platform
 import re
+import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -25,7 +27,12 @@ from accel.kernels.cuda import CudaLibrary
 # the whole process to flushing denormal numbers to zero.
 FAST_MATH = ['-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros', '-fassociative-math',
              '-freciprocal-math']
-FLAGS = ['-x', 'c', '-', '-O3', '-march=native', *FAST_MATH, '-fopenmp', '-shared', '-fPIC', '-lm']
+# Apple's Clang knows OpenMP only behind -Xclang, and brings no runtime.
+TORCH_LIBRARIES = Path(torch.__file__).parent / 'lib'
+OPENMP = ['-fopenmp'] if sys.platform != 'darwin' else [
+    '-Xclang', '-fopenmp', f'-L{TORCH_LIBRARIES}', f'-Wl,-rpath,{TORCH_LIBRARIES}', '-lomp']
+NATIVE = '-mcpu=native' if platform.machine() in ('arm64', 'aarch64') else '-march=native'
+FLAGS = ['-x', 'c', '-', '-O3', NATIVE, *FAST_MATH, *OPENMP, '-shared', '-fPIC', '-lm']
 FOLDER = Path(__file__).parent
 # Kernels take tensors of these types.
 DTYPES = (torch.float32, torch.int64, torch.bool)
@@ -116,9 +123,12 @@ def build_library(source, name):
     fingerprint = hashlib.sha256('\n'.join([source, *FLAGS, processor()]).encode()).hexdigest()
     path = cache_folder() / f'{name}-{fingerprint[:16]}.so'
     if not path.exists():
+        compiler = os.environ.get('CC', 'cc')
+        if shutil.which(compiler) is None:
+            raise OSError(f'found no C compiler {compiler!r}; install GCC or Clang, or set $CC')
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = Path(folder, 'part.so')
-            subprocess.run([os.environ.get('CC', 'cc'), *FLAGS, '-o', str(part)], input=source.encode(),
+            subprocess.run([compiler, *FLAGS, '-o', str(part)], input=source.encode(),
                            check=True, capture_output=True, timeout=120)
             os.replace(part, path)  # atomic: other processes may compile it too
     return path
@@ -126,7 +136,7 @@ def build_library(source, name):
 
 def cache_folder():
     """A folder that this user can write to. A shared temporary folder may hold one that others have made."""
-    user = os.getuid()
+    user = os.getuid() if hasattr(os, 'getuid') else 0  # 0 is the owner of all files on Windows
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     for folder in (Path(cache, 'nerf'), Path(tempfile.gettempdir(), f'nerf-{user}')):
         try:

@@ -5,7 +5,6 @@
  * 1 / resolutions[l] of the box; its entries, F numbers each, begin at entry level_offsets[l] of the table. A level of
  * (resolution + 1)^3 entries is dense, one with fewer is hashed.
  */
-#define POINTS_PER_TASK 2048 /* few enough for a level's entries to stay in a CPU's cache */
 #define MAX_F 8
 
 /* A point in the units of the box, or of the contraction of all space (`contract` in `accel/hash_grid.py`), clamped to
@@ -89,50 +88,6 @@ DEVICE void corner_entries(const float *x, int64_t resolution, int64_t size, int
     }
 }
 
-DEVICE void encode_point(const float *x, const float *entries, float *out, const int F, int64_t resolution,
-                         int64_t size)
-{
-    int64_t entry[8];
-    float weight[8], sum[MAX_F] = {0};
-    corner_entries(x, resolution, size, entry, weight);
-    for (int c = 0; c < 8; c++)
-        for (int f = 0; f < F; f++)
-            sum[f] += weight[c] * entries[entry[c] * F + f];
-    for (int f = 0; f < F; f++)
-        out[f] = sum[f];
-}
-
-/* On a CPU, one thread adds to an entry. On a GPU several may, and most points have no gradient. */
-DEVICE void add_gradient(const float *x, const float *grad_out, float *grad, const int F, int64_t resolution,
-                         int64_t size)
-{
-    int64_t entry[8];
-    float weight[8];
-    corner_entries(x, resolution, size, entry, weight);
-    for (int c = 0; c < 8; c++) {
-        float *to = grad + entry[c] * F, w = weight[c];
-#ifndef __CUDACC__
-        for (int f = 0; f < F; f++)
-            to[f] += w * grad_out[f];
-#else
-#if __CUDA_ARCH__ >= 900
-        if (F % 4 == 0) {
-            for (int f = 0; f < F; f += 4)
-                atomicAdd((float4 *)(to + f), make_float4(w * grad_out[f], w * grad_out[f + 1], w * grad_out[f + 2],
-                                                          w * grad_out[f + 3]));
-            continue;
-        }
-        if (F == 2) {
-            atomicAdd((float2 *)to, make_float2(w * grad_out[0], w * grad_out[1]));
-            continue;
-        }
-#endif
-        for (int f = 0; f < F; f++)
-            atomicAdd(to + f, w * grad_out[f]);
-#endif
-    }
-}
-
 /* Adds to grad[3] the gradient by x of a level's encoding. */
 DEVICE void add_point_gradient(const float *x, const float *entries, const float *grad_out, float *grad, const int F,
                                int64_t resolution, int64_t size)
@@ -162,29 +117,144 @@ DEVICE void add_point_gradient(const float *x, const float *entries, const float
     case 8: call(8); break;                                                                                            \
     }
 
-#ifndef __CUDACC__
-/* `to_unit` of the points of a task, from `start` on; returns their number. */
-DEVICE int64_t units_of(const float *points, int64_t stride, const float *aabb, int64_t contracted, int64_t start,
-                        int64_t N, float *x)
+#ifdef __CUDACC__
+DEVICE void encode_point(const float *x, const float *entries, float *out, const int F, int64_t resolution,
+                         int64_t size)
 {
-    int64_t count = N - start < POINTS_PER_TASK ? N - start : POINTS_PER_TASK;
-    for (int64_t n = 0; n < count; n++)
-        to_unit(points + (start + n) * stride, aabb, contracted, x + 3 * n);
-    return count;
+    int64_t entry[8];
+    float weight[8], sum[MAX_F] = {0};
+    corner_entries(x, resolution, size, entry, weight);
+    for (int c = 0; c < 8; c++)
+        for (int f = 0; f < F; f++)
+            sum[f] += weight[c] * entries[entry[c] * F + f];
+    for (int f = 0; f < F; f++)
+        out[f] = sum[f];
 }
 
-DEVICE void encode_points(const float *x, const float *entries, float *out, int64_t count, int64_t stride, const int F,
-                          int64_t resolution, int64_t size)
+/* Several threads may add to an entry, and most points have no gradient. */
+DEVICE void add_gradient(const float *x, const float *grad_out, float *grad, const int F, int64_t resolution,
+                         int64_t size)
 {
-    for (int64_t n = 0; n < count; n++)
-        encode_point(x + 3 * n, entries, out + n * stride, F, resolution, size);
+    int64_t entry[8];
+    float weight[8];
+    corner_entries(x, resolution, size, entry, weight);
+    for (int c = 0; c < 8; c++) {
+        float *to = grad + entry[c] * F, w = weight[c];
+#if __CUDA_ARCH__ >= 900
+        if (F % 4 == 0) {
+            for (int f = 0; f < F; f += 4)
+                atomicAdd((float4 *)(to + f), make_float4(w * grad_out[f], w * grad_out[f + 1], w * grad_out[f + 2],
+                                                          w * grad_out[f + 3]));
+            continue;
+        }
+        if (F == 2) {
+            atomicAdd((float2 *)to, make_float2(w * grad_out[0], w * grad_out[1]));
+            continue;
+        }
+#endif
+        for (int f = 0; f < F; f++)
+            atomicAdd(to + f, w * grad_out[f]);
+    }
+}
+#else
+#define SIMD _Pragma("omp simd")
+#define TILE 32 /* points that a CPU computes together, [channel][point] */
+#define BLOCK 512 /* points that a thread takes at once: enough for a level's entries to stay in the cache */
+
+typedef float Vector4 __attribute__((vector_size(16)));
+
+typedef struct {
+    const float *aabb, *table;
+    int64_t contracted, levels, F;
+    const int64_t *resolutions, *level_offsets;
+} Grid;
+
+/* `to_unit` of up to BLOCK points as x[3][BLOCK], zeros behind the last one. */
+DEVICE void units_of(const Grid *grid, const float *points, int64_t stride, int64_t count, float *x)
+{
+    memset(x, 0, 3 * BLOCK * sizeof(float));
+    for (int64_t m = 0; m < count; m++) {
+        float unit[3];
+        to_unit(points + m * stride, grid->aabb, grid->contracted, unit);
+        for (int i = 0; i < 3; i++)
+            x[i * BLOCK + m] = unit[i];
+    }
 }
 
-DEVICE void add_gradients(const float *x, const float *grad_out, float *grad, int64_t count, int64_t stride,
-                          const int F, int64_t resolution, int64_t size)
+/* `corner_entries` of a tile of points at level l, whose x, y and z are `stride` apart. The loops are over points, because
+ * the compiler makes no vectors of those over corners. */
+DEVICE void level_corners(const Grid *grid, int64_t l, const float *x, int64_t stride, uint32_t entry[8][TILE],
+                          float weight[8][TILE])
 {
-    for (int64_t n = 0; n < count; n++)
-        add_gradient(x + 3 * n, grad_out + n * stride, grad, F, resolution, size);
+    const int64_t corners = grid->resolutions[l] + 1;
+    const int32_t side = (int32_t)corners;
+    const uint32_t size = (uint32_t)(grid->level_offsets[l + 1] - grid->level_offsets[l]);
+    const bool dense = corners * corners * corners <= size;
+    const uint32_t factor[3] = {1, dense ? side : 2654435761u, dense ? side * side : 805459861u};
+    uint32_t corner[3][2][TILE];
+    float share[3][2][TILE];
+    for (int i = 0; i < 3; i++)
+        SIMD for (int m = 0; m < TILE; m++) {
+            float scaled = x[i * stride + m] * (float)(side - 1);
+            int32_t cell = (int32_t)scaled < side - 2 ? (int32_t)scaled : side - 2;
+            share[i][1][m] = scaled - (float)cell, share[i][0][m] = 1 - share[i][1][m];
+            corner[i][0][m] = (uint32_t)cell * factor[i], corner[i][1][m] = corner[i][0][m] + factor[i];
+        }
+    for (int c = 0; c < 8; c++) {
+        const uint32_t *a = corner[0][c & 1], *b = corner[1][c >> 1 & 1], *d = corner[2][c >> 2];
+        const float *u = share[0][c & 1], *v = share[1][c >> 1 & 1], *w = share[2][c >> 2];
+        SIMD for (int m = 0; m < TILE; m++) {
+            entry[c][m] = dense ? a[m] + b[m] + d[m] : (a[m] ^ b[m] ^ d[m]) & (size - 1);
+            weight[c][m] = u[m] * v[m] * w[m];
+        }
+    }
+}
+
+/* `encode_point` of a tile of points at level l, whose x, y and z are `stride` apart: feature f of point m goes to
+ * out[f * row + m]. */
+DEVICE void encode_level(const Grid *grid, int64_t l, const float *x, int64_t stride, float *out, int64_t row)
+{
+    const int64_t F = grid->F;
+    const float *entries = grid->table + grid->level_offsets[l] * F;
+    uint32_t entry[8][TILE];
+    float weight[8][TILE];
+    level_corners(grid, l, x, stride, entry, weight);
+    if (F == 4)
+        for (int m = 0; m < TILE; m++) {
+            Vector4 sum = {0};
+            for (int c = 0; c < 8; c++)
+                sum += weight[c][m] * *(const Vector4 *)(entries + 4 * (int64_t)entry[c][m]);
+            for (int f = 0; f < 4; f++)
+                out[f * row + m] = sum[f];
+        }
+    else
+        for (int64_t f = 0; f < F; f++)
+            for (int m = 0; m < TILE; m++) {
+                float sum = 0;
+                for (int c = 0; c < 8; c++)
+                    sum += weight[c][m] * entries[F * entry[c][m] + f];
+                out[f * row + m] = sum;
+            }
+}
+
+/* `add_gradient` of the first `count` points of a tile at level l, whose x, y and z are `stride` apart; the gradient by
+ * the encoding of point m is at grad_out + m * row. */
+DEVICE void add_level_gradient(const Grid *grid, int64_t l, const float *x, int64_t stride, int64_t count,
+                               const float *grad_out, int64_t row, float *grad)
+{
+    const int64_t F = grid->F;
+    uint32_t entry[8][TILE];
+    float weight[8][TILE];
+    level_corners(grid, l, x, stride, entry, weight);
+    for (int64_t m = 0; m < count; m++)
+        for (int c = 0; c < 8; c++) {
+            float *to = grad + F * (int64_t)entry[c][m];
+            if (F == 4)
+                *(Vector4 *)to += weight[c][m] * *(const Vector4 *)(grad_out + m * row);
+            else
+                for (int64_t f = 0; f < F; f++)
+                    to[f] += weight[c][m] * grad_out[m * row + f];
+        }
 }
 #endif
 
@@ -203,18 +273,20 @@ KERNEL encode(const float *points, int64_t stride, const float *aabb, int64_t co
         WITH_CONSTANT_F(ENCODE)
     }
 #else
+    const Grid grid = {aabb, table, contracted, levels, F, resolutions, level_offsets};
 #pragma omp parallel for schedule(dynamic)
-    for (int64_t start = 0; start < N; start += POINTS_PER_TASK) {
-        float x[3 * POINTS_PER_TASK];
-        int64_t count = units_of(points, stride, aabb, contracted, start, N, x);
-        for (int64_t l = 0; l < levels; l++) {
-            int64_t begin = level_offsets[l], size = level_offsets[l + 1] - begin, resolution = resolutions[l];
-            const float *entries = table + begin * F;
-            float *to = out + (start * levels + l) * F;
-            int64_t row = levels * F; /* not with a constant F, which GCC 12 turns into code of half the speed */
-#define ENCODE(F) encode_points(x, entries, to, count, row, F, resolution, size)
-            WITH_CONSTANT_F(ENCODE)
-        }
+    for (int64_t start = 0; start < N; start += BLOCK) {
+        const int64_t count = N - start < BLOCK ? N - start : BLOCK;
+        float x[3 * BLOCK], encoded[MAX_F * TILE];
+        units_of(&grid, points + start * stride, stride, count, x);
+        for (int64_t l = 0; l < levels; l++)
+            for (int64_t first = 0; first < count; first += TILE) {
+                encode_level(&grid, l, x + first, BLOCK, encoded, TILE);
+                float *to = out + ((start + first) * levels + l) * F;
+                for (int64_t m = 0; m < TILE && first + m < count; m++)
+                    for (int64_t f = 0; f < F; f++)
+                        to[m * levels * F + f] = encoded[f * TILE + m];
+            }
     }
 #endif
 }
@@ -241,16 +313,17 @@ KERNEL encode_gradient(const float *points, int64_t stride, const float *aabb, i
         WITH_CONSTANT_F(GRADIENT)
     }
 #else
+    const Grid grid = {aabb, NULL, contracted, levels, F, resolutions, level_offsets};
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t l = levels - 1; l >= 0; l--) {
-        int64_t begin = level_offsets[l], size = level_offsets[l + 1] - begin, resolution = resolutions[l];
-        float x[3 * POINTS_PER_TASK], *to = grad + begin * F;
-        memset(to, 0, size * F * sizeof(float)); /* then it is in the cache */
-        for (int64_t start = 0; start < N; start += POINTS_PER_TASK) {
-            int64_t count = units_of(points, stride, aabb, contracted, start, N, x), row = levels * F;
-            const float *from = grad_out + (start * levels + l) * F;
-#define GRADIENT(F) add_gradients(x, from, to, count, row, F, resolution, size)
-            WITH_CONSTANT_F(GRADIENT)
+        float x[3 * BLOCK], *to = grad + level_offsets[l] * F;
+        memset(to, 0, (level_offsets[l + 1] - level_offsets[l]) * F * sizeof(float)); /* then it is in the cache */
+        for (int64_t start = 0; start < N; start += BLOCK) {
+            const int64_t count = N - start < BLOCK ? N - start : BLOCK;
+            units_of(&grid, points + start * stride, stride, count, x);
+            for (int64_t first = 0; first < count; first += TILE)
+                add_level_gradient(&grid, l, x + first, BLOCK, count - first < TILE ? count - first : TILE,
+                                   grad_out + ((start + first) * levels + l) * F, levels * F, to);
         }
     }
 #endif

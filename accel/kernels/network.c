@@ -6,7 +6,8 @@
  * weights and biases of the five layers, one layer after the other; the last one has 8 rows.
  */
 #ifndef __CUDACC__
-#define BLOCK 512  /* points that a thread takes at once: enough for a level's entries to stay in the cache */
+#define RAYS 512   /* rays that a thread takes at once */
+#define ADVANCE 8  /* at least so many samples of a ray are evaluated before it is tested whether it is opaque */
 #define N_LAYERS 5 /* two to the features, of which the first is the log density, and three to the colour */
 
 typedef int32_t IntVector __attribute__((vector_size(4 * LANES)));
@@ -53,13 +54,8 @@ DEVICE void convert_weights(Layer *layers, bool bf16, Pairs *pairs)
 /* The encodings of a block of points, [channel][BLOCK], zeros behind the last one. */
 DEVICE void encode_block(const Grid *grid, const float *inputs, int64_t stride, int64_t count, float *encoded)
 {
-    float x[3 * BLOCK] = {0};
-    for (int64_t m = 0; m < count; m++) {
-        float unit[3];
-        to_unit(inputs + m * stride, grid->aabb, grid->contracted, unit);
-        for (int i = 0; i < 3; i++)
-            x[i * BLOCK + m] = unit[i];
-    }
+    float x[3 * BLOCK];
+    units_of(grid, inputs, stride, count, x);
     for (int64_t l = 0; l < grid->levels; l++)
         for (int64_t first = 0; first < count; first += TILE)
             encode_level(grid, l, x + first, BLOCK, encoded + l * grid->F * BLOCK + first, BLOCK);
@@ -95,12 +91,30 @@ DEVICE void evaluate_tile(const Network *network, const float *encoded, const fl
         density[m] = log_density[m] < -87 ? 0 : density[m]; /* as exp does, nearly: then there is no gradient */
 }
 
-/* out[N][4]: three colour logits and a density; without `colors` out[N], densities alone. */
-KERNEL evaluate(const float *inputs, int64_t stride, int64_t N, const float *aabb, int64_t contracted,
-                const float *table, int64_t levels, int64_t F, const int64_t *resolutions,
-                const int64_t *level_offsets, const float *parameters, int64_t width, int64_t n_features,
-                int64_t views, float initial_log_density, float max_log_density, int64_t bf16, int64_t colors,
-                float *out)
+/* For a block of points out[count][4]: three colour logits and a density; without `colors` out[count], densities. */
+DEVICE void evaluate_block(const Network *network, const float *inputs, int64_t stride, int64_t count, bool colors,
+                           float *out)
+{
+    float encoded[MAX_CHANNELS * BLOCK] __attribute__((aligned(64)));
+    encode_block(&network->grid, inputs, stride, count, encoded);
+    for (int64_t first = 0; first < count; first += TILE) {
+        const int64_t left = count - first < TILE ? count - first : TILE;
+        Tile in[N_LAYERS + 1];
+        float density[TILE];
+        evaluate_tile(network, encoded + first, inputs + first * stride, stride, left, colors, in, density);
+        for (int64_t m = 0, n = first; m < left; m++, n++) {
+            for (int i = 0; i < 3 && colors; i++)
+                out[4 * n + i] = in[N_LAYERS][i][m];
+            out[colors ? 4 * n + 3 : n] = density[m];
+        }
+    }
+}
+
+/* `evaluate_block` of N points. */
+KERNEL evaluate(const float *inputs, int64_t stride, const float *aabb, int64_t contracted, const float *table,
+                int64_t levels, int64_t F, const int64_t *resolutions, const int64_t *level_offsets,
+                const float *parameters, int64_t width, int64_t n_features, int64_t views, float initial_log_density,
+                float max_log_density, int64_t bf16, int64_t N, int64_t colors, float *out)
 {
     const Grid grid = {aabb, table, contracted, levels, F, resolutions, level_offsets};
     Network network = network_of(grid, parameters, width, n_features, views, initial_log_density, max_log_density,
@@ -108,21 +122,51 @@ KERNEL evaluate(const float *inputs, int64_t stride, int64_t N, const float *aab
     Pairs pairs[N_LAYERS];
     convert_weights(network.layers, network.bf16, pairs);
 #pragma omp parallel for schedule(dynamic)
-    for (int64_t start = 0; start < N; start += BLOCK) {
-        const int64_t count = N - start < BLOCK ? N - start : BLOCK;
-        float encoded[MAX_CHANNELS * BLOCK] __attribute__((aligned(64)));
-        encode_block(&grid, inputs + start * stride, stride, count, encoded);
-        for (int64_t first = 0; first < count; first += TILE) {
-            const int64_t left = count - first < TILE ? count - first : TILE;
-            Tile in[N_LAYERS + 1];
-            const int64_t n = start + first;
-            float density[TILE];
-            evaluate_tile(&network, encoded + first, inputs + n * stride, stride, left, colors, in, density);
-            for (int64_t m = 0; m < left; m++) {
-                for (int i = 0; i < 3 && colors; i++)
-                    out[4 * (n + m) + i] = in[N_LAYERS][i][m];
-                out[colors ? 4 * (n + m) + 3 : n + m] = density[m];
+    for (int64_t start = 0; start < N; start += BLOCK)
+        evaluate_block(&network, inputs + start * stride, stride, N - start < BLOCK ? N - start : BLOCK, colors,
+                       out + (colors ? 4 : 1) * start);
+}
+
+/* For samples of R rays, those of ray r being offsets[r] to offsets[r + 1] - 1, with intervals of step_sizes[r]:
+ * out[N][4] as of `evaluate`, but samples behind an optical depth of max_optical_depth may be left out. */
+KERNEL evaluate_rays(const float *inputs, int64_t stride, const float *aabb, int64_t contracted, const float *table,
+                     int64_t levels, int64_t F, const int64_t *resolutions, const int64_t *level_offsets,
+                     const float *parameters, int64_t width, int64_t n_features, int64_t views,
+                     float initial_log_density, float max_log_density, int64_t bf16, int64_t R, const int64_t *offsets,
+                     const float *step_sizes, float max_optical_depth, float *out)
+{
+    const Grid grid = {aabb, table, contracted, levels, F, resolutions, level_offsets};
+    Network network = network_of(grid, parameters, width, n_features, views, initial_log_density, max_log_density,
+                                 bf16);
+    Pairs pairs[N_LAYERS];
+    convert_weights(network.layers, network.bf16, pairs);
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t start = 0; start < R; start += RAYS) {
+        const int64_t end = R - start < RAYS ? R : start + RAYS;
+        int64_t ray[BLOCK / ADVANCE], next[BLOCK / ADVANCE], n_rays = 0, waiting = start;
+        float depth[BLOCK / ADVANCE], points[6 * BLOCK], raw[4 * BLOCK];
+        for (;;) {
+            for (; n_rays < BLOCK / ADVANCE && waiting < end; waiting++)
+                if (offsets[waiting] < offsets[waiting + 1])
+                    ray[n_rays] = waiting, next[n_rays] = offsets[waiting], depth[n_rays++] = 0;
+            if (n_rays == 0)
+                break;
+            int64_t count = 0, unfinished = 0, advance = BLOCK / n_rays < TILE ? BLOCK / n_rays : TILE;
+            for (int64_t r = 0; r < n_rays; r++)
+                for (int64_t n = next[r]; n < next[r] + advance && n < offsets[ray[r] + 1]; n++)
+                    memcpy(points + 6 * count++, inputs + n * stride, (views ? 6 : 3) * sizeof(float));
+            evaluate_block(&network, points, 6, count, true, raw);
+            const float *from = raw;
+            for (int64_t r = 0; r < n_rays; r++) {
+                const int64_t last = offsets[ray[r] + 1], until = last - next[r] < advance ? last : next[r] + advance;
+                for (int64_t n = next[r]; n < until; n++, from += 4) {
+                    memcpy(out + 4 * n, from, 4 * sizeof(float));
+                    depth[r] += from[3] * step_sizes[ray[r]];
+                }
+                if (until < last && !(depth[r] > max_optical_depth))
+                    ray[unfinished] = ray[r], next[unfinished] = until, depth[unfinished++] = depth[r];
             }
+            n_rays = unfinished;
         }
     }
 }
@@ -246,10 +290,10 @@ DEVICE void differentiate_tile(const Network *network, const Layer *backward, Ti
 /* For grad_out[N][4], the gradient by what `evaluate` returns, that by the parameters, in their layout, and that by the
  * encodings, grad_encoded[N][levels * F]. partial[blocks][parameters] is for the sums of blocks, which are added in
  * their order, so that the result does not depend on the number of threads. */
-KERNEL evaluate_gradient(const float *inputs, int64_t stride, int64_t N, const float *aabb, int64_t contracted,
-                         const float *table, int64_t levels, int64_t F, const int64_t *resolutions,
-                         const int64_t *level_offsets, const float *parameters, int64_t width, int64_t n_features,
-                         int64_t views, float initial_log_density, float max_log_density, int64_t bf16,
+KERNEL evaluate_gradient(const float *inputs, int64_t stride, const float *aabb, int64_t contracted, const float *table,
+                         int64_t levels, int64_t F, const int64_t *resolutions, const int64_t *level_offsets,
+                         const float *parameters, int64_t width, int64_t n_features, int64_t views,
+                         float initial_log_density, float max_log_density, int64_t bf16, int64_t N,
                          const float *grad_out, float *grad_encoded, float *partial, float *grad_parameters)
 {
     const Grid grid = {aabb, table, contracted, levels, F, resolutions, level_offsets};

@@ -10,66 +10,11 @@
 #include <immintrin.h>
 #endif
 #define LANES 16 /* of a vector */
-#define TILE 32 /* points that are computed together */
 #define MAX_CHANNELS 64
 #define N_HARMONICS 16
-#define SIMD _Pragma("omp simd")
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef float Vector4 __attribute__((vector_size(16)));
 typedef float Tile[MAX_CHANNELS][TILE] __attribute__((aligned(64)));
-
-typedef struct {
-    const float *aabb, *table;
-    int64_t contracted, levels, F;
-    const int64_t *resolutions, *level_offsets;
-} Grid;
-
-/* `encode_point` for a tile of points whose coordinates x, y and z in the units of the grid are `stride` apart, at one
- * level: feature f goes to out + f * out_stride. All entries and weights come first, because the compiler makes vectors
- * of loops over points, but not of those over corners. */
-DEVICE void encode_level(const Grid *grid, int64_t l, const float *x, int64_t stride, float *out, int64_t out_stride)
-{
-    const int64_t corners = grid->resolutions[l] + 1, begin = grid->level_offsets[l], F = grid->F;
-    const int32_t side = (int32_t)corners;
-    const uint32_t size = (uint32_t)(grid->level_offsets[l + 1] - begin);
-    const bool dense = corners * corners * corners <= size;
-    const uint32_t factor[3] = {1, dense ? side : 2654435761u, dense ? side * side : 805459861u};
-    const float *entries = grid->table + begin * F;
-    uint32_t corner[3][2][TILE], entry[8][TILE];
-    float share[3][2][TILE], weight[8][TILE];
-    for (int i = 0; i < 3; i++)
-        SIMD for (int m = 0; m < TILE; m++) {
-            float scaled = x[i * stride + m] * (float)(side - 1);
-            int32_t cell = (int32_t)scaled < side - 2 ? (int32_t)scaled : side - 2;
-            share[i][1][m] = scaled - (float)cell, share[i][0][m] = 1 - share[i][1][m];
-            corner[i][0][m] = (uint32_t)cell * factor[i], corner[i][1][m] = corner[i][0][m] + factor[i];
-        }
-    for (int c = 0; c < 8; c++) {
-        const uint32_t *a = corner[0][c & 1], *b = corner[1][c >> 1 & 1], *d = corner[2][c >> 2];
-        const float *u = share[0][c & 1], *v = share[1][c >> 1 & 1], *w = share[2][c >> 2];
-        SIMD for (int m = 0; m < TILE; m++) {
-            entry[c][m] = dense ? a[m] + b[m] + d[m] : (a[m] ^ b[m] ^ d[m]) & (size - 1);
-            weight[c][m] = u[m] * v[m] * w[m];
-        }
-    }
-    if (F == 4)
-        for (int m = 0; m < TILE; m++) {
-            Vector4 sum = {0};
-            for (int c = 0; c < 8; c++)
-                sum += weight[c][m] * *(const Vector4 *)(entries + 4 * (int64_t)entry[c][m]);
-            for (int f = 0; f < 4; f++)
-                out[f * out_stride + m] = sum[f];
-        }
-    else
-        for (int64_t f = 0; f < F; f++)
-            for (int m = 0; m < TILE; m++) {
-                float sum = 0;
-                for (int c = 0; c < 8; c++)
-                    sum += weight[c][m] * entries[F * entry[c][m] + f];
-                out[f * out_stride + m] = sum;
-            }
-}
 
 /* All levels of a tile. */
 DEVICE void encode_tile(const Grid *grid, const float *x, int64_t stride, Tile out)
