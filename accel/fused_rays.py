@@ -3,6 +3,7 @@ end to end, so that nothing but its colour goes through memory."""
 import torch
 import torch.nn.functional as F
 
+from accel.fused_network import layers_of, padded
 from accel.hash_grid import HashGrid
 from accel.hash_nerf import DENSITY_OUTPUTS, HIDDEN_WIDTH, INITIAL_LOG_DENSITY, MAX_LOG_DENSITY, HashNeRF
 from accel.kernels.compiled import Kernels
@@ -82,12 +83,9 @@ def shade(ray_batch, grids, network, N_samples, spacing, bf16):
         KERNELS.call('resample', N, *rays, s_vals, count, *arguments_of(grid.encoding), INITIAL_LOG_DENSITY,
                      MAX_LOG_DENSITY, EVEN_SHARE, next_count, edges)
         s_vals = edges
-    first, second, third = network.rgb_linears
-    of_features, of_direction = first.weight.tensor_split([DENSITY_OUTPUTS], 1)
-    layers = [part for layer in network.density_linears for part in (layer.weight, layer.bias)]
-    layers += [of_features.contiguous(), of_direction.contiguous() if of_direction.numel() else None,
-               first.bias, second.weight, second.bias]
-    layers += [F.pad(third.weight, (0, 0, 0, 5)), F.pad(third.bias, (0, 5))]  # to eight rows
+    of_features, of_direction = network.rgb_linears[0].weight.tensor_split([DENSITY_OUTPUTS], 1)
+    layers = padded(layers_of(network))
+    layers[4:5] = [of_features.contiguous(), of_direction.contiguous() if of_direction.numel() else None]
     out = ray_batch.new_empty(N, 5)
     KERNELS.call('shade', N, *rays, s_vals, N_samples, *arguments_of(network.encoding), *layers, HIDDEN_WIDTH,
                  DENSITY_OUTPUTS, INITIAL_LOG_DENSITY, MAX_LOG_DENSITY, int(bf16), out)

@@ -13,9 +13,7 @@ from training.console import Console
 from training.evaluation import Evaluator
 from training.processes import Processes
 from training.start import start_run
-
-# The run does not reach this many steps.
-NEVER = 10 ** 9
+from training.time_plan import NEVER
 
 
 def main():

@@ -37,9 +37,8 @@ from training.options import config_parser, integer, values_of
 from training.outputs import hash_of_tensors
 from training.signals import StopRequest
 from training.start import read_starts
+from training.time_plan import NEVER
 
-# Videos are made every so many steps: never.
-NEVER = 10 ** 9
 # A run is checked this often for its end, and for a signal to stop, in seconds.
 POLL_SECONDS = 0.2
 # Runs Python with the given arguments, and with SIGTERM when its parent ends, even by SIGKILL (Linux's

@@ -227,7 +227,7 @@ def small_demo(folder, stride):
 
 def kill_all(process):
     """Kill a process and its children, at once."""
-    process.send_signal(signal.SIGSTOP)  # so that it does not see their end
+    process.send_signal(signal.SIGSTOP)  # so that it does not notice that its children have ended
     for pid in children_of(process.pid):
         os.kill(pid, signal.SIGKILL)
     process.kill()
