@@ -91,7 +91,8 @@ class SampledGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_raw):
         size = grad_raw.abs().amax(-1)
-        probability = (size * ((size > 0).sum() / size.sum())).clamp(max=1)
+        mean = size.sum() / (size > 0).sum().clamp(min=1)
+        probability = (size / mean.clamp(min=torch.finfo(mean.dtype).tiny)).clamp(max=1)
         dropped = torch.rand_like(probability) >= probability  # never if it is NaN, which is passed on
         return (grad_raw / probability[:, None]).masked_fill(dropped[:, None], 0)
 

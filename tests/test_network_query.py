@@ -136,6 +136,15 @@ def gradient(network, points, viewdirs, upstream, backward):
     return torch.cat([grad.flatten() for grad in grads]), seen[0]
 
 
+@pytest.mark.parametrize('scale', [0.0, 1e-44])
+def test_a_sampled_gradient_may_vanish(scale):
+    network = hash_nerf()
+    points, viewdirs = points_and_directions(100)
+    upstream = scale * (torch.arange(100) % 3)[:, None].expand(100, 4)
+    found, _ = gradient(network, points, viewdirs, upstream, 'sampled')
+    assert found.abs().max() < 1e-30
+
+
 def test_nan_in_a_sampled_gradient_is_passed_on():
     network = hash_nerf()
     raw = NetworkQuery(70, backward='sampled').at_points(*points_and_directions(100), network)

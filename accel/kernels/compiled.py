@@ -136,7 +136,7 @@ def build_library(source, name):
 
 def cache_folder():
     """A folder that this user can write to. A shared temporary folder may hold one that others have made."""
-    user = os.getuid() if hasattr(os, 'getuid') else 0  # 0 is the owner of all files on Windows
+    user = 0 if os.name == 'nt' else os.getuid()  # on Windows 0 is the owner of all files
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     for folder in (Path(cache, 'nerf'), Path(tempfile.gettempdir(), f'nerf-{user}')):
         try:
