@@ -57,6 +57,8 @@ def main():
     args, options = parser.parse_known_args()
     trained, scores = load_trained(args.run, options), []
     scene = trained.scene
+    if scene.images is None:
+        sys.exit(f'{args.run}: the photos of the scene were not found; give --datadir')
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium_path(), args=FLAGS)
         page = browser.new_page()
