@@ -108,13 +108,13 @@ def test_backward_is_sparse_unless_it_is_plain(make, backward, expected, monkeyp
     assert raw.grad_fn.name().startswith('SparseBackward') == (expected == 'sparse')
 
 
-@pytest.mark.parametrize('make', [encoded_nerf, hash_nerf])
+@pytest.mark.parametrize('make', [encoded_nerf, *[hash_nerf] * (DEVICE.type == 'cpu')])  # otherwise plain
 def test_a_sampled_gradient_is_right_on_average(make):
     """Over many draws; of rows with a gradient, far from all count."""
     torch.manual_seed(0)
     network, (points, viewdirs) = make(), points_and_directions(200)
     upstream = torch.randn(200, 4) * 10 ** (-3 * torch.rand(200, 1))
-    upstream[::4], draws = 0, 400
+    upstream[::4], draws = 0, 200
     exact, _ = gradient(network, points, viewdirs, upstream, 'sparse')
     found, rows = zip(*[gradient(network, points, viewdirs, upstream, 'sampled') for _ in range(draws)])
     error = torch.stack(found).mean(0) - exact
