@@ -20,8 +20,8 @@ from scenes.rays import camera_rays
 # The longest side of a grid has at most this many steps. In forward-facing scenes thin fog fills all space,
 # so more take too much time; contracted space holds all surroundings.
 MAX_RESOLUTION, MAX_RESOLUTION_NDC, MAX_RESOLUTION_CONTRACTED = 512, 320, 1024
-# A point is seen if it has at least this weight in a ray of a training view. Thin fog has little opacity in
-# each step, but the sum counts.
+# A point is seen if it has at least this weight in a ray of a training view. In forward-facing scenes the
+# opacity is spread over many steps, so points with less weight count too.
 MIN_WEIGHT, MIN_WEIGHT_NDC = 0.01, 0.002
 # Visibility is computed along about this many rays of a view, and of all views.
 RAYS_PER_VIEW, MAX_RAYS = 40_000, 4_000_000
@@ -98,9 +98,8 @@ class Baking:
         c2w = torch.from_numpy(scene.poses[view]).to(self.device)
         rays_o, rays_d = camera_rays(camera, c2w, self.kwargs['pixel_centers'])
         rays_o, rays_d = (part[::stride, ::stride].reshape(-1, 3) for part in (rays_o, rays_d))
-        if self.widening != 1:
-            depths = rays_d @ -c2w[:, 2:3]                                             # [N, 1]
-            rays_d = self.widening * rays_d + (1 - self.widening) * depths * -c2w[:, 2]
+        depths = rays_d @ -c2w[:, 2:3]                                                 # [N, 1]
+        rays_d = self.widening * rays_d + (1 - self.widening) * depths * -c2w[:, 2]
         viewdirs = F.normalize(rays_d, dim=-1)
         if self.ndc:
             rays_o, rays_d = ndc_rays(scene.H, scene.W, scene.K[0, 0], 1.0, rays_o, rays_d)
