@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from accel.appearance import ColorCorrection
 from accel.fast_renderer import FastRenderer
-from accel.fused_rays import FusedRenderer
+from accel.fused_rays import fused
 from accel.grid_renderer import GridRenderer
 from accel.hash_grid import HashGrid
 from accel.hash_nerf import HashNeRF
@@ -377,8 +377,8 @@ def frame_renderer(args, scene, kwargs_train, kwargs_test, processes, stop, say)
     if renderer.dense and not args.exact_render:
         aabb = box_of_rays(scene, kwargs_test['ndc'], np.arange(len(scene.poses)))
         renderer = FastRenderer(renderer, queries, aabb, say)
-    if args.sampler == 'proposal' and not args.exact_render:
-        renderer = FusedRenderer(renderer, bf16=args.precision != 'fp32')
+    if not args.exact_render:
+        renderer = fused(renderer, bf16=args.precision != 'fp32')
     return ImageRenderer(scene.hwf, scene.K, args.chunk, {**kwargs_test, 'renderer': renderer},
                          args.render_factor if args.render_only else 0, view_kwargs, processes, stop,
                          values_of(args, 'networks', 'scene', 'rendering'))

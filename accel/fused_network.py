@@ -46,7 +46,8 @@ def density(network, points, bf16=False):
     """The density [M] of a network that `can_fuse` at `points` [M, 3], without gradient; `bf16` as for
     `evaluate`."""
     found, layers = points.new_empty(len(points)), padded(layers_of(network))
-    KERNELS.call('evaluate', len(points), *arguments_of(network, points, layers, bf16), len(points), 0, found)
+    KERNELS.call('evaluate', len(points), *rows_of(points), *arguments_of(network, layers, bf16), len(points),
+                 0, found)
     return found
 
 
@@ -58,13 +59,13 @@ class FusedNetwork(torch.autograd.Function):
     def forward(ctx, network, bf16, rays, inputs, table, *layers):
         ctx.network, ctx.bf16 = network, bf16
         ctx.save_for_backward(inputs, table, *layers)
-        raw, arguments = inputs.new_zeros(len(inputs), 4), arguments_of(network, inputs, padded(layers), bf16)
+        raw, arguments = inputs.new_zeros(len(inputs), 4), arguments_of(network, padded(layers), bf16)
         if rays is None:
-            KERNELS.call('evaluate', len(inputs), *arguments, len(inputs), 1, raw)
+            KERNELS.call('evaluate', len(inputs), *rows_of(inputs), *arguments, len(inputs), 1, raw)
         else:
             step_sizes, offsets = rays
-            KERNELS.call('evaluate_rays', len(step_sizes), *arguments, len(step_sizes), offsets, step_sizes,
-                         HIDDEN_OPTICAL_DEPTH, raw)
+            KERNELS.call('evaluate_rays', len(step_sizes), *rows_of(inputs), *arguments, len(step_sizes),
+                         offsets, step_sizes, HIDDEN_OPTICAL_DEPTH, raw)
         return raw
 
     @staticmethod
@@ -77,8 +78,9 @@ class FusedNetwork(torch.autograd.Function):
         sizes = [part.numel() for part in layers]
         grad, partial = inputs.new_empty(sum(sizes)), inputs.new_empty(-(-len(rows) // BLOCK), sum(sizes))
         grad_encoded, grad_table = inputs.new_empty(len(rows), encoding.out_dim), torch.empty_like(table)
-        KERNELS.call('evaluate_gradient', len(rows), *arguments_of(ctx.network, inputs, layers, ctx.bf16),
-                     len(rows), grad_raw, grad_encoded, partial, grad)
+        KERNELS.call('evaluate_gradient', len(rows), *rows_of(inputs),
+                     *arguments_of(ctx.network, layers, ctx.bf16), len(rows), grad_raw, grad_encoded, partial,
+                     grad)
         KERNELS.call('encode_gradient', len(rows), inputs, inputs.stride(0), encoding.aabb,
                      int(encoding.contract), grad_encoded, grad_table, len(rows), len(encoding.resolutions),
                      table.shape[1], encoding.resolutions, encoding.level_offsets)
@@ -100,14 +102,23 @@ def padded(layers):
     return [*others, F.pad(weight, (0, 0, 0, more)), F.pad(bias, (0, more))]
 
 
-def arguments_of(network, inputs, layers, bf16):
-    """The arguments that the kernels have in common; `layers` are `padded`."""
-    encoding, parameters = network.encoding, torch.cat([part.flatten() for part in layers])
+def rows_of(inputs):
+    """Rows of numbers, and their distance, as arguments of kernels."""
     inputs = inputs if inputs.stride(1) == 1 else inputs.contiguous()
-    return (inputs, inputs.stride(0), encoding.aabb, int(encoding.contract), encoding.table,
-            len(encoding.resolutions), encoding.table.shape[1], encoding.resolutions, encoding.level_offsets,
-            parameters, HIDDEN_WIDTH, DENSITY_OUTPUTS, int(network.encoding_views is not None),
-            INITIAL_LOG_DENSITY, MAX_LOG_DENSITY, int(bf16))
+    return inputs, inputs.stride(0)
+
+
+def grid_of(encoding):
+    """A `HashGrid` as arguments of kernels."""
+    return (encoding.aabb, int(encoding.contract), encoding.table, len(encoding.resolutions),
+            encoding.table.shape[1], encoding.resolutions, encoding.level_offsets)
+
+
+def arguments_of(network, layers, bf16):
+    """NETWORK_PARAMETERS of kernels; `layers` are `padded`."""
+    return (*grid_of(network.encoding), torch.cat([part.flatten() for part in layers]), HIDDEN_WIDTH,
+            DENSITY_OUTPUTS, int(network.encoding_views is not None), INITIAL_LOG_DENSITY, MAX_LOG_DENSITY,
+            int(bf16))
 
 
 def check_kernels(device):

@@ -1,19 +1,16 @@
 """Kernels that evaluate and differentiate a whole hash network, against the network itself."""
-import platform
-
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_devices import on_cpu_only
 from tiny_grids import NO_C_COMPILER
+from tiny_kernels import assert_refused, on_older_processors, usable_on
 
 from accel import fused_network
 from accel.fused_network import BLOCK, can_fuse, evaluate, layers_of
 from accel.half_precision import HalfPrecision
 from accel.hash_grid import HashGrid
 from accel.hash_nerf import HashNeRF
-from accel.kernels import compiled
-from accel.kernels.compiled import Kernels
 from accel.network_query import NetworkQuery
 from accel.occupancy import offsets_of
 from accel.packed import composite
@@ -155,28 +152,16 @@ def test_a_query_uses_the_kernels_unless_something_speaks_against_it(monkeypatch
     assert not called(NetworkQuery(), inputs)
 
 
-@pytest.mark.skipif(platform.machine() != 'x86_64', reason='builds for processors of this family')
-@pytest.mark.parametrize('processor', ['x86-64', 'haswell'])
+@on_older_processors
 def test_older_processors(processor, monkeypatch):
-    """Without AVX-512 and bfloat16 the same text compiles to the same results."""
-    flags = ['-march=' + processor if flag == '-march=native' else flag for flag in compiled.FLAGS]
-    monkeypatch.setattr(compiled, 'FLAGS', flags)
-    kernels = Kernels('network', fused_network.check_kernels)
-    monkeypatch.setattr(fused_network, 'KERNELS', kernels)
-    assert kernels.usable(torch.device('cpu'))
+    assert usable_on(processor, fused_network, 'KERNELS', monkeypatch)
 
 
 @pytest.mark.parametrize('right, wrong', [
     ('in[l][i][m] > 0 ?', 'in[l][i][m] > -9 ?'),
     ('of_in[0][m] += by_log_density[m]', 'of_in[0][m] -= by_log_density[m]'),
-    ('l != 1 && l != N_LAYERS - 1', 'l != N_LAYERS - 1'),
+    ('layers + 1, false, in[1]', 'layers + 1, true, in[1]'),
     ('grad_parameters[p] += partial', 'grad_parameters[p] = partial'),
 ])
 def test_kernels_that_compute_something_else_are_not_used(right, wrong, monkeypatch):
-    original = compiled.read_source
-    assert right in original('network')
-    monkeypatch.setattr(compiled, 'read_source', lambda name: original(name).replace(right, wrong))
-    broken = Kernels('network', fused_network.check_kernels)
-    monkeypatch.setattr(fused_network, 'KERNELS', broken)
-    with pytest.warns(UserWarning, match='network kernels cannot be used on cpu'):
-        assert not broken.usable(torch.device('cpu'))
+    assert_refused(fused_network, 'KERNELS', right, wrong, monkeypatch)

@@ -355,8 +355,8 @@ def _rendering_options(parser):
     add('--raw_noise_std', affects='training', type=number(least=0), default=0.,
         help='standard deviation of the noise added to the density in training')
     add('--exact_render', affects='rendering', action=BooleanSwitch, default=False,
-        help='evaluate the networks at every sample, visible or not (no effect with --occupancy_grid); '
-             'with --sampler proposal: render without the kernels for whole rays')
+        help='evaluate the networks at every sample, visible or not; with --occupancy_grid or --sampler '
+             'proposal: render without the kernels for whole rays')
     add('--chunk', affects='nothing', type=integer(1),
         help='most rays rendered at once (default: as many as suit the device)')
     add('--netchunk', affects='nothing', type=integer(1),

@@ -8,7 +8,7 @@
  * edges of its intervals are at s from 0 to 1, and its samples in the middle of intervals.
  */
 #ifndef __CUDACC__
-#define MAX_SAMPLES 128
+#define MAX_SAMPLES MAX_COUNT
 
 /* Edges are even in distance (kind 0), in disparity (1), or in distance up to `unit` and in disparity beyond (2), where
  * the last edge is at last_disparity, a value of `to_disparity`. */
@@ -72,19 +72,16 @@ DEVICE void middles_of(const float *ray, Spacing spacing, const float *s, int64_
         x[0][m] = x[1][m] = x[2][m] = 0;
 }
 
-/* Log densities to the weights T_m (1 - exp(-sigma_m * length_m)) of their intervals, in place. */
-DEVICE void to_weights(float *log_density, const float *length, int64_t count, float max_log_density)
+/* Densities to the weights T_m (1 - exp(-sigma_m * length_m)) of their intervals, in place. */
+DEVICE void to_weights(float *density, const float *length, int64_t count)
 {
     float passing[MAX_SAMPLES + 1], optical_depth = 0;
     for (int64_t m = 0; m < count; m++)
-        log_density[m] = log_density[m] > max_log_density ? max_log_density : log_density[m];
-    exponentials(log_density, count);
-    for (int64_t m = 0; m < count; m++)
-        passing[m + 1] = -(optical_depth += log_density[m] * length[m]);
+        passing[m + 1] = -(optical_depth += density[m] * length[m]);
     exponentials(passing + 1, count);
     passing[0] = 1;
     for (int64_t m = 0; m < count; m++)
-        log_density[m] = passing[m] - passing[m + 1];
+        density[m] = passing[m] - passing[m + 1];
 }
 
 /* out[N][count + 1]: edges of `count` intervals that hold equal shares of the weights that a proposal grid gives to the
@@ -111,7 +108,8 @@ KERNEL resample(const float *rays, int64_t stride, int64_t N, int64_t kind, floa
                     weight[start + m] += encoded[l][m];
             }
         }
-        to_weights(weight, length, M, max_log_density);
+        to_densities(weight, M, max_log_density);
+        to_weights(weight, length, M);
 
         for (int64_t m = 0; m < M; m++)
             total += weight[m];
@@ -173,18 +171,19 @@ KERNEL shade(const float *rays, int64_t stride, int64_t N, int64_t kind, float u
         }
         for (int64_t start = 0; start < M; start += TILE) {
             encode_tile(&grid, x[0] + start, MAX_SAMPLES, a);
-            linear(layers, false, a, b);
-            linear(layers + 1, true, b, a);
+            linear(layers, true, a, b);
+            linear(layers + 1, false, b, a);
             for (int m = 0; m < TILE; m++)
                 weight[start + m] = a[0][m] + initial_log_density;
-            linear(&first, false, a, b);
+            linear(&first, true, a, b);
             linear(layers + 3, true, b, a);
-            linear(layers + 4, true, a, b);
+            linear(layers + 4, false, a, b);
             for (int i = 0; i < 3; i++)
                 for (int m = 0; m < TILE; m++)
                     rgb[i][start + m] = -b[i][m];
         }
-        to_weights(weight, length, M, max_log_density);
+        to_densities(weight, M, max_log_density);
+        to_weights(weight, length, M);
         for (int i = 0; i < 3; i++) {
             exponentials(rgb[i], M);
             for (int64_t m = 0; m < M; m++)

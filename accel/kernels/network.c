@@ -2,93 +2,30 @@
 
 /* A `HashNeRF` at points, and its gradient. The reference implementation is the network's `forward`.
  *
- * Point n is at inputs + n * stride, followed by its unit direction if the colour depends on it. `parameters` has the
- * weights and biases of the five layers, one layer after the other; the last one has 8 rows.
+ * Point n is at inputs + n * stride, followed by its unit direction if the colour depends on it.
  */
 #ifndef __CUDACC__
-#define RAYS 512   /* rays that a thread takes at once */
-#define ADVANCE 8  /* at least so many samples of a ray are evaluated before it is tested whether it is opaque */
-#define N_LAYERS 5 /* two to the features, of which the first is the log density, and three to the colour */
+#define RAYS 512  /* rays that a thread takes at once */
+#define ADVANCE 8 /* at least so many samples of a ray are evaluated before it is tested whether it is opaque */
 
-typedef int32_t IntVector __attribute__((vector_size(4 * LANES)));
 typedef float Matrix[MAX_CHANNELS * MAX_CHANNELS];
-typedef uint32_t Pairs[MAX_CHANNELS * MAX_CHANNELS / 2];
-
-typedef struct {
-    Grid grid;
-    Layer layers[N_LAYERS];
-    int64_t offsets[N_LAYERS + 1]; /* of the layers in `parameters` */
-    float initial_log_density, max_log_density;
-    bool views, bf16;
-} Network;
-
-DEVICE Network network_of(Grid grid, const float *parameters, int64_t width, int64_t n_features, int64_t views,
-                          float initial_log_density, float max_log_density, int64_t bf16)
-{
-    const int64_t n_in[] = {grid.levels * grid.F, width, n_features + (views ? N_HARMONICS : 0), width, width};
-    const int64_t n_out[] = {width, n_features, width, width, 8};
-    Network network = {grid, .initial_log_density = initial_log_density, .max_log_density = max_log_density,
-                       .views = views, .bf16 = bf16};
-#ifndef __AVX512BF16__
-    network.bf16 = false;
-#endif
-    for (int l = 0; l < N_LAYERS; l++) {
-        const float *W = parameters + network.offsets[l];
-        network.layers[l] = (Layer){W, W + n_in[l] * n_out[l], NULL, n_in[l], n_out[l]};
-        network.offsets[l + 1] = network.offsets[l] + (n_in[l] + 1) * n_out[l];
-    }
-    return network;
-}
-
-/* With bf16, lets the hidden layers multiply in bfloat16: all but those of density and colour. */
-DEVICE void convert_weights(Layer *layers, bool bf16, Pairs *pairs)
-{
-    for (int l = 0; l < N_LAYERS && bf16; l++)
-        if (l != 1 && l != N_LAYERS - 1) {
-            for (int64_t i = 0; i < layers[l].n_in * layers[l].n_out / 2; i++)
-                pairs[l][i] = to_pair(layers[l].W[2 * i], layers[l].W[2 * i + 1]);
-            layers[l].pairs = pairs[l];
-        }
-}
-
-/* The encodings of a block of points, [channel][BLOCK], zeros behind the last one. */
-DEVICE void encode_block(const Grid *grid, const float *inputs, int64_t stride, int64_t count, float *encoded)
-{
-    float x[3 * BLOCK];
-    units_of(grid, inputs, stride, count, x);
-    for (int64_t l = 0; l < grid->levels; l++)
-        for (int64_t first = 0; first < count; first += TILE)
-            encode_level(grid, l, x + first, BLOCK, encoded + l * grid->F * BLOCK + first, BLOCK);
-}
 
 /* From the encodings of a tile of `count` points to the inputs of the layers, in[0] to in[4], the outputs of the last
  * one, in[5], and densities; without colours only the first two layers are evaluated. */
 DEVICE void evaluate_tile(const Network *network, const float *encoded, const float *inputs, int64_t stride,
                           int64_t count, bool colors, Tile *in, float *density)
 {
-    const Layer *layers = network->layers;
-    for (int64_t i = 0; i < layers[0].n_in; i++)
+    for (int64_t i = 0; i < network->layers[0].n_in; i++)
         memcpy(in[0][i], encoded + i * BLOCK, sizeof(in[0][i]));
-    for (int l = 0; l < (colors ? N_LAYERS : 2); l++) {
-        linear(layers + l, false, in[l], in[l + 1]);
-        for (int64_t i = 0; i < layers[l].n_out && l != 1 && l != N_LAYERS - 1; i++)
-            SIMD for (int m = 0; m < TILE; m++)
-                in[l + 1][i][m] = in[l + 1][i][m] < 0 ? 0 : in[l + 1][i][m];
-        for (int m = 0; m < TILE && l == 1 && network->views && colors; m++) {
-            float harmonics[N_HARMONICS];
-            harmonics_of(inputs + (m < count ? m : 0) * stride + 3, harmonics);
-            for (int i = 0; i < N_HARMONICS; i++)
-                in[2][layers[1].n_out + i][m] = harmonics[i];
-        }
+    densities_of(network, in, density);
+    for (int m = 0; m < TILE && network->views && colors; m++) {
+        float harmonics[N_HARMONICS];
+        harmonics_of(inputs + (m < count ? m : 0) * stride + 3, harmonics);
+        for (int i = 0; i < N_HARMONICS; i++)
+            in[2][network->layers[1].n_out + i][m] = harmonics[i];
     }
-    float log_density[TILE];
-    SIMD for (int m = 0; m < TILE; m++) {
-        log_density[m] = in[2][0][m] + network->initial_log_density;
-        density[m] = log_density[m] > network->max_log_density ? network->max_log_density : log_density[m];
-    }
-    exponentials(density, TILE);
-    SIMD for (int m = 0; m < TILE; m++)
-        density[m] = log_density[m] < -87 ? 0 : density[m]; /* as exp does, nearly: then there is no gradient */
+    if (colors)
+        colors_of(network, in);
 }
 
 /* For a block of points out[count][4]: three colour logits and a density; without `colors` out[count], densities. */
@@ -111,16 +48,10 @@ DEVICE void evaluate_block(const Network *network, const float *inputs, int64_t 
 }
 
 /* `evaluate_block` of N points. */
-KERNEL evaluate(const float *inputs, int64_t stride, const float *aabb, int64_t contracted, const float *table,
-                int64_t levels, int64_t F, const int64_t *resolutions, const int64_t *level_offsets,
-                const float *parameters, int64_t width, int64_t n_features, int64_t views, float initial_log_density,
-                float max_log_density, int64_t bf16, int64_t N, int64_t colors, float *out)
+KERNEL evaluate(const float *inputs, int64_t stride, NETWORK_PARAMETERS, int64_t N, int64_t colors, float *out)
 {
-    const Grid grid = {aabb, table, contracted, levels, F, resolutions, level_offsets};
-    Network network = network_of(grid, parameters, width, n_features, views, initial_log_density, max_log_density,
-                                 bf16);
     Pairs pairs[N_LAYERS];
-    convert_weights(network.layers, network.bf16, pairs);
+    const Network network = network_of(NETWORK_ARGUMENTS, pairs);
 #pragma omp parallel for schedule(dynamic)
     for (int64_t start = 0; start < N; start += BLOCK)
         evaluate_block(&network, inputs + start * stride, stride, N - start < BLOCK ? N - start : BLOCK, colors,
@@ -129,17 +60,11 @@ KERNEL evaluate(const float *inputs, int64_t stride, const float *aabb, int64_t 
 
 /* For samples of R rays, those of ray r being offsets[r] to offsets[r + 1] - 1, with intervals of step_sizes[r]:
  * out[N][4] as of `evaluate`, but samples behind an optical depth of max_optical_depth may be left out. */
-KERNEL evaluate_rays(const float *inputs, int64_t stride, const float *aabb, int64_t contracted, const float *table,
-                     int64_t levels, int64_t F, const int64_t *resolutions, const int64_t *level_offsets,
-                     const float *parameters, int64_t width, int64_t n_features, int64_t views,
-                     float initial_log_density, float max_log_density, int64_t bf16, int64_t R, const int64_t *offsets,
+KERNEL evaluate_rays(const float *inputs, int64_t stride, NETWORK_PARAMETERS, int64_t R, const int64_t *offsets,
                      const float *step_sizes, float max_optical_depth, float *out)
 {
-    const Grid grid = {aabb, table, contracted, levels, F, resolutions, level_offsets};
-    Network network = network_of(grid, parameters, width, n_features, views, initial_log_density, max_log_density,
-                                 bf16);
     Pairs pairs[N_LAYERS];
-    convert_weights(network.layers, network.bf16, pairs);
+    const Network network = network_of(NETWORK_ARGUMENTS, pairs);
 #pragma omp parallel for schedule(dynamic)
     for (int64_t start = 0; start < R; start += RAYS) {
         const int64_t end = R - start < RAYS ? R : start + RAYS;
@@ -290,23 +215,17 @@ DEVICE void differentiate_tile(const Network *network, const Layer *backward, Ti
 /* For grad_out[N][4], the gradient by what `evaluate` returns, that by the parameters, in their layout, and that by the
  * encodings, grad_encoded[N][levels * F]. partial[blocks][parameters] is for the sums of blocks, which are added in
  * their order, so that the result does not depend on the number of threads. */
-KERNEL evaluate_gradient(const float *inputs, int64_t stride, const float *aabb, int64_t contracted, const float *table,
-                         int64_t levels, int64_t F, const int64_t *resolutions, const int64_t *level_offsets,
-                         const float *parameters, int64_t width, int64_t n_features, int64_t views,
-                         float initial_log_density, float max_log_density, int64_t bf16, int64_t N,
+KERNEL evaluate_gradient(const float *inputs, int64_t stride, NETWORK_PARAMETERS, int64_t N,
                          const float *grad_out, float *grad_encoded, float *partial, float *grad_parameters)
 {
-    const Grid grid = {aabb, table, contracted, levels, F, resolutions, level_offsets};
-    Network network = network_of(grid, parameters, width, n_features, views, initial_log_density, max_log_density,
-                                 bf16);
+    Pairs pairs[N_LAYERS], backward_pairs[N_LAYERS];
+    const Network network = network_of(NETWORK_ARGUMENTS, pairs);
     const int64_t n_parameters = network.offsets[N_LAYERS], row = network.bf16 ? BLOCK / 2 : BLOCK;
     const int64_t size = MAX_CHANNELS * row;
     const float zeros[MAX_CHANNELS] = {0};
     Layer backward[N_LAYERS];
-    Pairs pairs[N_LAYERS], backward_pairs[N_LAYERS];
     Matrix transposed[N_LAYERS];
     transpose_layers(&network, backward, transposed, zeros);
-    convert_weights(network.layers, network.bf16, pairs);
     convert_weights(backward, network.bf16, backward_pairs);
 #pragma omp parallel for schedule(dynamic)
     for (int64_t start = 0; start < N; start += BLOCK) {
@@ -318,7 +237,7 @@ KERNEL evaluate_gradient(const float *inputs, int64_t stride, const float *aabb,
             in_rows[l] = (Rows){numbers + 2 * l * size, row};
             grad_rows[l] = (Rows){numbers + (2 * l + 1) * size, row};
         }
-        encode_block(&grid, inputs + start * stride, stride, count, encoded);
+        encode_block(&network.grid, inputs + start * stride, stride, count, encoded);
         for (int64_t first = 0; first < count; first += TILE) {
             const int64_t left = count - first < TILE ? count - first : TILE, n = start + first;
             Tile in[N_LAYERS + 1];

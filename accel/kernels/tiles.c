@@ -12,9 +12,13 @@
 #define LANES 16 /* of a vector */
 #define MAX_CHANNELS 64
 #define N_HARMONICS 16
+#define MAX_COUNT 128 /* of numbers for `to_densities` */
+#define N_LAYERS 5 /* two to the features, of which the first is the log density, and three to the colour */
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntVector __attribute__((vector_size(4 * LANES)));
 typedef float Tile[MAX_CHANNELS][TILE] __attribute__((aligned(64)));
+typedef uint32_t Pairs[MAX_CHANNELS * MAX_CHANNELS / 2];
 
 /* All levels of a tile. */
 DEVICE void encode_tile(const Grid *grid, const float *x, int64_t stride, Tile out)
@@ -32,6 +36,17 @@ DEVICE void exponentials(float *x, int64_t count)
         union { uint32_t bits; float value; } power = {((uint32_t)(int32_t)whole + 127) << 23};
         x[i] = power.value * (1 + rest * (1 + rest * (1 / 2.0f + rest * (1 / 6.0f + rest * (1 / 24.0f + rest / 120)))));
     }
+}
+
+/* Replaces log densities, clamped to at most max_log_density, by densities. */
+DEVICE void to_densities(float *x, int64_t count, float max_log_density)
+{
+    float clamped[MAX_COUNT];
+    SIMD for (int64_t i = 0; i < count; i++)
+        clamped[i] = x[i] > max_log_density ? max_log_density : x[i];
+    exponentials(clamped, count);
+    SIMD for (int64_t i = 0; i < count; i++)
+        x[i] = x[i] < -87 ? 0 : clamped[i]; /* as exp does, nearly: then there is no gradient */
 }
 
 /* W[n_out][n_in], b[n_out], and the weights in bfloat16, two in a number, or NULL. n_out is a multiple of 8. */
@@ -58,8 +73,14 @@ DEVICE Vector add_pairs(Vector sum, uint32_t W, const uint32_t *in)
 #endif
 }
 
-/* out = W in + b; with `relu` of the positive part of `in`, which may be overwritten. Eight rows at once take the
- * registers of AVX-512; they have names because GCC keeps arrays in memory. */
+/* NaN stays. */
+DEVICE Vector positive_part(Vector x)
+{
+    return (Vector)((IntVector)x & ~(IntVector)(x < 0));
+}
+
+/* out = W in + b, or the positive part of that. Eight rows at once take the registers of AVX-512; they have names because
+ * GCC keeps arrays in memory. */
 DEVICE void linear(const Layer *layer, bool relu, Tile in, Tile out)
 {
 #define ROWS(each) each(0) each(1) each(2) each(3) each(4) each(5) each(6) each(7)
@@ -68,18 +89,14 @@ DEVICE void linear(const Layer *layer, bool relu, Tile in, Tile out)
 #define ADD_PAIRS(r)                                                                                                   \
     left##r = add_pairs(left##r, pairs[r * n_in / 2 + i], paired[i]);                                                  \
     right##r = add_pairs(right##r, pairs[r * n_in / 2 + i], paired[i] + LANES);
-#define STORE(r) *(Vector *)out[o + r] = left##r, *(Vector *)(out[o + r] + LANES) = right##r;
+#define STORE(r)                                                                                                       \
+    *(Vector *)out[o + r] = relu ? positive_part(left##r) : left##r;                                                   \
+    *(Vector *)(out[o + r] + LANES) = relu ? positive_part(right##r) : right##r;
     const int64_t n_in = layer->n_in;
     uint32_t paired[MAX_CHANNELS / 2][TILE] __attribute__((aligned(64)));
-    for (int64_t i = 0; i < n_in && relu && !layer->pairs; i++)
-        SIMD for (int m = 0; m < TILE; m++)
-            in[i][m] = in[i][m] < 0 ? 0 : in[i][m];
-    const float least = relu ? 0 : -INFINITY;
     for (int64_t i = 0; i < n_in / 2 && layer->pairs; i++)
-        SIMD for (int m = 0; m < TILE; m++) {
-            float a = in[2 * i][m], b = in[2 * i + 1][m];
-            paired[i][m] = to_pair(a < least ? least : a, b < least ? least : b);
-        }
+        SIMD for (int m = 0; m < TILE; m++)
+            paired[i][m] = to_pair(in[2 * i][m], in[2 * i + 1][m]);
     for (int64_t o = 0; o < layer->n_out; o += 8) {
         const float *W = layer->W + o * n_in;
         const uint32_t *pairs = layer->pairs ? layer->pairs + o * n_in / 2 : NULL;
@@ -93,5 +110,81 @@ DEVICE void linear(const Layer *layer, bool relu, Tile in, Tile out)
         }
         ROWS(STORE)
     }
+}
+
+/* A `HashNeRF`. Kernels take it as NETWORK_PARAMETERS, which `arguments_of` in `accel/fused_network.py` returns:
+ * `parameters` has the weights and biases of the five layers, one layer after the other; the last one has 8 rows. */
+typedef struct {
+    Grid grid;
+    Layer layers[N_LAYERS];
+    int64_t offsets[N_LAYERS + 1]; /* of the layers in `parameters` */
+    float initial_log_density, max_log_density;
+    bool views, bf16;
+} Network;
+
+#define NETWORK_PARAMETERS                                                                                             \
+    const float *aabb, int64_t contracted, const float *table, int64_t levels, int64_t F, const int64_t *resolutions,  \
+        const int64_t *level_offsets, const float *parameters, int64_t width, int64_t n_features, int64_t views,       \
+        float initial_log_density, float max_log_density, int64_t bf16
+#define NETWORK_ARGUMENTS                                                                                              \
+    aabb, contracted, table, levels, F, resolutions, level_offsets, parameters, width, n_features, views,              \
+        initial_log_density, max_log_density, bf16
+
+/* With bf16, lets the hidden layers multiply in bfloat16: all but those of density and colour. */
+DEVICE void convert_weights(Layer *layers, bool bf16, Pairs *pairs)
+{
+    for (int l = 0; l < N_LAYERS && bf16; l++)
+        if (l != 1 && l != N_LAYERS - 1) {
+            for (int64_t i = 0; i < layers[l].n_in * layers[l].n_out / 2; i++)
+                pairs[l][i] = to_pair(layers[l].W[2 * i], layers[l].W[2 * i + 1]);
+            layers[l].pairs = pairs[l];
+        }
+}
+
+/* `pairs` is memory for weights in bfloat16. */
+DEVICE Network network_of(NETWORK_PARAMETERS, Pairs *pairs)
+{
+    const int64_t n_in[] = {levels * F, width, n_features + (views ? N_HARMONICS : 0), width, width};
+    const int64_t n_out[] = {width, n_features, width, width, 8};
+    Network network = {{aabb, table, contracted, levels, F, resolutions, level_offsets},
+                       .initial_log_density = initial_log_density, .max_log_density = max_log_density,
+                       .views = views, .bf16 = bf16};
+#ifndef __AVX512BF16__
+    network.bf16 = false;
+#endif
+    for (int l = 0; l < N_LAYERS; l++) {
+        const float *W = parameters + network.offsets[l];
+        network.layers[l] = (Layer){W, W + n_in[l] * n_out[l], NULL, n_in[l], n_out[l]};
+        network.offsets[l + 1] = network.offsets[l] + (n_in[l] + 1) * n_out[l];
+    }
+    convert_weights(network.layers, network.bf16, pairs);
+    return network;
+}
+
+/* The encodings of a block of points, [channel][BLOCK], zeros behind the last one. */
+DEVICE void encode_block(const Grid *grid, const float *points, int64_t stride, int64_t count, float *encoded)
+{
+    float x[3 * BLOCK];
+    units_of(grid, points, stride, count, x);
+    for (int64_t l = 0; l < grid->levels; l++)
+        for (int64_t first = 0; first < count; first += TILE)
+            encode_level(grid, l, x + first, BLOCK, encoded + l * grid->F * BLOCK + first, BLOCK);
+}
+
+/* From the encodings of a tile, in[0], to the inputs of layer 1, in[1], the features, in[2], and densities. */
+DEVICE void densities_of(const Network *network, Tile *in, float *density)
+{
+    linear(network->layers, true, in[0], in[1]);
+    linear(network->layers + 1, false, in[1], in[2]);
+    SIMD for (int m = 0; m < TILE; m++)
+        density[m] = in[2][0][m] + network->initial_log_density;
+    to_densities(density, TILE, network->max_log_density);
+}
+
+/* From features and, behind them, harmonics of a tile, in[2], to the logits of its colours, in[5]. */
+DEVICE void colors_of(const Network *network, Tile *in)
+{
+    for (int l = 2; l < N_LAYERS; l++)
+        linear(network->layers + l, l < N_LAYERS - 1, in[l], in[l + 1]);
 }
 #endif
