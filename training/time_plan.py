@@ -4,6 +4,9 @@ import time
 
 # Importing torch and others takes about this long, before the console is there.
 IMPORT_SECONDS = time.process_time()
+# The first plan is made after so many steps, or this share of the time: steps and frames take several times as
+# long while the occupancy grid is full.
+FIRST_STEPS, FIRST_SHARE = 300, 0.2
 # Test views and video are each left out if all of them would take more than this share of the time.
 MAX_OUTPUT_SHARE = 0.4
 # What they take is measured again after this share of the time; a measured frame takes about the other share.
@@ -19,7 +22,7 @@ NEVER = 10 ** 9
 
 
 class TimePlan:
-    """Chooses --N_iters for --minutes while a run trains: after the first step, and then whenever half of the
+    """Chooses --N_iters for --minutes while a run trains: after the first steps, and then whenever half of the
     time or the steps that were left have passed, from the speed since the last plan. --lrate_decay changes in
     proportion: the learning rate falls as far as in the given --N_iters. Test views and video are made after
     the last step.
@@ -47,7 +50,8 @@ class TimePlan:
             self.adopt(start, start, ('video', 'test views'))
         else:
             guess = round(start * self.seconds / max(taken, 1)) if start else args.N_iters
-            self.adopt(start, max(start + 1, guess), ())
+            self.adopt(start, max(start + 1, guess), (), FIRST_SHARE * (self.seconds - taken))
+            self.next_step = min(self.next_step, start + FIRST_STEPS)
 
     def seconds_taken(self):
         """By the run, until now."""
@@ -55,19 +59,19 @@ class TimePlan:
 
     def adopt(self, step, N_iters, outputs, wait=0.0):
         """After `step` steps, change the options to a plan: the number of steps, and what is made after the
-        last one. The next plan is made in `wait` seconds or earlier."""
+        last one. The next plan is made in `wait` seconds, or when half of these steps are done."""
         args = self.args
         args.N_iters, args.lrate_decay = N_iters, self.decay_per_step * N_iters
         args.i_video, args.i_testset = (N_iters if name in outputs else NEVER
                                         for name in ('video', 'test views'))
         self.step, self.began_at = step, time.perf_counter()
-        self.next_at = self.began_at + wait
+        self.next_at, self.next_step = self.began_at + wait, math.ceil((step + N_iters) / 2)
 
     def after_step(self, step):
         """Plan again if that is due."""
         if self.args.minutes is None:
             return
-        is_due = time.perf_counter() >= self.next_at or 2 * step >= self.step + self.args.N_iters
+        is_due = time.perf_counter() >= self.next_at or step >= self.next_step
         if self.processes.any(is_due):
             self.adopt(step, *self.processes.from_rank0(lambda: self.plan(step)))
 
@@ -107,11 +111,15 @@ class TimePlan:
         return {name: preparation + per_pixel * count for name, count in pixels.items() if count}
 
     def measure(self):
-        """Measure how long the first frame takes in addition to others, and a pixel of the others."""
+        """Measure how long the first frame takes in addition to others, and a pixel of the others; at first
+        with few pixels, to find out how many suit the machine."""
         self.frames.drop_cache()  # of the networks of an earlier step
         view = self.scene.i_train[0]
         pose, camera = self.scene.poses[view], self.scene.cameras[view]
-        stride = self.stride or max(1, math.isqrt(camera.H * camera.W // FIRST_PIXELS))
+        if self.stride is None:
+            self.stride = max(1, math.isqrt(camera.H * camera.W // FIRST_PIXELS))
+            self.measure()
+        stride = self.stride
         times = [time.perf_counter()]
         for _ in range(2):
             self.frames.render(pose, stride, camera=camera)
