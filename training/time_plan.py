@@ -113,13 +113,13 @@ class TimePlan:
     def measure(self):
         """Measure how long the first frame takes in addition to others, and a pixel of the others; at first
         with few pixels, to find out how many suit the machine."""
-        self.frames.drop_cache()  # of the networks of an earlier step
         view = self.scene.i_train[0]
         pose, camera = self.scene.poses[view], self.scene.cameras[view]
         if self.stride is None:
             self.stride = max(1, math.isqrt(camera.H * camera.W // FIRST_PIXELS))
             self.measure()
         stride = self.stride
+        self.frames.drop_cache()  # of the networks of an earlier step
         times = [time.perf_counter()]
         for _ in range(2):
             self.frames.render(pose, stride, camera=camera)
