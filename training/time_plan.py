@@ -4,8 +4,8 @@ import time
 
 # Importing torch and others takes about this long, before the console is there.
 IMPORT_SECONDS = time.process_time()
-# The first plan is made after so many steps, or this share of the time: steps and frames take several times as
-# long while the occupancy grid is full.
+# The first plan is made after so many steps, or this share of the time: steps and frames take several times
+# as long while the occupancy grid is full.
 FIRST_STEPS, FIRST_SHARE = 300, 0.2
 # Test views and video are each left out if all of them would take more than this share of the time.
 MAX_OUTPUT_SHARE = 0.4
@@ -22,10 +22,10 @@ NEVER = 10 ** 9
 
 
 class TimePlan:
-    """Chooses --N_iters for --minutes while a run trains: after the first steps, and then whenever half of the
-    time or the steps that were left have passed, from the speed since the last plan. --lrate_decay changes in
-    proportion: the learning rate falls as far as in the given --N_iters. Test views and video are made after
-    the last step.
+    """Chooses --N_iters for --minutes while a run trains: after the first steps, and then whenever half of
+    the time or the steps that were left have passed, from the speed since the last plan. --lrate_decay
+    changes in proportion: the learning rate falls as far as in the given --N_iters. Test views and video are
+    made after the last step.
 
     Args:
       args: the options, which are changed if --minutes is given.
