@@ -1,5 +1,5 @@
 """Renders the frames of a `HashNeRF` on a CPU: compiled kernels take rays from end to end, so that nothing
-but their colours goes through memory, and evaluate the colours of samples only where they are seen."""
+but their colours goes through memory."""
 import sys
 
 import torch
@@ -21,7 +21,7 @@ from run_nerf_helpers import SphericalHarmonics, get_embedder
 MAX_RAYS = 2 ** 15
 # The kernels take at most this many intervals of a ray.
 MAX_INTERVALS = 128
-# Samples of less weight add no colour.
+# In the cells of a grid, the colours of samples with less weight are not evaluated.
 MIN_WEIGHT = MIN_TRANSMITTANCE
 
 
@@ -36,12 +36,12 @@ class FusedRenderer(Renderer):
 
     Args:
       exact: the renderer.
-      bf16: use bfloat16 products in the hidden layers, if the processor has them.
+      bf16: use bfloat16 products, if the processor has them: in the hidden layers or, with proposals, in all.
     """
 
     max_samples = sys.maxsize  # the largest N_samples that the kernels take
-    # They cannot do what these arguments of `render_rays` ask for.
-    others = ('retsamples', 'retraw', 'pytest', 'N_importance', 'perturb', 'raw_noise_std')
+    # With any of these arguments of `render_rays`, `exact` renders.
+    unsupported = ('retsamples', 'retraw', 'pytest', 'N_importance', 'perturb', 'raw_noise_std')
 
     def __init__(self, exact, bf16=True):
         super().__init__()
@@ -64,7 +64,7 @@ class FusedRenderer(Renderer):
 
     def render_rays(self, ray_batch, network_fn, network_query_fn, N_samples, **options):
         """The maps that `exact` renders, with the arguments of its `render_rays`."""
-        if (torch.is_grad_enabled() or any(options.get(name) for name in self.others)
+        if (torch.is_grad_enabled() or any(options.get(name) for name in self.unsupported)
                 or not self.can_fuse(ray_batch.device, network_fn, N_samples)):
             return self.exact.render_rays(ray_batch, network_fn, network_query_fn, N_samples, **options)
         out = self.shade(ray_batch, network_fn, N_samples, options.get('lindisp', False))
@@ -85,7 +85,7 @@ class FusedRenderer(Renderer):
 class FusedGrid(FusedRenderer):
     """Renders as a `GridRenderer` does."""
 
-    others = (*FusedRenderer.others, 'lindisp')
+    unsupported = (*FusedRenderer.unsupported, 'lindisp')
 
     def usable(self, device):
         return CELLS.usable(device)
