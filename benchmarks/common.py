@@ -201,4 +201,4 @@ def show(rows, title):
 def write_json(path, content):
     """Write results to the file of --json, if it was given."""
     if path:
-        Path(path).write_text(json.dumps(content, indent=1) + '\n')
+        Path(path).write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')

@@ -169,7 +169,7 @@ def collect(bench, task, state):
 def processor():
     """The name of the processor where the system says it, otherwise CPU."""
     try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
     except OSError:  # not Linux
         lines = []
     return next((line.partition(': ')[2] for line in lines if line.startswith('model name')), 'CPU')

@@ -31,7 +31,7 @@ def sources():
 
 
 def tree(path):
-    return ast.parse((ROOT / path).read_text())
+    return ast.parse((ROOT / path).read_text(encoding='utf-8'))
 
 
 def imported(path):
@@ -72,7 +72,7 @@ def test_no_import_cycles():
 
 
 def test_the_method_fits_in_one_file():
-    assert len((ROOT / 'run_nerf.py').read_text().splitlines()) <= MAX_LINES
+    assert len((ROOT / 'run_nerf.py').read_text(encoding='utf-8').splitlines()) <= MAX_LINES
 
 
 def test_functions_are_short():

@@ -44,7 +44,7 @@ def test_metrics_files(tmp_path):
             {'view': 5, 'image': 'r_5.png', 'psnr': 30.0, 'ssim': 0.7, 'lpips': None, 'seconds': None}]
     means = write_metrics(tmp_path, rows, {'step': 7})
     assert means == {'psnr': 25.0, 'ssim': pytest.approx(0.6), 'lpips': None, 'seconds': 1.0}
-    content = json.loads((tmp_path / 'metrics.json').read_text())
+    content = json.loads((tmp_path / 'metrics.json').read_text(encoding='utf-8'))
     assert content['step'] == 7 and content['mean']['psnr'] == 25 and content['images'] == rows
     table = list(csv.DictReader((tmp_path / 'metrics.csv').open()))
     assert [row['view'] for row in table] == ['3', '5', 'mean'] and table[2]['psnr'] == '25.0'
@@ -53,13 +53,13 @@ def test_metrics_files(tmp_path):
 
 def test_an_infinite_psnr_is_null_in_json(tmp_path):
     write_metrics(tmp_path, [{'view': 0, 'image': None, 'psnr': float('inf')}], {'step': 1})
-    content = json.loads((tmp_path / 'metrics.json').read_text(), parse_constant=pytest.fail)
+    content = json.loads((tmp_path / 'metrics.json').read_text(encoding='utf-8'), parse_constant=pytest.fail)
     assert content['images'] == [{'view': 0, 'image': None, 'psnr': None}]
     assert content['mean'] == {'psnr': None}
 
 
 def test_metrics_of_a_run(demo_run):
-    content = json.loads((demo_run[0] / 'testset_000250/metrics.json').read_text())
+    content = json.loads((demo_run[0] / 'testset_000250/metrics.json').read_text(encoding='utf-8'))
     about = {key: content[key] for key in ('step', 'width', 'height', 'views', 'background', 'seed')}
     assert about == {'step': 250, 'width': 64, 'height': 64, 'views': 2, 'background': 'white', 'seed': 0}
     assert content['mean']['seconds'] > 0 and 'cpu' in content['device']
@@ -70,7 +70,7 @@ def test_metrics_of_a_run(demo_run):
 
 def test_the_record_of_a_run(demo_run):
     folder, out, _ = demo_run
-    assert (folder / 'log.txt').read_text() == out
-    (record,) = json.loads((folder / 'run.json').read_text())
+    assert (folder / 'log.txt').read_text(encoding='utf-8') == out
+    (record,) = json.loads((folder / 'run.json').read_text(encoding='utf-8'))
     assert record['seed'] == 0 and record['after_step'] == 0 and record['device'] == 'cpu'
     assert record['torch'] and record['python'] and record['numpy'] and '--config' in record['command']

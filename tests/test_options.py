@@ -56,7 +56,7 @@ def test_each_option_is_read():
     """Each has a reader in the program, `args.NAME`, beside the parser."""
     paths = [*ROOT.glob('*.py'), *ROOT.glob('scenes/*.py'), *ROOT.glob('training/*.py'),
              *ROOT.glob('viewing/*.py')]
-    code = '\n'.join(path.read_text() for path in paths if path.name != 'options.py')
+    code = '\n'.join(path.read_text(encoding='utf-8') for path in paths if path.name != 'options.py')
     read = set(re.findall(r'\bargs\.(\w+)', code))
     assert set(parse('--expname', 'run')) - read == set()
 
@@ -160,5 +160,5 @@ def test_no_two_configs_share_an_experiment():
 
 
 def test_the_options_page_lists_every_option():
-    listed = set(re.findall(r'`--(?:no-)?(\w+)', (ROOT / 'docs/options.md').read_text()))
+    listed = set(re.findall(r'`--(?:no-)?(\w+)', (ROOT / 'docs/options.md').read_text(encoding='utf-8')))
     assert set(parse('--expname', 'run')) - listed == set()

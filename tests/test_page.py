@@ -205,7 +205,7 @@ def test_the_page_shows_what_is_rendered(fast_demo_page, shown):
 
 def test_nothing_is_requested_but_the_page(fast_demo_page, shown):
     assert shown[1] == [fast_demo_page[1].as_uri()]
-    text = fast_demo_page[1].read_text()
+    text = fast_demo_page[1].read_text(encoding='utf-8')
     assert not re.findall(r'(?:src|href)="(?!data:)', text) and 'http' not in text
 
 
@@ -260,7 +260,7 @@ def test_two_fingers_zoom(shown):
 
 def test_the_start_is_the_first_pose_of_the_path(fast_demo_page):
     trained, path = fast_demo_page
-    scene = json.loads(re.search(r'const SCENE = (\{.*\});', path.read_text())[1])
+    scene = json.loads(re.search(r'const SCENE = (\{.*\});', path.read_text(encoding='utf-8'))[1])
     np.testing.assert_allclose(scene['position'], trained.scene.render_poses[0][:, 3], atol=1e-6)
     ahead = np.subtract(scene['center'], scene['position'])
     np.testing.assert_allclose(ahead / np.linalg.norm(ahead), -trained.scene.render_poses[0][:, 2], atol=1e-5)

@@ -354,7 +354,7 @@ def ranks_of(launcher):
     """The process ids of the ranks, in order."""
     command = ['ps', '--ppid', str(launcher.pid), '-o', 'pid=']
     found = subprocess.run(command, capture_output=True, text=True).stdout.split()
-    environments = {int(pid): Path(f'/proc/{pid}/environ').read_text() for pid in found}
+    environments = {int(pid): Path(f'/proc/{pid}/environ').read_text(encoding='utf-8') for pid in found}
     return sorted(environments, key=lambda pid: int(re.search(r'\bRANK=(\d+)', environments[pid])[1]))
 
 

@@ -71,7 +71,7 @@ def test_the_page_is_complete_and_needs_nothing_else(tmp_path):
     html = write(report, tmp_path)
     page = Page(html)
     assert page.balanced and len(page.all('svg')) == 3 and page.all('html') == [{'lang': 'en'}]
-    assert json.loads((tmp_path / 'report.json').read_text()) == report
+    assert json.loads((tmp_path / 'report.json').read_text(encoding='utf-8')) == report
     assert sorted(path.name for path in tmp_path.iterdir()) == ['report.html', 'report.json']
     assert not re.search(r'https?:|//|@import|url\(|<script|<link|\bon\w+=', html)
     assert [image['src'] for image in page.all('img')] == ['data:image/jpeg;base64,AAAA']
@@ -231,7 +231,7 @@ def test_a_browser_shows_the_page(tmp_path):
             BROWSER, '--headless', '--no-sandbox', '--no-first-run', '--disable-gpu', '--hide-scrollbars',
             f'--user-data-dir={tmp_path / "profile"}', '--window-size=1700,1500', '--dump-dom',
             f'--screenshot={shot}', f'--blink-settings=preferredColorScheme={scheme}', path.as_uri()],
-            capture_output=True, text=True, timeout=120, check=True)
+            capture_output=True, encoding='utf-8', timeout=120, check=True)
         assert [int(attrs['title']) for attrs in Page(done.stdout).all('iframe')] == list(widths)
         image = iio.imread(shot)[..., :3]
         assert image[2, 2].mean() < 50 if dark else image[2, 2].mean() > 200

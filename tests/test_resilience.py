@@ -71,7 +71,7 @@ def test_kills_at_random_moments(tmp_path):
         if path.suffix == '.png':
             iio.imread(path)
         elif path.suffix == '.json':
-            json.loads(path.read_text())
+            json.loads(path.read_text(encoding='utf-8'))
         elif path.suffix == '.tar':
             read_checkpoint(path)
         elif path.suffix == '.mp4':
@@ -130,7 +130,7 @@ def test_lpips_does_not_change_the_random_numbers_of_training(tmp_path, monkeypa
             monkeypatch.syspath_prepend(path)
         assert run(*TINY, *NO_OUTPUTS, '--basedir', tmp_path / name, '--N_iters', 8, '--i_testset', 4) == 0
     assert_same_parameters(tmp_path / 'without/demo/000008.tar', tmp_path / 'with/demo/000008.tar')
-    metrics = json.loads((tmp_path / 'with/demo/testset_000008/metrics.json').read_text())
+    metrics = json.loads((tmp_path / 'with/demo/testset_000008/metrics.json').read_text(encoding='utf-8'))
     assert metrics['mean']['lpips'] is not None
 
 
@@ -232,7 +232,7 @@ def test_training_survives_the_loss_of_its_console(tmp_path, stdout):
     command = [sys.executable, str(ROOT / 'run_nerf.py'), *map(str, TINY), *map(str, NO_OUTPUTS),
                '--basedir', str(tmp_path), '--N_iters', '30', '--i_print', '1']
     if stdout == '/dev/full':
-        with open(stdout, 'w') as full:
+        with open(stdout, 'wb') as full:
             code = subprocess.run(command, stdout=full, timeout=120).returncode
     else:
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -240,7 +240,7 @@ def test_training_survives_the_loss_of_its_console(tmp_path, stdout):
         process.stdout.close()
         code = process.wait(120)
     assert code == 0 and (tmp_path / 'demo/000030.tar').is_file()
-    assert 'step 30/30' in (tmp_path / 'demo/log.txt').read_text()
+    assert 'step 30/30' in (tmp_path / 'demo/log.txt').read_text(encoding='utf-8')
 
 
 # --- collapsed networks -------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def kill_density(source, target, network):
 def psnr_after_1500_steps(basedir, path):
     assert run(*RESTARTING, '--basedir', basedir, '--N_iters', 1500, '--i_print', 800, '--ft_path', path,
                '--i_testset', 1500) == 0
-    return json.loads((basedir / 'demo/testset_001500/metrics.json').read_text())['mean']['psnr']
+    return json.loads((basedir / 'demo/testset_001500/metrics.json').read_bytes())['mean']['psnr']
 
 
 @pytest.fixture(scope='module')
@@ -289,7 +289,7 @@ def test_a_collapsed_network_is_restarted_and_learns(first_step, healthy_psnr, t
     assert int(out.split(': the ')[0].split('step ')[-1]) <= 1000
     assert psnr > healthy_psnr - 1.0 and psnr > 15
     assert read_state(tmp_path / 'demo/001500.tar')['safeguards_state_dict']['restarts'] >= 1
-    assert 'starts again' in (tmp_path / 'demo/log.txt').read_text()
+    assert 'starts again' in (tmp_path / 'demo/log.txt').read_text(encoding='utf-8')
 
 
 @slow

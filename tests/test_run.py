@@ -77,8 +77,8 @@ def test_files_of_a_run_have_their_established_names(demo_run):
                      'demo_spiral_000250_disp.mp4'}
     assert sorted(path.name for path in (folder / 'testset_000250').iterdir()) == [
         '000.png', '001.png', 'depth', 'disp', 'frames.json', 'metrics.csv', 'metrics.json']
-    assert 'N_rand = 128\n' in (folder / 'args.txt').read_text()
-    assert (folder / 'config.txt').read_text() == (ROOT / 'configs/demo.txt').read_text()
+    assert 'N_rand = 128\n' in (folder / 'args.txt').read_text(encoding='utf-8')
+    assert (folder / 'config.txt').read_bytes() == (ROOT / 'configs/demo.txt').read_bytes()
     video = iio.imread(folder / 'demo_spiral_000250_rgb.mp4', plugin='FFMPEG')
     assert video.shape == (3, 64, 64, 3)
 
@@ -89,6 +89,13 @@ def test_console_output_to_a_pipe_is_plain_lines(demo_run):
     for part in ('80 train', '64×64', 'coarse', 'fine', 'parameters', 'device    cpu', 'step 50/250',
                  'rays/s', 'held-out PSNR', 'SSIM', '000250.tar', 'spiral', 'tensorboard --logdir'):
         assert part in out, part
+
+
+def test_a_locale_without_utf8_will_do(tmp_path):
+    done = run_script(*FAST_DEMO, *NO_OUTPUTS, '--basedir', tmp_path, '--N_iters', 2, LC_ALL='C',
+                      PYTHONCOERCECLOCALE='0', PYTHONUTF8='0', PYTHONIOENCODING='ascii')
+    assert done.returncode == 0 and done.stderr == ''
+    assert r'64\xd764' in done.stdout
 
 
 def test_a_checkpoint_loads_into_a_plain_module(demo_run):
@@ -331,7 +338,7 @@ def test_the_demo_scene_is_made_as_it_ships(monkeypatch):
     c2w = make_demo_scene.hemisphere(8, 0.71)[5]
     made = make_demo_scene.render_view(c2w, 128, 3)
     assert made.shape == shipped.shape == (128, 128, 4) and (made != shipped).mean() < 0.01
-    frame = json.loads((ROOT / 'data/demo/transforms_test.json').read_text())['frames'][5]
+    frame = json.loads((ROOT / 'data/demo/transforms_test.json').read_text(encoding='utf-8'))['frames'][5]
     np.testing.assert_allclose(frame['transform_matrix'], c2w, atol=1e-8)
 
 
@@ -340,4 +347,4 @@ def test_a_demo_scene_of_another_size(tmp_path):
                       '--size', 24, '--samples', 1)
     assert done.returncode == 0, done.stderr
     assert iio.imread(tmp_path / 'train/r_1.png').shape == (24, 24, 4)
-    assert len(json.loads((tmp_path / 'transforms_train.json').read_text())['frames']) == 2
+    assert len(json.loads((tmp_path / 'transforms_train.json').read_text(encoding='utf-8'))['frames']) == 2

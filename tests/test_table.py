@@ -103,7 +103,7 @@ def test_shards_share_the_scenes(monkeypatch, tmp_path, few_views):
         parse(monkeypatch, '--preset', 'demo', '--out', tmp_path, '--shard', shard,
               '--scenes', *(f'{name}={few_views}' for name in names))
         table.main()
-    content = json.loads((tmp_path / 'results.json').read_text())
+    content = json.loads((tmp_path / 'results.json').read_text(encoding='utf-8'))
     assert sorted(ran) == names and [*content['result']['scenes'].values()] == 5 * [{'problem': 'failed'}]
 
 
@@ -133,7 +133,7 @@ def test_a_scene_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path,
     assert table.main() == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == 'table.py: error: a: a killed; b: b killed'
-    text = (tmp_path / 'out/results.md').read_text()
+    text = (tmp_path / 'out/results.md').read_text(encoding='utf-8')
     assert 'Not measured: a (a killed), gone (no folder nowhere), b (b killed).' in text
 
 
@@ -160,13 +160,13 @@ def test_a_result_of_another_checkpoint_or_other_views_is_measured_again(make_ta
     task = make_task()
     table.measure(BENCH, GOING_ON, task)
     path = task.folder / 'result.json'
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding='utf-8'))
     other = {**record['result'], 'checkpoint': 'other', 'mean': None}
     path.write_text(json.dumps({**record, 'result': other}))
     table.measure(BENCH, GOING_ON, task)
     assert table.read_record(task)['result'] == record['result'] and record['result']['views'] == 1
     table.measure(BENCH, GOING_ON, make_task('--testskip', 4))
-    found = json.loads(path.read_text())['result']
+    found = json.loads(path.read_text(encoding='utf-8'))['result']
     assert found['views'] == 2 and found['checkpoint'] == record['result']['checkpoint']
 
 
@@ -201,7 +201,7 @@ def test_why_a_run_ended(monkeypatch, tmp_path, script, stopping, problem):
     class Stop:
         @property
         def requested(self):
-            return stopping and console.exists() and 'ready' in console.read_text()
+            return stopping and console.exists() and 'ready' in console.read_text(encoding='utf-8')
     console = tmp_path / 'console.txt'
     assert table.run(BENCH, Stop(), SimpleNamespace(words=[], console=console)) == problem
 
@@ -209,13 +209,13 @@ def test_why_a_run_ended(monkeypatch, tmp_path, script, stopping, problem):
 def children_of(pid):
     """The ids of the processes that the threads of a process started."""
     threads = Path(f'/proc/{pid}/task').glob('*/children')
-    return [int(word) for path in threads for word in path.read_text().split()]
+    return [int(word) for path in threads for word in path.read_text(encoding='utf-8').split()]
 
 
 def small_demo(folder, stride):
     """Write the demo scene with a few of its views, and every `stride`-th of their pixels."""
     for split, count in (('train', 6), ('val', 1), ('test', 2)):
-        meta = json.loads((ROOT / f'data/demo/transforms_{split}.json').read_text())
+        meta = json.loads((ROOT / f'data/demo/transforms_{split}.json').read_text(encoding='utf-8'))
         meta['frames'] = meta['frames'][:count]
         (folder / split).mkdir(parents=True)
         (folder / f'transforms_{split}.json').write_text(json.dumps(meta))
@@ -266,7 +266,7 @@ def test_a_table_that_is_killed_twice_ends_as_an_undisturbed_one(tmp_path):
     for name in ('parts', 'whole'):
         code, output = finish(begin(name, jobs=2))
         assert code == 0, output
-        results.append(json.loads((tmp_path / name / 'results.json').read_text()))
+        results.append(json.loads((tmp_path / name / 'results.json').read_text(encoding='utf-8')))
     assert results[0]['result'] == results[1]['result'] and results[0]['result']['mean']['psnr'] > 5
     starts = [[scene['starts'] for scene in result['measured']['scenes'].values()] for result in results]
     assert starts[0][0] == 2 and starts[1] == [1, 1, 1]

@@ -41,19 +41,21 @@ def run_script(*args, **options):
     return run_python('run_nerf.py', *args, **options)
 
 
-def run_python(script, *args, cwd=ROOT, timeout=300):
-    """Run a script; its path is relative to the repository."""
+def run_python(script, *args, cwd=ROOT, timeout=300, **environment):
+    """Run a script, whose path is relative to the repository, with more environment variables."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    environment = {**os.environ, 'PYTHONIOENCODING': 'utf-8', **environment}
+    return subprocess.run(command, cwd=cwd, capture_output=True, encoding='utf-8', timeout=timeout,
+                          env=environment)
 
 
 def start(*args, script=ROOT / 'run_nerf.py', launcher=(), **options):
     """Start the program in a process of its own, which writes to a pipe. It ends with the test at the
     latest."""
     command = [sys.executable, *launcher, str(script), *map(str, args)]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-    STARTED.append(subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                    env=environment, **options))
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'PYTHONIOENCODING': 'utf-8'}
+    STARTED.append(subprocess.Popen(command, encoding='utf-8', stdout=subprocess.PIPE,
+                                    stderr=subprocess.STDOUT, env=environment, **options))
     return STARTED[-1]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from scenes.errors import UserError, first_line
+from scenes.errors import UserError, first_line, print_any_text
 from scenes.files import make_folder
 from tools.datasets.archives import unpack
 from tools.datasets.sources import find_scenes, is_complete, list_of_scenes
@@ -121,7 +121,7 @@ def only_process(folder):
     except ImportError:
         yield
         return
-    with open(folder / '.lock', 'w') as file:
+    with open(folder / '.lock', 'wb') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -163,6 +163,7 @@ def say_in_handler(line):
 
 def main(argv=None):
     """Run the program; returns 0, 2 for errors that the user can fix, 128 + n for signal n."""
+    print_any_text()
     args = make_parser().parse_args(argv)
     try:
         with StopRequest(say_in_handler) as stop, stop.interruptible():

@@ -16,7 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from load_llff import average_pose, figure_eight_path, spiral_path
 from scenes.cameras import focus_point, homogeneous, orbit_of_cameras
-from scenes.errors import UserError, first_line
+from scenes.errors import UserError, first_line, print_any_text
 from scenes.paths import FPS, FPS_RANGE, CameraPath, interpolate_path, read_camera_path, write_camera_path
 from tools.trained import load_trained
 from training.options import number
@@ -142,6 +142,7 @@ def parse_args(argv):
 
 def main(argv=None):
     """Run the program; returns 0, or 2 for errors that the user can fix."""
+    print_any_text()
     args = parse_args(argv)
     try:
         has_names = args.views is not None and not all(name.isdecimal() for name in args.views)

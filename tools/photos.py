@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from scenes.errors import UserError, first_line
+from scenes.errors import UserError, first_line, print_any_text
 from scenes.files import make_folder, partial_path, remove_partial_files, write_text
 from scenes.report import write_report
 from tools.capture.collect import VIDEO_EXTENSIONS, find_photos, group_cameras, readable
@@ -249,6 +249,7 @@ def run(args, stop):
 
 def main(argv=None):
     """Run the program; returns 0, 2 for errors that the user can fix, 128 + n for signal n."""
+    print_any_text()
     args = parse_args(argv)
     try:
         check_paths(args)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from scenes.errors import UserError, first_line
+from scenes.errors import UserError, first_line, print_any_text
 from tools.trained import load_trained
 from training.checkpoints import networks_of, read_checkpoint, restore
 from training.signals import Stopped, StopRequest
@@ -108,6 +108,7 @@ def run(args, options, stop):
 
 def main(argv=None):
     """Run the program; returns 2 for errors that the user can fix, 128 + n for signal n."""
+    print_any_text()
     args, options = parse_args(argv)
     try:
         with yield_when_busy(), StopRequest(say) as stop:

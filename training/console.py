@@ -8,7 +8,7 @@ import warnings
 import torch
 from tqdm import tqdm
 
-from scenes.errors import UserError, first_line
+from scenes.errors import UserError, first_line, print_any_text
 from training.processes import Processes
 from training.signals import Stopped
 
@@ -89,10 +89,11 @@ class Console:
 def rank0_console():
     """A `Console` for rank 0, which also prints warnings. Other ranks print nothing inside the block,
     not even argparse's errors."""
+    print_any_text()
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         console = Console(quiet=not Processes().is_main)
         if console.quiet:
-            null = stack.enter_context(open(os.devnull, 'w'))
+            null = stack.enter_context(open(os.devnull, 'w', encoding='utf-8'))
             stack.enter_context(contextlib.redirect_stderr(null))
             stack.enter_context(contextlib.redirect_stdout(null))
         warnings.simplefilter('default', UserWarning)

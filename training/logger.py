@@ -202,7 +202,7 @@ def memory_gib(device):
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     try:
-        lines = Path('/proc/self/status').read_text().splitlines()
+        lines = Path('/proc/self/status').read_text(encoding='utf-8').splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) / 2 ** 20
     except (OSError, StopIteration):  # not Linux, where ru_maxrss includes the parent process
         pass

@@ -131,7 +131,7 @@ class FrameFolder:
         scale = f'grey * {self.far / MAX_UINT16:.9g}, along the ray in units of rays_d; 0 is empty'
         self.about = {'depth': scale, 'fingerprint': fingerprint}
         try:
-            about = json.loads((self.folder / 'frames.json').read_text())
+            about = json.loads((self.folder / 'frames.json').read_text(encoding='utf-8'))
             if about['fingerprint'] == fingerprint and not overwrite:
                 self.disparity_range = tuple(about['disparity_range'])
         except (OSError, ValueError, KeyError, TypeError):  # missing or damaged

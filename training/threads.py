@@ -42,7 +42,7 @@ def seconds_waited(path):
     """How long a thread has waited for a core, from Linux's scheduler statistics; None where there are
     none."""
     try:
-        return int(path.read_text().split()[1]) / 1e9
+        return int(path.read_text(encoding='utf-8').split()[1]) / 1e9
     except (OSError, ValueError, IndexError):
         return None
 

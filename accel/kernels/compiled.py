@@ -93,8 +93,8 @@ class Kernels:
 def read_source(name):
     """The text of `kernel.h` and `<name>.c`, which may begin with an #include of another kernel file."""
     def text_of(file):
-        return re.sub(r'^#include "(\w+\.c)"$', lambda found: text_of(found[1]), (FOLDER / file).read_text(),
-                      flags=re.M)
+        text = (FOLDER / file).read_text(encoding='utf-8')
+        return re.sub(r'^#include "(\w+\.c)"$', lambda found: text_of(found[1]), text, flags=re.M)
     return text_of('kernel.h') + text_of(f'{name}.c')
 
 
@@ -151,7 +151,7 @@ def cache_folder():
 def processor():
     """What `-march=native` depends on."""
     try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
     except OSError:
         return f'{platform.machine()} {platform.processor()}'
     return ' '.join(sorted({line for line in lines if line.startswith(('model name', 'flags', 'Features'))}))
