@@ -39,7 +39,12 @@ def has_nvrtc():
 def test_nvrtc_compiles_the_kernels(name, capability):
     """Into few registers, without spilling, and without a stack but for sine and cosine of huge numbers."""
     source = read_source(name)
-    cubin, log = cuda.compile_cuda(source, capability)
+    try:
+        cubin, log = cuda.compile_cuda(source, capability)
+    except cuda.CudaError as error:
+        if 'invalid value for --gpu-architecture' in str(error):
+            pytest.skip('this NVRTC is older than the GPU')
+        raise
     assert cubin[:4] == b'\x7fELF'
     functions = re.findall(r"entry function '(\w+)'", log)
     assert sorted(functions) == sorted(re.findall(r'^KERNEL (\w+)\(', source, re.M))

@@ -67,6 +67,8 @@ class Processes:
         # NCCL waits for all ranks here, so a rank that leaves on its own skips it
         leaves_early = self.lost or exception_type is not None
         if self.size > 1 and not (leaves_early and torch.cuda.is_available()):
+            # torch 2.6 destroys a group with the GIL held, which its threads need to free the last tensors
+            time.sleep(0.1)
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
 
