@@ -75,6 +75,15 @@ def test_without_a_compiler_the_reference_implementation_is_used():
     assert 'the compiled encodings kernels cannot be used on cpu' in done.stderr
 
 
+def test_an_error_of_the_compiler_is_shown(tmp_path):
+    compiler = tmp_path / 'cc'
+    compiler.write_text('#!/bin/sh\necho "cc: warning: old" >&2; echo "cc: error: no -fopenmp" >&2; exit 1\n')
+    compiler.chmod(0o755)
+    done = python(USES_KERNELS, CC=str(compiler), XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0 and done.stdout.startswith('False torch.Size([3, 8])'), done.stderr
+    assert f'({compiler}: cc: error: no -fopenmp)' in done.stderr
+
+
 def test_nerf_plain_turns_all_kernels_off(monkeypatch):
     done = python(USES_KERNELS, NERF_PLAIN='1', PATH='', CC='nothing')
     assert done.returncode == 0 and done.stdout.startswith('False torch.Size([3, 8])') and not done.stderr
@@ -162,5 +171,6 @@ def test_an_empty_input_launches_nothing():
 def test_the_checks_do_not_touch_the_random_state():
     state = torch.get_rng_state()
     for kernels in ALL_KERNELS:
+        assert kernels.usable(CPU)  # `check` calls these
         assert Kernels(kernels.name, kernels.check).usable(CPU)
     assert torch.get_rng_state().equal(state)

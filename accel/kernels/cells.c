@@ -110,9 +110,7 @@ KERNEL render(const float *rays, int64_t stride, int64_t N, const float *spacing
             encode_block(&network.grid, points, 3, count, encoded);
             for (int64_t first = 0; first < count; first += TILE) {
                 Tile in[3];
-                for (int64_t i = 0; i < levels * F; i++)
-                    memcpy(in[0][i], encoded + i * BLOCK + first, sizeof(in[0][i]));
-                densities_of(&network, in, passing + first);
+                densities_of(&network, encoded + first, in, passing + first);
                 for (int64_t i = 0; i < n_features; i++)
                     memcpy(features + i * BLOCK + first, in[2][i], sizeof(in[2][i]));
             }

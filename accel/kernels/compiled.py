@@ -128,8 +128,11 @@ def build_library(source, name):
             raise OSError(f'found no C compiler {compiler!r}; install GCC or Clang, or set $CC')
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = Path(folder, 'part.so')
-            subprocess.run([compiler, *FLAGS, '-o', str(part)], input=source.encode(),
-                           check=True, capture_output=True, timeout=120)
+            done = subprocess.run([compiler, *FLAGS, '-o', str(part)], input=source.encode(),
+                                  capture_output=True, timeout=120)
+            if done.returncode:
+                errors = re.search('.*error: .*', done.stderr.decode(errors='replace'))
+                raise OSError(f'{compiler}: {errors[0] if errors else f"exit code {done.returncode}"}')
             os.replace(part, path)  # atomic: other processes may compile it too
     return path
 

@@ -15,9 +15,7 @@ typedef float Matrix[MAX_CHANNELS * MAX_CHANNELS];
 DEVICE void evaluate_tile(const Network *network, const float *encoded, const float *inputs, int64_t stride,
                           int64_t count, bool colors, Tile *in, float *density)
 {
-    for (int64_t i = 0; i < network->layers[0].n_in; i++)
-        memcpy(in[0][i], encoded + i * BLOCK, sizeof(in[0][i]));
-    densities_of(network, in, density);
+    densities_of(network, encoded, in, density);
     for (int m = 0; m < TILE && network->views && colors; m++) {
         float harmonics[N_HARMONICS];
         harmonics_of(inputs + (m < count ? m : 0) * stride + 3, harmonics);
@@ -226,7 +224,8 @@ KERNEL evaluate_gradient(const float *inputs, int64_t stride, NETWORK_PARAMETERS
     Layer backward[N_LAYERS];
     Matrix transposed[N_LAYERS];
     transpose_layers(&network, backward, transposed, zeros);
-    convert_weights(backward, network.bf16, backward_pairs);
+    if (network.bf16)
+        convert_weights(backward, backward_pairs);
 #pragma omp parallel for schedule(dynamic)
     for (int64_t start = 0; start < N; start += BLOCK) {
         const int64_t count = N - start < BLOCK ? N - start : BLOCK;

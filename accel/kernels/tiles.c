@@ -130,15 +130,21 @@ typedef struct {
     aabb, contracted, table, levels, F, resolutions, level_offsets, parameters, width, n_features, views,              \
         initial_log_density, max_log_density, bf16
 
-/* With bf16, lets the hidden layers multiply in bfloat16: all but those of density and colour. */
-DEVICE void convert_weights(Layer *layers, bool bf16, Pairs *pairs)
+/* Lets the hidden layers, all but those of density and colour, multiply in bfloat16 where the processor can. Returns
+ * whether it can. */
+DEVICE bool convert_weights(Layer *layers, Pairs *pairs)
 {
-    for (int l = 0; l < N_LAYERS && bf16; l++)
+#ifdef __AVX512BF16__
+    for (int l = 0; l < N_LAYERS; l++)
         if (l != 1 && l != N_LAYERS - 1) {
             for (int64_t i = 0; i < layers[l].n_in * layers[l].n_out / 2; i++)
                 pairs[l][i] = to_pair(layers[l].W[2 * i], layers[l].W[2 * i + 1]);
             layers[l].pairs = pairs[l];
         }
+    return true;
+#else
+    return false;
+#endif
 }
 
 /* `pairs` is memory for weights in bfloat16. */
@@ -148,16 +154,13 @@ DEVICE Network network_of(NETWORK_PARAMETERS, Pairs *pairs)
     const int64_t n_out[] = {width, n_features, width, width, 8};
     Network network = {{aabb, table, contracted, levels, F, resolutions, level_offsets},
                        .initial_log_density = initial_log_density, .max_log_density = max_log_density,
-                       .views = views, .bf16 = bf16};
-#ifndef __AVX512BF16__
-    network.bf16 = false;
-#endif
+                       .views = views};
     for (int l = 0; l < N_LAYERS; l++) {
         const float *W = parameters + network.offsets[l];
         network.layers[l] = (Layer){W, W + n_in[l] * n_out[l], NULL, n_in[l], n_out[l]};
         network.offsets[l + 1] = network.offsets[l] + (n_in[l] + 1) * n_out[l];
     }
-    convert_weights(network.layers, network.bf16, pairs);
+    network.bf16 = bf16 && convert_weights(network.layers, pairs);
     return network;
 }
 
@@ -171,9 +174,12 @@ DEVICE void encode_block(const Grid *grid, const float *points, int64_t stride, 
             encode_level(grid, l, x + first, BLOCK, encoded + l * grid->F * BLOCK + first, BLOCK);
 }
 
-/* From the encodings of a tile, in[0], to the inputs of layer 1, in[1], the features, in[2], and densities. */
-DEVICE void densities_of(const Network *network, Tile *in, float *density)
+/* From the encodings of a tile in a block to the inputs of the first two layers, in[0] and in[1], the features, in[2],
+ * and densities. */
+DEVICE void densities_of(const Network *network, const float *encoded, Tile *in, float *density)
 {
+    for (int64_t i = 0; i < network->layers[0].n_in; i++)
+        memcpy(in[0][i], encoded + i * BLOCK, sizeof(in[0][i]));
     linear(network->layers, true, in[0], in[1]);
     linear(network->layers + 1, false, in[1], in[2]);
     SIMD for (int m = 0; m < TILE; m++)

@@ -6,13 +6,13 @@ from scenes.errors import UserError, first_line
 
 # COLMAP numbers a pair of images by this times the smaller number, plus the larger one.
 MAX_IMAGES = 2 ** 31 - 1
-IN_PAIR = f'?1 IN (pair_id / {MAX_IMAGES}, pair_id % {MAX_IMAGES})'
-# For each table the rows that belong to the image with the number ?1.
+IN_PAIR = f':id IN (pair_id / {MAX_IMAGES}, pair_id % {MAX_IMAGES})'
+# For each table the rows that belong to the image with the number :id.
 ROWS_OF_AN_IMAGE = {
-    'frames': 'frame_id IN (SELECT frame_id FROM frame_data WHERE data_id = ?1)',
-    'frame_data': 'data_id = ?1', 'pose_priors': 'corr_data_id = ?1', 'keypoints': 'image_id = ?1',
-    'descriptors': 'image_id = ?1', 'matches': IN_PAIR, 'two_view_geometries': IN_PAIR,
-    'images': 'image_id = ?1'}
+    'frames': 'frame_id IN (SELECT frame_id FROM frame_data WHERE data_id = :id)',
+    'frame_data': 'data_id = :id', 'pose_priors': 'corr_data_id = :id', 'keypoints': 'image_id = :id',
+    'descriptors': 'image_id = :id', 'matches': IN_PAIR, 'two_view_geometries': IN_PAIR,
+    'images': 'image_id = :id'}
 
 
 def forget_photos(database, is_outdated):
@@ -31,7 +31,7 @@ def forget_photos(database, is_outdated):
     try:
         with closing(sqlite3.connect(database)) as connection, connection:
             images = connection.execute('SELECT image_id, name FROM images').fetchall()
-            outdated = [(key,) for key, name in images if is_outdated(name)]
+            outdated = [{'id': key} for key, name in images if is_outdated(name)]
             for table, condition in ROWS_OF_AN_IMAGE.items():
                 connection.executemany(f'DELETE FROM {table} WHERE {condition}', outdated)
     except sqlite3.DatabaseError as error:
