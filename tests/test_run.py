@@ -91,7 +91,7 @@ def test_console_output_to_a_pipe_is_plain_lines(demo_run):
         assert part in out, part
 
 
-def test_a_locale_without_utf8_will_do(tmp_path):
+def test_a_locale_without_utf8_works(tmp_path):
     done = run_script(*FAST_DEMO, *NO_OUTPUTS, '--basedir', tmp_path, '--N_iters', 2, LC_ALL='C',
                       PYTHONCOERCECLOCALE='0', PYTHONUTF8='0', PYTHONIOENCODING='ascii')
     assert done.returncode == 0 and done.stderr == ''

@@ -67,7 +67,7 @@ class Processes:
         # NCCL waits for all ranks here, so a rank that leaves on its own skips it
         leaves_early = self.lost or exception_type is not None
         if self.size > 1 and not (leaves_early and torch.cuda.is_available()):
-            # torch 2.6 destroys a group with the GIL held, which its threads need to free the last tensors
+            # its threads need the GIL to free their last tensors, but torch 2.6 holds it while it joins them
             time.sleep(0.1)
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()

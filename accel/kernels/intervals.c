@@ -130,7 +130,8 @@ KERNEL resample(const float *rays, int64_t stride, int64_t N, int64_t kind, floa
 /* out[N][5]: colour, opacity, and the sum of weights times depths or, with spacing of kind 2, disparities, of samples
  * in intervals with edges s_vals[N][M + 1]. Layers 0 and 1 give `n_features` channels, the first of which is the log
  * density less initial_log_density; 2, 3 and 4 the colour, of which the last has 8 rows. Added in layer 2 is D[width][16]
- * times the spherical harmonics of the direction, unless D is NULL. `bf16` is for `convert_weights`. */
+ * times the spherical harmonics of the direction, unless D is NULL. With `bf16`, hidden layers multiply in
+ * bfloat16 where the processor can. */
 KERNEL shade(const float *rays, int64_t stride, int64_t N, int64_t kind, float unit, float last_disparity,
              const float *s_vals, int64_t M, const float *aabb, int64_t contracted, const float *table, int64_t levels,
              int64_t F, const int64_t *resolutions, const int64_t *level_offsets, const float *W0, const float *b0,
@@ -140,8 +141,11 @@ KERNEL shade(const float *rays, int64_t stride, int64_t N, int64_t kind, float u
 {
     const Spacing spacing = {kind, unit, last_disparity};
     const Grid grid = {aabb, table, contracted, levels, F, resolutions, level_offsets};
-    Layer layers[N_LAYERS] = {{W0, b0, NULL, levels * F, width}, {W1, b1, NULL, width, n_features},
-                       {W2, b2, NULL, n_features, width}, {W3, b3, NULL, width, width}, {W4, b4, NULL, width, 8}};
+    Layer layers[N_LAYERS] = {{W0, b0, NULL, levels * F, width},
+                              {W1, b1, NULL, width, n_features},
+                              {W2, b2, NULL, n_features, width},
+                              {W3, b3, NULL, width, width},
+                              {W4, b4, NULL, width, 8}};
     Pairs pairs[N_LAYERS];
     if (bf16)
         convert_weights(layers, pairs);
